@@ -1,0 +1,88 @@
+"""Gaussian diffusion as in App. B.1: cosine schedule, v-parameterisation, training loss, and one DDPM or DDIM step.
+
+    x_t = alpha_t * x_0 + sigma_t * eps                    # alpha_t, sigma_t = alpha_sigma(t)
+    x0_hat = x0_from_v(x_t, model(x_t, t), t)
+    x_s = ddpm_step(x_t, x0_hat, t, s, noise)              # or ddim_step(x_t, x0_hat, t, s)
+
+A time is a float, or a (B,) tensor with one time per clip. The schedule is computed in float64 on the CPU and only the
+final coefficients are cast: in float32 the x0_hat coefficient of the last of 500 steps would be 1.0025 instead of 1.
+"""
+import math
+
+import torch
+
+
+def alpha_sigma(t):
+    """Signal and noise level (alpha_t, sigma_t) at time t in [0, 1], float64, in the shape of t (App. B.1).
+
+    alpha_t = cos(pi t / 2), written as a sine so that alpha(1) and sigma(0) are exactly 0.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+    return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+
+
+def time_steps(steps, t_T=1.0):
+    """The steps + 1 times t_N = t_T > ... > t_0 = 0, equally spaced: (steps + 1,), or (steps + 1, B) if t_T is (B,)."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    t_T = torch.as_tensor(t_T, dtype=torch.float64, device="cpu")
+    if not ((t_T > 0) & (t_T <= 1)).all():
+        raise ValueError(f"t_T must lie in (0, 1], not {t_T.tolist()}")
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return grid.reshape(-1, *[1] * t_T.ndim) * t_T
+
+
+def _for_clips(c, x):
+    """A coefficient c, () or (B,), in a form that multiplies x (B, ...) without changing its dtype."""
+    return c.item() if c.ndim == 0 else c.to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def x0_from_v(x_t, v, t):
+    """x0_hat = alpha_t x_t - sigma_t v (Algorithms 1 and 2)."""
+    alpha_t, sigma_t = alpha_sigma(t)
+    return _for_clips(alpha_t, x_t) * x_t - _for_clips(sigma_t, x_t) * v
+
+
+def eps_from_v(x_t, v, t):
+    """eps_hat = sigma_t x_t + alpha_t v, the noise that belongs to x0_from_v."""
+    alpha_t, sigma_t = alpha_sigma(t)
+    return _for_clips(sigma_t, x_t) * x_t + _for_clips(alpha_t, x_t) * v
+
+
+def add_noise(x_0, eps, t):
+    """The forward process x_t = alpha_t x_0 + sigma_t eps, and the network's target v_t = alpha_t eps - sigma_t x_0."""
+    alpha_t, sigma_t = (_for_clips(c, x_0) for c in alpha_sigma(t))
+    return alpha_t * x_0 + sigma_t * eps, alpha_t * eps - sigma_t * x_0
+
+
+def v_loss(model, x_0, t, eps):
+    """L(theta) of App. B.1 for each clip: ||v_t - v_theta(x_t, t)||^2 per element, (B,).
+
+    x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the clip's length.
+    """
+    x_t, v = add_noise(x_0, eps, t)
+    return (v - model(x_t, t.to(x_t.dtype).to(x_t.device))).square().flatten(1).mean(1)
+
+
+def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):
+    """Algorithm 1, one update t -> s: a draw from p(x_s | x_t), moved against the guidance gradient.
+
+    x_t, x0_hat, noise (B, C, n); 0 <= s < t <= 1; xi_gradient is xi times the gradient of d, 0 without guidance.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    fresh = 1 - (alpha_t / alpha_s) ** 2
+    # App. B.1 prints sigma_{t->s} as the variance; Algorithm 1 multiplies eps by it. Take the root.
+    sigma_ts = sigma_s / sigma_t * fresh.sqrt()
+    x_s = (_for_clips(alpha_s / sigma_t**2 * fresh, x_t) * x0_hat
+           + _for_clips(alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), x_t) * x_t
+           + _for_clips(sigma_ts, x_t) * noise)
+    return x_s - xi_gradient
+
+
+def ddim_step(x_t, x0_hat, t, s, xi_gradient=0.0):
+    """Algorithm 2, one update t -> s: deterministic, the guidance gradient moves eps_hat. Arguments as in ddpm_step."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    eps_hat = (x_t - _for_clips(alpha_t, x_t) * x0_hat) / _for_clips(sigma_t, x_t)
+    # The paper prints d(y - A(x_t)); read d(y, A(x_t)). The sign holds because x0_hat is not recomputed from eps_hat.
+    eps_hat = eps_hat - _for_clips(sigma_t, x_t) * xi_gradient
+    return _for_clips(alpha_s, x_t) * x0_hat + _for_clips(sigma_s, x_t) * eps_hat

@@ -1,0 +1,183 @@
+"""Sampling with guidance gradients: Sect. 3, Algorithms 1 and 2.
+
+    task = tasks.infill(x_bar, C_L, C_R, z)
+    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=3e-2, generator=torch.Generator().manual_seed(0))
+
+`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a list of terms
+d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by projection.
+"""
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import ddim_step, ddpm_step, time_steps, x0_from_v
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective d(y, A(x)) of Eq. 1.
+
+    A       measurement operator, x (B, C, n) -> (B, ...); a linear one also has T(y) = A^T y and solve(r) = (A A^T)^-1 r
+    d       distance, (y, A(x)) -> one number per clip, (B,)
+    y       the measurement, in the shape of A(x)
+    weight  its effective step is xi * weight; a number, or (B,)
+    on      what A sees: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first printed there
+    project whether each iteration ends with the data consistency step on y
+    """
+    A: Callable[[Tensor], Tensor]
+    d: Callable[[Tensor, Tensor], Tensor]
+    y: Tensor
+    weight: float | Tensor = 1.0
+    on: str = "x0_hat"
+    project: bool = False
+
+    def __post_init__(self):
+        if self.on not in ("x0_hat", "x_t"):
+            raise ValueError(f'on must be "x0_hat" or "x_t", not {self.on!r}')
+        if self.project and not is_linear(self.A):
+            raise ValueError("project needs a linear operator A with T and solve; this one has none: use project=False")
+
+    def distance(self, x):
+        """d(y, A(x)), (B,)."""
+        measured = self.A(x)
+        if measured.shape != self.y.shape:
+            raise ValueError(f"y has the shape {tuple(self.y.shape)}, but A(x) gives {tuple(measured.shape)}")
+        return self.d(self.y, measured)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What sampling starts from, x_T (B, C, n) at the time t_T (a number or (B,)), and the terms that guide it."""
+    x_T: Tensor
+    terms: tuple[Term, ...]
+    t_T: float | Tensor = 1.0
+
+    def __post_init__(self):
+        if sum(term.project for term in self.terms) > 1:
+            raise ValueError("project can be set for one term at most: two projections would undo each other")
+
+
+class Step(NamedTuple):
+    """What a callback is told after each iteration; one number per clip, (B,), unless it says otherwise."""
+    i: int                       # iterations done, 1 .. steps
+    steps: int
+    t: Tensor                    # the time this iteration started from, () or (B,)
+    distances: list              # d of each term, (B,) each; empty without guidance gradients
+    gradient_norm: Tensor        # of the weighted sum of all terms' gradients
+    guidance_norm: Tensor        # of what guidance added to x_s ...
+    sampler_norm: Tensor         # ... and of the sampler's own move from x_t to x_s
+    context_error: Tensor        # rms of y - A(x0_hat) of the first linear term; 0 if there is none
+
+
+def is_linear(A):
+    return hasattr(A, "T") and hasattr(A, "solve")
+
+
+def data_consistency(x, y, A):
+    """The projection of Sect. 3: x + A^T (A A^T)^-1 (y - A x), the point with y = A x that is nearest to x."""
+    return x + A.T(A.solve(y - A(x)))
+
+
+def guided_estimate(model, x_t, t, terms):
+    """x0_hat, the distance of each term, and the gradient of their weighted sum with respect to x_t.
+
+    Clips never mix: each distance is a number per clip, summed only for the one backward pass that all terms share.
+    A graph is built only through what some term looks at; without terms there is none, and the gradient is 0.
+    """
+    if not terms:
+        return x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t), [], torch.zeros_like(x_t)
+    with torch.enable_grad():
+        x_t = x_t.detach().requires_grad_()
+        with torch.set_grad_enabled(any(term.on == "x0_hat" for term in terms)):
+            x0_hat = x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t)
+        distances = [term.distance(x0_hat if term.on == "x0_hat" else x_t) for term in terms]    # (B,) each
+        J_2 = sum((torch.as_tensor(term.weight).to(d) * d).sum() for term, d in zip(terms, distances))
+        gradient, = torch.autograd.grad(J_2, x_t)
+    return x0_hat.detach(), [d.detach() for d in distances], gradient
+
+
+@torch.no_grad()
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None, callback=None):
+    """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
+
+    x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
+    xi         gradient step size; must be given if the task has terms. 0 leaves projection alone, and builds no graph
+    generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
+    callback   called with a Step after each iteration
+    Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
+    """
+    terms = task.terms if task else ()
+    _check(x_T, terms, sampler, xi, generator)
+    xi = xi or 0.0
+    times = time_steps(steps, task.t_T if task else 1.0)
+    x_t = x_T
+    with frozen(model, *[term.A for term in terms]):
+        for i in range(steps):                                                # the paper's i = N .. 1
+            t, s = times[i], times[i + 1]
+            x0_hat, distances, gradient = guided_estimate(model, x_t, t, terms if xi else ())
+            if sampler == "ddpm":
+                x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
+            else:
+                x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
+            if callback:
+                x_s_free = x_s + xi * gradient if sampler == "ddpm" else ddim_step(x_t, x0_hat, t, s)
+                callback(Step(i + 1, steps, t, distances, _norm(gradient), _norm(x_s - x_s_free),
+                              _norm(x_s_free - x_t), _context_error(x0_hat, terms)))
+            for term in terms:
+                if term.project:
+                    x_s = data_consistency(x_s, term.y, term.A)
+            x_t = x_s
+    return x_t
+
+
+def draw_noise(like, generator=None):
+    """Standard normal noise in the shape of `like` (B, C, n), one draw per clip; generator: None, one, or B of them.
+
+    Drawn where the generator lives, then moved: a CPU generator gives the same noise on every device.
+    """
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(like)
+    draws = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device if g else like.device)
+             for g in generators]
+    return torch.stack(draws).to(like.device)
+
+
+@contextmanager
+def frozen(*modules):
+    """Within the context, no parameter of the given modules (other callables are passed over) requires a gradient."""
+    parameters = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def _check(x_T, terms, sampler, xi, generator):
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f'sampler must be "ddpm" or "ddim", not {sampler!r}')
+    if terms and xi is None:
+        raise ValueError("xi is missing: a task with guidance terms needs a step size (0 for projection alone)")
+    if xi is not None and not xi >= 0:
+        raise ValueError(f"xi must not be negative, not {xi}")
+    if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
+        raise ValueError(f"generator must be one or one per clip: {len(generator)} for {len(x_T)} clips")
+
+
+def _time_of_clips(t, x_t):
+    return t.to(x_t.dtype).to(x_t.device).expand(len(x_t))
+
+
+def _norm(x):
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def _context_error(x0_hat, terms):
+    for term in terms:
+        if is_linear(term.A):
+            return (term.y - term.A(x0_hat)).square().flatten(1).mean(1).sqrt()
+    return torch.zeros(len(x0_hat))

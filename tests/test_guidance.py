@@ -1,0 +1,224 @@
+"""Properties of guidance.py: projection, gradients, independence of the clips, and the samplers on exact sources."""
+from dataclasses import replace
+
+import pytest
+import torch
+from exact import C, N, Gaussian, Mixture, covariance, infill_errors, sine
+
+import guidance
+import tasks
+from guidance import Task, Term, data_consistency, guided_estimate, sample
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def flat_model(x_t, t):
+    """Some smooth model, to be called in place of a network."""
+    return torch.tanh(x_t) * t[:, None, None]
+
+
+# ---- projection -----------------------------------------------------------------------------------------------------
+
+mask = torch.zeros(2, 1, N, dtype=torch.bool)
+mask[0, :, 10:30] = mask[1, :, 5:9] = mask[1, :, 50:90] = True
+OPERATORS = {"matrix": tasks.Matrix(noise(12, N, seed=1)), "left": tasks.KeepEnds(N, 40), "right": tasks.KeepEnds(N, 0, 7),
+             "ends": tasks.KeepEnds(N, 30, 20), "mask": tasks.KeepMask(mask), "mono": tasks.Mono(2)}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_projection_is_exact_idempotent_and_the_smallest_correction(name):
+    """y = A x afterwards; a second time changes nothing; the change is the pseudo-inverse's minimum-norm solution."""
+    A, x, x_bar = OPERATORS[name], noise(2, 2, N, seed=2), noise(2, 2, N, seed=3)
+    y = A(x_bar)
+    projected = data_consistency(x, y, A)
+    assert (A(projected) - y).abs().max() < 1e-10
+    assert (data_consistency(projected, y, A) - projected).abs().max() < 1e-10
+    dense = torch.autograd.functional.jacobian(lambda x: A(x).flatten(), x).reshape(-1, x.numel())
+    smallest = torch.linalg.pinv(dense) @ (y - A(x)).flatten()
+    assert ((projected - x).flatten() - smallest).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_T_is_the_adjoint(name):
+    """<A x, y> = <x, A^T y>."""
+    A, x = OPERATORS[name], noise(2, 2, N, seed=4)
+    y = A(noise(2, 2, N, seed=5))
+    assert abs((A(x) * y).sum() - (x * A.T(y)).sum()) < 1e-10
+
+
+def test_slices_and_dense_selection_agree():
+    """KeepEnds as slices equals the same rows of the identity as a Matrix, and as a mask."""
+    rows = torch.cat([torch.arange(30), torch.arange(N - 20, N)])
+    dense, slices = tasks.Matrix(torch.eye(N, dtype=torch.float64)[rows]), tasks.KeepEnds(N, 30, 20)
+    kept = torch.zeros(N, dtype=torch.bool)
+    kept[rows] = True
+    x, x_bar = noise(2, 2, N, seed=2), noise(2, 2, N, seed=3)
+    expected = data_consistency(x, slices(x_bar), slices)
+    assert torch.allclose(data_consistency(x, dense(x_bar), dense), expected, atol=1e-12)
+    assert torch.allclose(data_consistency(x, x_bar * kept, tasks.KeepMask(kept)), expected, atol=1e-12)
+
+
+# ---- the gradient step ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("on", ["x0_hat", "x_t"])
+@pytest.mark.parametrize("d", [tasks.l1, tasks.l2, tasks.bce])
+def test_gradient_agrees_with_finite_differences(d, on):
+    """The gradient of the weighted distance with respect to x_t, through the model or not; L1 is far from its kinks."""
+    x_t, A, t = noise(1, 1, 6, seed=6), tasks.Matrix(noise(3, 6, seed=7)), torch.tensor(0.6)
+    y = torch.tensor([[[0.0, 0.3, 1.0]]], dtype=torch.float64)
+    terms = (Term(A, d, y, weight=0.7, on=on),)
+
+    def J_2(x_t):
+        x0_hat = guidance.x0_from_v(x_t, flat_model(x_t, t.expand(1).double()), t)
+        return 0.7 * d(y, A(x0_hat if on == "x0_hat" else x_t)).item()
+
+    gradient = guided_estimate(flat_model, x_t, t, terms)[2]
+    h = 1e-6
+    for i, unit in enumerate(torch.eye(6, dtype=torch.float64)):
+        finite = (J_2(x_t + h * unit) - J_2(x_t - h * unit)) / (2 * h)
+        assert abs(gradient[0, 0, i].item() - finite) < 1e-6
+
+
+@pytest.mark.parametrize("d", [tasks.l1, tasks.l2])
+def test_gradient_is_finite_where_the_measurement_is_met(d):
+    """At y = A(x) the kinks of L1 and of the unsquared L2 give 0, not NaN."""
+    x_t = noise(2, 1, 8, seed=8)
+    gradient = guided_estimate(flat_model, x_t, torch.tensor(0.5), (Term(lambda x: x, d, x_t, on="x_t"),))[2]
+    assert gradient.abs().max() == 0
+
+
+def test_bce_is_finite_for_confident_logits():
+    """Logits of +-200 give a finite distance and gradient for either label."""
+    x_t = torch.tensor([[[200.0, -200.0]]])
+    terms = (Term(lambda x: x[:, 0], tasks.bce, torch.tensor([[0.0, 1.0]]), on="x_t"),)
+    _, (distance,), gradient = guided_estimate(flat_model, x_t, torch.tensor(0.5), terms)
+    assert distance.item() == 400 and gradient.flatten().tolist() == [1, -1]
+
+
+def test_no_graph_without_guidance_and_no_parameter_gradient_with_it():
+    """Without terms, or with xi = 0, the model runs without autograd; with them, no parameter is differentiated."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = torch.nn.Linear(8, 8), set()
+
+        def forward(self, x_t, t):
+            self.seen.add((torch.is_grad_enabled(), self.linear.weight.requires_grad))
+            return self.linear(x_t)
+
+    z = noise(1, 1, 8).float()
+    task = tasks.continuation(z, 4, z)
+    for task, xi, seen in ((None, None, (False, False)), (task, 0, (False, False)), (task, 0.1, (True, False))):
+        net = Net()
+        sample(net, z, task, steps=2, xi=xi)
+        assert net.seen == {seen}
+        assert net.linear.weight.grad is None and net.linear.weight.requires_grad
+
+
+def test_two_terms_with_half_of_the_context_each_equal_one_with_all_of_it():
+    """All terms share one backward pass through the summed distances: bit for bit the same, with the same noise."""
+    source, z, x_bar = Gaussian(covariance()), noise(3, 1, N, seed=9), noise(3, 1, N, seed=10)
+    whole = tasks.infill(x_bar, C, C, z, project=False)
+    left, right = tasks.KeepEnds(N, C, 0), tasks.KeepEnds(N, 0, C)
+    halves = Task(z, tuple(Term(A, tasks.l1, A(x_bar)) for A in (left, right)))
+    one, two = (sample(source, z, task, steps=10, xi=3e-2, generator=generators(0)[0]) for task in (whole, halves))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_clip_does_not_depend_on_its_batch(sampler):
+    """Four clips with their own y, k, weight and generator equal four batches of one."""
+    source, z, x_bar = Gaussian(covariance()), noise(4, 1, N, seed=11), noise(4, 1, N, seed=12)
+    k, weight = torch.tensor([0.3, 0.5, 0.85, 1.0]), torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64)
+
+    def run(clips, generator):
+        task = tasks.regenerate(x_bar[clips], C, C, z[clips], k[clips], weight=weight[clips])
+        return sample(source, task.x_T, task, steps=12, sampler=sampler, xi=3e-2, generator=generator)
+
+    together = run(slice(None), generators(0, 1, 2, 3))
+    for i in range(4):
+        assert (run(slice(i, i + 1), generators(i)) - together[i:i + 1]).abs().max() < 1e-12
+
+
+def test_xi_acts_through_its_product_with_the_weight():
+    """xi 0.02 with weight 3 is xi 0.06 with weight 1."""
+    source, z = Gaussian(covariance()), noise(1, 1, N, seed=13)
+    task = tasks.continuation(noise(1, 1, N, seed=14), C, z)
+    heavy = tasks.combine(task, weights=[3.0])
+    a = sample(source, task.x_T, heavy, steps=10, xi=0.02, generator=generators(0)[0])
+    b = sample(source, task.x_T, task, steps=10, xi=0.06, generator=generators(0)[0])
+    assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_callback_hears_what_happens(sampler):
+    """One Step per iteration: times from t_T down, the distance of each term, and norms that add up to the update."""
+    source, z, x_bar = Gaussian(covariance()), noise(2, 1, N, seed=15), noise(2, 1, N, seed=16)
+    task, steps = tasks.infill(x_bar, C, C, z), []
+    sample(source, task.x_T, task, steps=5, sampler=sampler, xi=0.1, generator=generators(0)[0], callback=steps.append)
+    assert [step.i for step in steps] == [1, 2, 3, 4, 5] and steps[0].t == 1 and steps[-1].t == pytest.approx(0.2)
+    assert steps[-1].distances[0].shape == (2,) and steps[-1].context_error.max() < steps[0].context_error.min()
+    sigma = guidance.time_steps(5)[1].mul(torch.pi / 2).sin()
+    expected = 0.1 * steps[0].gradient_norm * (1 if sampler == "ddpm" else sigma)
+    assert torch.allclose(steps[0].guidance_norm, expected) and (steps[0].sampler_norm > 0).all()
+
+
+# ---- the samplers on exact sources ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_unguided_samples_have_the_covariance_of_the_source(sampler):
+    """2000 samples, 200 steps: variance within 5%, covariance within 12% (2000 true samples give 7-9%)."""
+    S = covariance()
+    x_0 = sample(Gaussian(S), noise(2000, 1, N), steps=200, sampler=sampler, generator=generators(1)[0])[:, 0]
+    got = torch.cov(x_0.T)
+    assert abs(got.diagonal().mean() / S.diagonal().mean() - 1) < 0.05
+    assert torch.linalg.norm(got - S) / torch.linalg.norm(S) < 0.12
+
+
+def test_infill_with_the_papers_settings_matches_the_posterior():
+    """DDPM, 50 steps, xi = 3e-2, L1 through x0_hat and projection; each figure is better than with projection alone."""
+    error, ratio, context = infill_errors(sine(), "ddpm", 50, project=True, xi=3e-2)
+    alone = infill_errors(sine(), "ddpm", 50, project=True, xi=0)
+    assert error < 0.2 and 0.9 < ratio < 1.1 and context < 1e-6
+    assert error < alone[0] and abs(ratio - 1) < abs(alone[1] - 1)
+
+
+def test_class_guidance_moves_samples_to_the_class_and_keeps_its_variance():
+    """BCE through x0_hat, DDPM, 50 steps, xi = 0.1, on two Gaussians with means +-0.7 sin(i / 8)."""
+    source = Mixture(0.5 * covariance(), 0.7 * sine()[0, 0])
+    z = noise(2000, 1, N, seed=17)
+    free = sample(source, z, generator=generators(2)[0])
+    assert abs((source.logit(free) > 0).double().mean() - 0.5) < 0.05
+    task = tasks.classifier_guidance(source.logit, torch.ones(2000, 1, dtype=torch.float64), z)
+    guided = sample(source, z, task, xi=0.1, generator=generators(2)[0])
+    in_class = source.logit(guided)[:, 0] > 0
+    assert in_class.double().mean() > 0.95
+    assert abs(guided[in_class].var(0).mean() / source.S.diagonal().mean() - 1) < 0.15
+
+
+# ---- bad arguments --------------------------------------------------------------------------------------------------
+
+def test_bad_arguments_are_named():
+    """ValueError with a sentence that names the argument."""
+    z = noise(2, 1, 8)
+    task = tasks.continuation(z, 4, z)
+    for word, arguments in (("xi", {}), ("xi", {"xi": -1}), ("steps", {"xi": 0.1, "steps": 0}),
+                            ("sampler", {"xi": 0.1, "sampler": "euler"}),
+                            ("generator", {"xi": 0.1, "generator": generators(0)})):
+        with pytest.raises(ValueError, match=word):
+            sample(flat_model, task.x_T, task, **arguments)
+    wrong_y = replace(task, terms=(replace(task.terms[0], y=z[..., :3], project=False),))
+    with pytest.raises(ValueError, match="y has the shape"):
+        sample(flat_model, z, wrong_y, xi=0.1)
+    with pytest.raises(ValueError, match="project"):
+        Term(lambda x: x, tasks.l1, z, project=True)
+    with pytest.raises(ValueError, match="project"):
+        Task(z, task.terms + task.terms)
+    with pytest.raises(ValueError, match="on must"):
+        Term(lambda x: x, tasks.l1, z, on="x_s")
