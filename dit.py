@@ -1,0 +1,279 @@
+"""
+The latent diffusion transformer: v = DiT(x_t, t) over sequences of latent frames (App. C.1).
+
+The architecture of [24] (DiT, Peebles and Xie) without patches, since each latent frame is one token, plus the relative
+positions of [44] (Shaw et al.) on the keys. The fixed sin-cos positions of [24] stay: relative ones alone cannot tell
+where in the window a frame lies.
+
+    model = DiT(PRESETS["small"])
+    v = model(x_t, t)                # x_t, v: (B, C, n) latent frames, any n <= config.frames; t: (B,) in (0, 1]
+
+`python dit.py` prints sizes and cost of the presets.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    channels: int  # C, channels of the latents
+    frames: int  # longest sequence, in latent frames
+    width: int
+    depth: int
+    heads: int
+    max_distance: int = 64  # relative positions further apart than this share one vector
+    modulation: str = "shared"  # or "per-block"; see Block
+    checkpointing: bool = False  # recompute each block in the backward pass: less memory, the same values
+
+
+PRESETS = {
+    "tiny": DiTConfig(channels=8, frames=256, width=96, depth=3, heads=3),
+    "small": DiTConfig(channels=16, frames=2048, width=320, depth=6, heads=5),
+    "paper": DiTConfig(channels=32, frames=2048, width=1536, depth=32, heads=24),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relative attention [44]
+
+
+def relative_attention(q, k, v, r, block=None):
+    """Softmax attention with relative positions on the keys: Eq. 4 of [44], distances clipped at c.
+
+        logit(i, j) = q_i . (k_j + r_{clip(j - i, -c, c)}) / sqrt(d)
+
+    q, k, v: (B, heads, L, d); r: (2 c + 1, d), the vectors of distances -c .. c, shared by the heads. Returns
+    (B, heads, L, d). Once differentiable.
+
+    Queries are taken in blocks (256 on a CPU, else 512). Most keys lie c or further from all queries of a block: those
+    on the left share one vector, which is simply added to the key (k_j + r_{-c}), and so do those on the right
+    (k_j + r_c). Only a band of block + 2 c keys sees other vectors: there, q r^T with its row i shifted right by i is
+    added to the logits. Nothing larger than (B heads, block, L) exists, and the backward pass recomputes it.
+    """
+    heads, length = q.shape[0] * q.shape[1], q.shape[2]
+    if q.device.type == "cpu":  # a few heads at a time, so that their logits (2 MB) stay in the cache
+        block = block or 256
+        group = max(1, 2**19 // (block * length))
+    else:  # few and large operations
+        block, group = block or 512, heads
+    groups = zip(*(x.flatten(0, 1).split(group) for x in (q / math.sqrt(q.shape[-1]), k, v)))
+    return torch.cat([RelativeAttention.apply(*qkv, r, block) for qkv in groups]).view(q.shape)
+
+
+class RelativeAttention(torch.autograd.Function):
+    """relative_attention of N heads, with q, k, v (N, L, d), q already divided by sqrt(d)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, r, block):
+        out = q.new_empty(q.shape)
+        with torch.autocast(q.device.type, enabled=False):  # all products here are of q's type
+            for rows, _, weights in block_weights(q, k, r, block):
+                out[:, rows] = weights @ v
+        ctx.save_for_backward(q, k, v, r, out)
+        ctx.block = block
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v, r, out = ctx.saved_tensors
+        grad_q, grad_r = q.new_empty(q.shape), torch.zeros_like(r)
+        grad_k, grad_v = k.new_zeros(k.mT.shape), v.new_zeros(v.mT.shape)  # (N, d, L), in which products are faster
+        mean = (grad_out * out).sum(-1, keepdim=True)  # (N, L, 1), the mean under the weights of their own gradient
+        with torch.autocast(q.device.type, enabled=False):
+            for rows, band, weights in block_weights(q, k, r, ctx.block):
+                grad_v.baddbmm_(grad_out[:, rows].mT, weights)
+                grad_logits = (grad_out[:, rows] @ v.mT).sub_(mean[:, rows]).mul_(weights)  # (N, rows, L)
+                grad_k.baddbmm_(q[:, rows].mT, grad_logits)
+                by_distance = sum_by_distance(grad_logits, rows, band, len(r) // 2)  # (N, rows, 2 c + 1)
+                grad_q[:, rows] = grad_logits @ k + by_distance @ r.to(q.dtype)
+                if ctx.needs_input_grad[3]:
+                    grad_r += (by_distance.mT @ q[:, rows]).sum(0, dtype=r.dtype)
+        return grad_q, grad_k.mT, grad_v.mT, grad_r if ctx.needs_input_grad[3] else None, None
+
+
+def block_weights(q, k, r, block):
+    """For each block of queries: the slice of its rows, the slice of its band of keys, its weights (N, rows, L)."""
+    length, c = k.shape[1], len(r) // 2
+    r = r.to(q.dtype)
+    left, keys = k + r[0], k + r[-1]
+    passed = 0  # keys left of this one have their left vector already
+    for start in range(0, length, block):
+        rows = slice(start, min(start + block, length))
+        band = slice(max(start - c, 0), min(rows.stop + c, length))
+        keys[:, passed : band.start] = left[:, passed : band.start]
+        keys[:, band] = k[:, band]
+        passed = band.start
+        logits = q[:, rows] @ keys.mT
+        logits[..., band] += spread_over_band(q[:, rows] @ r.mT, rows, band)
+        yield rows, band, torch.softmax(logits, -1, out=logits)
+
+
+def spread_over_band(by_distance, rows, band):
+    """Values of each distance (N, rows, 2 c + 1) -> values of each key of the band (N, rows, band)."""
+    n, c = by_distance.shape[1], by_distance.shape[2] // 2
+    left, right = by_distance[..., :1].expand(-1, -1, n - 1), by_distance[..., -1:].expand(-1, -1, n - 1)
+    return band_view(torch.cat([left, by_distance, right], -1), c, rows, band)
+
+
+def sum_by_distance(grad_logits, rows, band, c):
+    """The transpose: sums of (N, rows, L) over the keys of equal clipped distance, (N, rows, 2 c + 1)."""
+    n = grad_logits.shape[1]
+    table = grad_logits.new_zeros(len(grad_logits), n, 2 * (n + c) - 1)
+    band_view(table, c, rows, band).copy_(grad_logits[..., band])
+    by_distance = table[..., n - 1 : n + 2 * c].clone()
+    by_distance[..., 0] += table[..., : n - 1].sum(-1) + grad_logits[..., : band.start].sum(-1)
+    by_distance[..., -1] += table[..., n + 2 * c :].sum(-1) + grad_logits[..., band.stop :].sum(-1)
+    return by_distance
+
+
+def band_view(table, c, rows, band):
+    """A table of distances -(n - 1 + c) .. n - 1 + c for each of n rows, as a view by key: (N, n, band)."""
+    n, w = table.shape[1:]
+    by_key = table.as_strided((len(table), n, n + 2 * c), (n * w, w - 1, 1), n - 1)  # row i starts i places earlier
+    return by_key[..., band.start - rows.start + c : band.stop - rows.start + c]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer [24]
+
+
+def sincos(positions, width, max_period=10000.0):
+    """Sines and cosines of (n,) positions at width / 2 frequencies, 1 down to 1 / max_period: (n, width), float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=positions.device))
+    angles = positions.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a shift, a scale (after its LayerNorm) and a gate that depend on t.
+
+    "shared": one layer, DiT.modulation, computes them for all blocks, and each block adds a learned offset.
+    "per-block": each block has such a layer of its own, the adaLN-Zero of [24].
+    Both start at zero: the block is then the identity.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.width
+        self.heads, self.shared = config.heads, config.modulation == "shared"
+        self.qkv = nn.Linear(width, 3 * width)
+        self.relative = nn.Parameter(0.02 * torch.randn(2 * config.max_distance + 1, width // config.heads))
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        if self.shared:
+            self.offset = nn.Parameter(torch.zeros(6 * width))
+        else:
+            self.modulation = zero_linear(width, 6 * width)
+
+    def forward(self, h, condition):
+        """h: (B, n, width); condition: (B, 6 width) if modulation is shared, else (B, width)."""
+        m = condition + self.offset if self.shared else self.modulation(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = m[:, None].chunk(6, -1)  # (B, 1, width)
+        h = h + gate1 * self.attention(modulated_norm(h, shift1, scale1))
+        return h + gate2 * self.mlp(modulated_norm(h, shift2, scale2))
+
+    def attention(self, h):
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, n, d)
+        return self.proj(relative_attention(q, k, v, self.relative).transpose(1, 2).flatten(2))
+
+
+def modulated_norm(h, shift, scale):
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def zero_linear(n_in, n_out):
+    layer = nn.Linear(n_in, n_out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class DiT(nn.Module):
+    """v = model(x_t, t): the diffusion transformer of App. C.1. Its output is zero until it is trained."""
+
+    time_features = 256
+
+    def __init__(self, config):
+        super().__init__()
+        if config.modulation not in ("shared", "per-block"):
+            raise ValueError(f'modulation is {config.modulation!r}: choose "shared" or "per-block".')
+        if config.width % config.heads:
+            raise ValueError(f"width {config.width} is not a multiple of the {config.heads} heads: change either.")
+        self.config = config
+        width = config.width
+        self.embed = nn.Linear(config.channels, width)
+        self.register_buffer("positions", sincos(torch.arange(config.frames), width), persistent=False)
+        self.time = nn.Sequential(nn.Linear(self.time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulation = zero_linear(width, 6 * width) if config.modulation == "shared" else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_modulation = zero_linear(width, 2 * width)
+        self.out = zero_linear(width, config.channels)
+
+    def forward(self, x_t, t):
+        """x_t: (B, C, n), n <= config.frames; t: (B,) in (0, 1]. Returns v (B, C, n)."""
+        n = x_t.shape[-1]
+        if n > self.config.frames:
+            raise ValueError(f"x_t has {n} frames, the model at most {self.config.frames}: give it a shorter sequence.")
+        # [24] counts time in 1000 steps, and its frequencies are made for that range.
+        features = sincos(1000 * t.float().to(x_t.device), self.time_features)
+        time = self.time(features.to(self.embed.weight.dtype))  # (B, width)
+        condition = self.modulation(time)
+        h = self.embed(x_t.mT) + self.positions[:n]  # (B, n, width)
+        for block in self.blocks:
+            if self.config.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, condition, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, condition)
+        shift, scale = self.final_modulation(time)[:, None].chunk(2, -1)
+        return self.out(modulated_norm(h, shift, scale)).mT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def forward_flops(config, n):
+    """Additions and multiplications in the matrix products of one forward pass over n frames."""
+    linear = 12 * config.depth * config.width**2 + 2 * config.channels * config.width
+    attention = config.depth * config.width * (2 * n + 2 * config.max_distance + 1)
+    return 2 * n * (linear + attention)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def print_shapes(model):
+    """The layers of a model, one line each; of its blocks, which are equal, only the first."""
+    for name, module in model.named_children():
+        print(f"  {name:16} {parameters(module) / 1e6:8.2f} M")
+        inner = module[0] if name == "blocks" else module
+        for path, p in inner.named_parameters():
+            print(f"    {path:24} {' x '.join(map(str, p.shape))}")
+
+
+def main():
+    rate = 44100 / 128  # latent frames per second
+    print("preset              parameters   frames at 344.5/s     window   one forward")
+    with torch.device("meta"):
+        for name, config in PRESETS.items():
+            for modulation in ("shared", "per-block") if name == "paper" else (config.modulation,):
+                model = DiT(replace(config, modulation=modulation))
+                print(f"{name:6} {modulation:10} {parameters(model) / 1e6:8.2f} M {config.frames:19} "
+                      f"{config.frames / rate:8.3f} s {forward_flops(config, config.frames) / 1e9:10.1f} GF")
+        config = PRESETS["paper"]
+        print(f"\npaper: {config.depth} blocks of width {config.width}, {config.heads} heads; weights are out x in")
+        print_shapes(DiT(config))
+
+
+if __name__ == "__main__":
+    main()
