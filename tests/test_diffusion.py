@@ -21,6 +21,7 @@ def test_time_steps_are_equal_and_end_at_zero():
     """N + 1 times from t_T to exactly 0, per clip if t_T is."""
     times = time_steps(4, torch.tensor([1.0, 0.5]))
     assert times.tolist() == [[1, 0.5], [0.75, 0.375], [0.5, 0.25], [0.25, 0.125], [0, 0]]
+    assert (time_steps(500) - torch.arange(500, -1, -1).double() / 500).abs().max() < 1e-15
     for steps, t_T in ((0, 1.0), (10, 0.0), (10, 1.5)):
         with pytest.raises(ValueError, match="steps|t_T"):
             time_steps(steps, t_T)
@@ -43,7 +44,9 @@ def test_loss_is_zero_for_the_true_v_and_one_for_predicting_zero():
     alpha, sigma = (c.float().reshape(-1, 1, 1) for c in alpha_sigma(t))
     assert diffusion.v_loss(lambda x_t, t: alpha * eps - sigma * x_0, x_0, t, eps).abs().max() < 1e-10
     zero = diffusion.v_loss(lambda x_t, t: torch.zeros_like(x_t), x_0, t, eps)
-    assert zero.shape == (4,) and (zero - 1).abs().max() < 0.1
+    assert (zero - 1).abs().max() < 0.1
+    ramp = diffusion.v_loss(lambda x_t, t: alpha * eps - sigma * x_0 + t[:, None, None], x_0, t, eps)
+    assert torch.allclose(ramp.double(), t**2, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [50, 500, 5000])

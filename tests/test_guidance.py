@@ -146,6 +146,14 @@ def test_a_clip_does_not_depend_on_its_batch(sampler):
         assert (run(slice(i, i + 1), generators(i)) - together[i:i + 1]).abs().max() < 1e-12
 
 
+def test_sampling_starts_at_the_tasks_time():
+    """t_T of the task, one per clip, is the time of the first step, and the steps to 0 are equal."""
+    z, steps = noise(2, 1, N, seed=18), []
+    task = tasks.regenerate(z, C, C, z, torch.tensor([0.5, 0.85]))
+    sample(flat_model, task.x_T, task, steps=4, xi=0, callback=steps.append)
+    assert torch.equal(steps[0].t, task.t_T) and torch.allclose(steps[3].t, task.t_T / 4)
+
+
 def test_xi_acts_through_its_product_with_the_weight():
     """xi 0.02 with weight 3 is xi 0.06 with weight 1."""
     source, z = Gaussian(covariance()), noise(1, 1, N, seed=13)
