@@ -1,0 +1,509 @@
+"""Edit a real track with one command: the creative applications of Sect. 4.3 on files of any length, rate and format.
+
+    python sample.py --task continuation --input song.mp3 --start 61.5 --length 8
+    python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
+    python sample.py --task transition --input a.flac --input2 b.flac
+
+The result is the whole track in its own sample rate and channels. Only the requested region is new; beside it lie
+cross-fades of at most 50 ms, in known audio; everything else is the input's own samples, bit for bit.
+
+Inside, time is counted from an anchor, the left border of the region, so that this border lies exactly on a frame of the
+model; the right border is rounded up to the next frame.
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile as sf
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import tasks
+from diffusion import alpha_sigma
+from guidance import Task, draw_noise, sample
+from train import (SAMPLE_RATE, UserError, find_checkpoint, load_checkpoint, pick_device, random, read_audio, run,
+                   write_atomic)
+
+TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
+EDITS = TASKS[1:5]                                           # those with a track to edit
+XI = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3, for the L1 sum of the reconstruction tasks
+XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE: chosen by measurement, see the README
+CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
+PCM_BITS = {"PCM_16": 16, "PCM_24": 24}
+BARELY_TRAINED = 2000                                        # steps
+
+
+# ---- in the model's space: generate between known contexts, window after window -------------------------------------
+
+@dataclass
+class Settings:
+    """How to sample; xi None is the paper's for the kind of model."""
+    sampler: str = "ddpm"
+    steps: int = 50
+    xi: float | None = None
+    k: float = 0.85
+    start_from: str = "matched"
+    project: bool = True
+    on: str = "x0_hat"
+    precision: str = "float32"
+
+
+def windows(C_L, gap, C_R, window, overlap):
+    """The spans (first, last) of frames in which to fill `gap` frames, each from where the one before it ended.
+
+    One window if everything fits. Else equal shares, each behind `overlap` frames or more; the last one hears C_R too.
+    """
+    if C_L + gap + C_R <= window:
+        return [(0, C_L + gap + C_R)]
+    overlap = min(overlap, (window - C_R) // 2)
+    count = math.ceil(gap / (window - overlap - C_R))
+    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
+    return [(max(0, end - window), end) for end in ends]
+
+
+def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, from_noise=True, guides=(), callback=None):
+    """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
+
+    settings    a Settings, or anything with its fields
+    spans       see windows(); default: one window for all
+    from_noise  Continuation and Infill of Table 2 (without contexts: unconditional); else Regenerate, from x_bar
+    guides      functions z -> Task: their terms join the reconstruction's in every window
+    """
+    x, n, done = x_bar.clone(), x_bar.shape[-1], C_L
+    xi = XI[checkpoint.kind] if settings.xi is None else settings.xi
+    model = in_precision(checkpoint.net, settings.precision)
+    for first, last in spans or [(0, n)]:
+        left, right = done - first, C_R if last == n else 0
+        known, z = x[..., first:last], draw_noise(x[..., first:last], generator)
+        if left + right == 0:
+            task = Task(z, ())
+        elif from_noise:
+            task = tasks.infill(known, left, right, z, on=settings.on, project=settings.project)
+        else:
+            task = tasks.regenerate(known, left, right, z, settings.k, settings.start_from,
+                                    on=settings.on, project=settings.project)
+        task = tasks.combine(task, *[guide(z) for guide in guides])
+        x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
+                                    generator=generator, callback=callback)
+        done = last
+    return x
+
+
+def in_precision(net, precision):
+    """The network as it is ("float32"), or under autocast to "bf16" or "fp16" with a float32 result."""
+    if precision == "float32":
+        return net
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def model(x_t, t):
+        with torch.autocast(x_t.device.type, dtype):
+            return net(x_t, t).float()
+    return model
+
+
+# ---- between a track and the model's space --------------------------------------------------------------------------
+
+def excerpt(x, first, last, lo, hi):
+    """Samples [first, last) of x (..., n), of which only [lo, hi) are read: beyond them the signal is mirrored."""
+    i = (torch.arange(first, last) - lo) % (2 * (hi - lo))
+    return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
+
+
+def encode_known(checkpoint, audio):
+    """Known audio (B, 2, n), n a multiple of the hop -> model space; the encoder sees it mirrored beyond its ends."""
+    hop, n = checkpoint.hop, audio.shape[-1]
+    reach = math.ceil(checkpoint.vae.encoder_field / hop) if checkpoint.vae else 0     # frames
+    wide = excerpt(audio, -reach * hop, n + reach * hop, 0, n)
+    return checkpoint.encode(wide)[..., reach:reach + n // hop]
+
+
+def convert(x, rate_in, rate_out, anchor, first, last, lo, hi):
+    """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x.
+
+    Reads x in [lo, hi) only. The two grids meet at the anchor and every gcd-th of a second from it, where blocks start.
+    """
+    common = math.gcd(rate_in, rate_out)
+    down, up = rate_in // common, rate_out // common
+    reach = math.ceil(64 * max(1, rate_in / rate_out) / down)                          # blocks; of the resampler's filter
+    block, end = first // up - reach, math.ceil(last / up) + reach
+    wide = excerpt(x, anchor + block * down, anchor + end * down, lo, hi)
+    return tasks.resample(wide, rate_in, rate_out)[:, first - block * up:last - block * up]
+
+
+@dataclass
+class Track:
+    """Decoded audio (channels, n), its rate in Hz, and the subtype it was stored in."""
+    audio: torch.Tensor
+    rate: int
+    subtype: str = "FLOAT"
+
+    @classmethod
+    def read(cls, path):
+        audio, rate = read_audio(path)
+        if len(audio) > 2:
+            raise UserError(f"{path} has {len(audio)} channels; only mono and stereo can be edited: mix it down first")
+        if not audio.isfinite().all():
+            raise UserError(f"{path} holds samples that are not finite; repair or export it again")
+        return cls(audio, rate, sf.info(path).subtype)
+
+    @property
+    def n(self):
+        return self.audio.shape[-1]
+
+
+class Edit:
+    """The region [a, b) of a track, in its own samples, laid on a model's frames: C_L known, `gap` free, C_R known."""
+
+    def __init__(self, checkpoint, track, a, b, context=None):
+        self.checkpoint, self.track, self.a, self.b = checkpoint, track, a, b
+        self.device, window = next(checkpoint.net.parameters()).device, checkpoint.window
+        self.frame = checkpoint.hop * track.rate / SAMPLE_RATE                         # native samples per frame
+        self.gap = math.ceil((b - a) / self.frame - 1e-6)
+        before, behind = int(a / self.frame), max(0, int((track.n - a) / self.frame) - self.gap)
+        spare = max(window - self.gap, window // 2)         # a side takes what the other does not have
+        each = min(int(context * SAMPLE_RATE / checkpoint.hop), window // 2) if context else spare
+        self.C_R = min(behind, each, spare // 2)
+        self.C_L = min(before, each, spare - self.C_R)
+        self.C_R = min(behind, each, spare - self.C_L)
+        self.spans = windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
+
+    def known(self, first, last, lo, hi):
+        """Frames [first, last) from the anchor in the model's space (1, C, frames), made from native [lo, hi) alone."""
+        hop, stereo = self.checkpoint.hop, self.track.audio.expand(2, -1)
+        audio = convert(stereo, self.track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
+        return encode_known(self.checkpoint, audio[None].to(self.device))
+
+    def x_bar(self, from_noise):
+        """What sampling starts from and measures: (1, C, C_L + gap + C_R).
+
+        Continuation and infill encode each side by itself, so that nothing of the region leaks; the gap holds zeros.
+        """
+        end = self.gap + self.C_R
+        if not from_noise:
+            return self.known(-self.C_L, end, 0, self.track.n)
+        sides = [self.known(-self.C_L, 0, 0, self.a)] if self.C_L else []
+        right = [self.known(self.gap, end, self.b, self.track.n)] if self.C_R else []
+        gap = torch.zeros(1, self.checkpoint.channels, self.gap, device=self.device)
+        return torch.cat(sides + [gap] + right, dim=-1)
+
+    def splice(self, x_0, seconds):
+        """x_0 decoded and laid into the track: (channels, n). Cross-fades of `seconds` lie outside [a, b); with 0 all
+        that the model returned, contexts included, stands as it is."""
+        audio, (a, b) = self.track.audio, (self.a, self.b)
+        decoded = self.checkpoint.decode(x_0)[0].cpu()                                 # (2, hop * frames)
+        fade = round(seconds * self.track.rate) if seconds else self.track.n
+        before, behind = min(fade, int(self.C_L * self.frame)), min(fade, int(self.C_R * self.frame))
+        new = convert(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop, -before, b - a + behind,
+                      0, decoded.shape[-1])
+        new = new[:len(audio)] if len(audio) == 2 else new.mean(0, keepdim=True)
+        if seconds:
+            new[:, :before] = blend(audio[:, a - before:a], new[:, :before])
+            new[:, new.shape[-1] - behind:] = blend(new[:, new.shape[-1] - behind:], audio[:, b:b + behind])
+        return torch.cat([audio[:, :a - before], new, audio[:, b + behind:]], dim=-1)
+
+    def times(self, seconds):
+        """One line: where things lie, in seconds of the track, after rounding to the model's frames."""
+        at = [x / self.track.rate for x in (self.a - self.C_L * self.frame, self.a, self.b, self.a + self.gap * self.frame,
+                                            self.a + (self.gap + self.C_R) * self.frame)]
+        return (f"new audio {clock(at[1])} to {clock(at[2])}; the model fills {clock(at[1])} to {clock(at[3])} "
+                f"and hears {clock(at[0])} to {clock(at[4])}; cross-fades of {1000 * seconds:.0f} ms outside")
+
+
+def blend(old, new):
+    """Fade from old to new (channels, n). The power stays level whatever the correlation of the two is."""
+    if not old.numel():
+        return old
+    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
+    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
+    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
+
+
+def clock(seconds):
+    return f"{int(seconds // 60)}:{seconds % 60:06.3f}"
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def write_track(path, track, subtype=None):
+    """Write a Track as wav or flac, by the ending of path, atomically; returns the subtype used.
+
+    A PCM input comes back in its own word length. Integers are made here: libsndfile scales floats by 2^15 - 1 on the
+    way out and 2^15 on the way in. What does not fit (lossy inputs, peaks above full scale in wav) is written as float.
+    """
+    peak, kind = track.audio.abs().max().item(), path.suffix[1:].lower()
+    if subtype is None:
+        keeps = track.subtype in PCM_BITS and peak <= 1
+        subtype = track.subtype if keeps else "FLOAT" if kind == "wav" else "PCM_24"
+    if peak > 1:
+        print(f"note: the peak is {20 * math.log10(peak):+.1f} dB above full scale"
+              + (": clipped, use --subtype FLOAT with wav" if subtype in PCM_BITS else "; written as float, nothing is clipped"))
+    samples = track.audio.T.double()
+    if subtype in PCM_BITS:
+        full = 2 ** (PCM_BITS[subtype] - 1)
+        integers = (samples * full).round().clamp(-full, full - 1).long() << (32 - PCM_BITS[subtype])
+        samples = integers.to(torch.int32)
+    else:
+        samples = samples.float()
+    buffer = io.BytesIO()
+    sf.write(buffer, samples.numpy(), track.rate, format=kind.upper(), subtype=subtype)
+    write_file(path, buffer.getvalue())
+    return subtype
+
+
+def write_file(path, data):
+    try:
+        write_atomic(path, lambda file: file.write(data))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space or choose another --output", 1) from None
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def output_paths(o):
+    """One path per variation; checked before any work is done."""
+    source = Path(o.input or o.reference or o.task)
+    first = Path(o.output) if o.output else source.with_name(f"{source.stem}.{o.task}.wav" if source.suffix else f"{o.task}.wav")
+    if first.suffix.lower() not in (".wav", ".flac"):
+        raise UserError(f"--output {first} must end in .wav or .flac")
+    if first.suffix.lower() == ".flac" and o.subtype not in (None, *PCM_BITS):
+        raise UserError(f"--subtype {o.subtype} does not fit into flac; use PCM_16 or PCM_24, or write wav")
+    paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
+    for path in paths:
+        if path.exists() and not o.force:
+            raise UserError(f"{path} exists; choose another --output, or overwrite it with --force")
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        probe = first.with_name(first.name + ".part")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output {first} cannot be written: {error.strerror}") from None
+    return paths
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+def seconds(text):
+    """"61.5" or "1:01.5" -> 61.5."""
+    minutes, _, rest = text.rpartition(":")
+    value = 60 * float(minutes or 0) + float(rest)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def pairs(text):
+    """"drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
+    return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python sample.py --help lists all flags)")
+
+
+def within(low, high, kind=float):
+    """A type for argparse: a number in [low, high]."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (all flags: python sample.py --help)")
+
+
+def parse(argv):
+    p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--task", choices=TASKS, help="what to do")
+    add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
+    add("--input2", help="transition: the track to go over to")
+    add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
+    add("--end", type=seconds, help="infill, regenerate: where it ends (with neither flag: the middle 2 s)")
+    add("--length", type=seconds, help="continuation, or without --input: how much to make (what the window holds)")
+    add("--context", type=seconds, help="how much to hear on each side (continuation: 2.4; others: what the window holds)")
+    add("--fade", type=seconds, default=FADE, help="transition: length of the cross-fade in seconds")
+    add("--reference", help="audio whose style to approach: embedder guidance, for every task")
+    add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
+    add("--weights", type=pairs, default={}, help="embedding=2,classifier=0.5: more or less of a guiding term")
+    add("--model", choices=tuple(XI), default="latent")
+    add("--checkpoint", help="of the model (the one shipped, else that of the default run)")
+    add("--listener", help="checkpoint of the classifier that --reference and --classes use")
+    add("--sampler", choices=("ddpm", "ddim"), default=Settings.sampler)
+    add("--steps", type=within(1, 100000, int), default=Settings.steps)
+    add("--xi", type=within(0, math.inf), help="gradient step size (App. C.3: 3e-2 latent, 3e-3 waveform)")
+    add("--xi-ref-steps", type=within(1, 100000, int), help="multiply xi by this over --steps")
+    add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
+    add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
+    add("--project", action=argparse.BooleanOptionalAction, default=Settings.project, help="data consistency step")
+    add("--on", choices=("x_t", "x0_hat"), default=Settings.on, help="what the measurements see")
+    add("--precision", choices=("float32", "bf16", "fp16"), default=Settings.precision)
+    add("--splice", type=within(0, 50), default=30.0, help="cross-fade in ms; 0: the model's output as it is")
+    add("--num", type=within(1, 1000, int), default=1, help="variations")
+    add("--seed", type=within(0, 2**63, int), default=0)
+    add("--device", default="auto")
+    add("--output", help="wav or flac (beside the input)")
+    add("--subtype", choices=("PCM_16", "PCM_24", "FLOAT"), help="(the input's; FLOAT where that would lose something)")
+    add("--force", action="store_true", help="overwrite")
+    add("--explain", action="store_true", help="print what guidance does, and advice")
+    add("--replay", help="the json beside an earlier result: make it again")
+    o = p.parse_args(argv)
+    o.first = 0
+    return replayed(o) if o.replay else o
+
+
+def replayed(o):
+    """The options in a result's json, with the --output and --force of this call."""
+    try:
+        stored = json.loads(Path(o.replay).read_text())
+        again = argparse.Namespace(**{**vars(o), **stored["options"], "num": 1, "first": stored["variation"]})
+        changed = [path for path, was in stored["sha256"].items() if digest(path) != was]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--replay {o.replay} cannot be used: {error}") from None
+    if changed:
+        raise UserError(f"{', '.join(changed)} changed since {o.replay} was written: the result would be another one")
+    again.output, again.force = o.output or stored["output"], o.force
+    return again
+
+
+def region(o, checkpoint):
+    """The track to edit and the region [a, b) in its samples, by the task's flags or the paper's choices (Sect. 4.3)."""
+    window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
+    if o.task not in EDITS:
+        nothing = Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16")
+        return nothing, 0, round((o.length or window) * SAMPLE_RATE)
+    track = Track.read(o.input)
+    if o.task == "transition":
+        return join(track, Track.read(o.input2), o.fade)
+    start, end, total, rate = o.start, o.end, track.n / track.rate, track.rate
+    if o.task == "continuation":
+        a = track.n if start is None else round(start * rate)
+        if not 0 < a <= track.n:
+            raise UserError(f"--start {clock(start)} leaves nothing to continue: {o.input} lasts {clock(total)}")
+        o.context = o.context or CONTEXT
+        b = a + round((o.length or window - min(o.context, window / 2, a / rate)) * rate)
+        return Track(track.audio[:, :a], rate, track.subtype), a, b
+    if start is None and end is None:
+        start, end = (total - GAP) / 2, (total + GAP) / 2
+    a, b = round((start or 0) * rate), track.n if end is None else round(end * rate)
+    if not 0 <= a < b <= track.n or b - a == track.n:
+        raise UserError(f"--start and --end must enclose a part of {o.input}, which lasts {clock(total)}, not all of it")
+    return track, a, b
+
+
+def join(one, two, fade):
+    """The end of one track faded into the start of another, at constant power: (Track, first and last sample of it)."""
+    second = two.audio.expand(2, -1) if len(one.audio) == 2 else two.audio.mean(0, keepdim=True)
+    second, fade = tasks.resample(second, two.rate, one.rate), round(fade * one.rate)
+    C_L, C_R = one.n - fade, second.shape[-1] - fade
+    if fade < 1 or C_L < 1 or C_R < 1:
+        raise UserError(f"--fade {fade / one.rate:g} s must be shorter than both tracks, and not 0")
+    audio = tasks.crossfade(F.pad(one.audio, (0, C_R))[None], F.pad(second, (C_L, 0))[None], C_L, C_R)[0]
+    return Track(audio, one.rate, one.subtype if one.subtype == two.subtype else "FLOAT"), C_L, C_L + fade
+
+
+def guide_terms(o, checkpoint, device, base):
+    """Functions z -> Task for --reference and --classes. An embedder hears audio: A(x) = PaSST(resample(decode(x0_hat))).
+
+    base is the xi by which the terms' own step sizes are stated.
+    """
+    if not o.reference and not o.classes:
+        return []
+    source = find_checkpoint("classifier", o.listener)
+    listener = load_checkpoint(source, device)
+    if listener.kind != "classifier":
+        raise UserError(f"{source} holds a {listener.kind} checkpoint; --listener needs a classifier")
+    hear = lambda x: listener.net.listen(checkpoint.decode(x), SAMPLE_RATE)
+    weight = {name: XI_GUIDE[name] * o.weights.get(name, 1.0) / base for name in XI_GUIDE}
+    guides = []
+    if o.reference:
+        example = Track.read(o.reference)
+        y = listener.net.listen(example.audio[None].to(device), example.rate)[1]
+        guides.append(lambda z: tasks.embedder_guidance(lambda x: hear(x)[1], y, z, weight["embedding"]))
+    if o.classes:
+        unknown = [name for name in o.classes if name not in listener.classes]
+        if unknown:
+            raise UserError(f"--classes {', '.join(unknown)}: unknown; the listener knows {', '.join(listener.classes)}")
+        which = [listener.classes.index(name) for name in o.classes]
+        labels = torch.tensor([list(o.classes.values())], device=device)
+        guides.append(lambda z: tasks.classifier_guidance(lambda x: hear(x)[0][:, which], labels, z, weight["classifier"]))
+    return guides
+
+
+class Listening:
+    """A callback of guidance.sample: the progress bar, and what --explain prints."""
+
+    def __init__(self, total, explain):
+        self.bar, self.explain, self.shares = tqdm(total=total, unit="step", dynamic_ncols=True), explain, []
+
+    def __call__(self, step):
+        self.bar.update()
+        share = (step.guidance_norm / step.sampler_norm.clamp(min=1e-12)).mean().item()
+        self.shares.append(share)
+        if self.explain and (step.i == 1 or step.i % max(1, step.steps // 10) == 0):
+            alpha_t, sigma_t = (c.mean().item() for c in alpha_sigma(step.t))
+            distances = ", ".join(f"{d.mean().item():.4g}" for d in step.distances) or "-"
+            self.bar.write(f"step {step.i:4d}  t {step.t.mean().item():.3f}  alpha {alpha_t:.3f}  sigma {sigma_t:.3f}  d {distances}"
+                           f"  guidance/sampler {share:.3f}  context error {step.context_error.mean().item():.3f}")
+
+    def close(self):
+        self.bar.close()
+        share = sum(self.shares) / len(self.shares)
+        if self.explain and share:
+            verdict = ("far too weak to matter: raise --xi or --weights" if share < 0.005 else
+                       "far too strong for the model: lower --xi or --weights" if share > 1 else "in balance with the model")
+            print(f"guidance was {verdict} (its step was {share:.3f} of the sampler's, on average)")
+
+
+def main(argv=None):
+    o = parse(argv)
+    for flag, needed in {"task": TASKS + (None,), "input": EDITS, "input2": ("transition",), "reference": ("embedding",),
+                         "classes": ("classifier",)}.items():
+        if o.task in needed and not getattr(o, flag):
+            raise UserError(f"--{flag} is missing" + (f": --task {o.task} needs it" if o.task else f": {', '.join(TASKS)}"))
+    paths, device = output_paths(o), pick_device(o.device)
+    source = find_checkpoint(o.model, o.checkpoint)
+    checkpoint = load_checkpoint(source, device)
+    if checkpoint.kind != o.model:
+        raise UserError(f"{source} holds a {checkpoint.kind} checkpoint; --model {o.model} needs another one")
+    if checkpoint.step < BARELY_TRAINED:
+        print(f"note: {source} was trained for only {checkpoint.step} steps: expect noise rather than music")
+    options = {name: value for name, value in vars(o).items() if name not in ("output", "force", "replay", "num", "first")}
+    edit = Edit(checkpoint, *region(o, checkpoint), o.context)
+    base = XI_GUIDE.get(o.task, XI[o.model])
+    o.xi = (base if o.xi is None else o.xi) * (o.xi_ref_steps or o.steps) / o.steps
+    guides, from_noise = guide_terms(o, checkpoint, device, base), o.task not in ("regenerate", "transition")
+    print(edit.times(o.splice / 1000))
+    for i, path in enumerate(paths, start=o.first):
+        began, generator = time.time(), torch.Generator().manual_seed(int(random(o.seed, i).integers(2**63)))
+        listening = Listening(o.steps * len(edit.spans), o.explain)
+        x_0 = generate(checkpoint, edit.x_bar(from_noise), edit.C_L, edit.C_R, o, generator, spans=edit.spans,
+                       from_noise=from_noise, guides=guides, callback=listening)
+        listening.close()
+        track = Track(edit.splice(x_0, o.splice / 1000), edit.track.rate, edit.track.subtype)
+        subtype = write_track(path, track, o.subtype)
+        used = [str(p) for p in (o.input, o.input2, o.reference, source) if p]
+        record = {"options": options, "variation": i, "output": str(path), "times": edit.times(o.splice / 1000),
+                  "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
+                  "sha256": {p: digest(p) for p in used}}
+        write_file(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        took, made = time.time() - began, (edit.b - edit.a) / track.rate
+        print(f"wrote {path}: {clock(track.n / track.rate)} at {track.rate} Hz, {subtype}, of which {made:.2f} s are new; "
+              f"{took:.1f} s, {took / made:.1f} times real time")
+
+
+if __name__ == "__main__":
+    run(main)
