@@ -1,0 +1,256 @@
+"""How fast the networks are, as ratios between things timed in the same run.
+
+    python tests/benchmark.py                       # all rows this machine can do, a few minutes on two cores
+    python tests/benchmark.py --only attention,dit  # of: attention, dit, vae, unet, gpu
+    OMP_NUM_THREADS=1 python tests/benchmark.py --cpu-time      # beside other work: processor time, not the clock
+
+What is compared takes turns, after one warm-up each, and the medians over all rounds are divided. A model's yardstick
+is the rate of a large matrix product (GEMM) that takes turns with it. FLOPs are those of matrix products and
+convolutions, a multiply-add counted as two. Peak memory is what one call adds at its fullest: on CUDA from the
+allocator, on the CPU as the running sum of torch.profiler's allocation events. How long training waits for data
+(goal 6) is printed by train.py.
+"""
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dit
+import unet1d
+import vae
+from diffusion import v_loss
+from guidance import Term, frozen, guided_estimate
+from tasks import KeepEnds, l1
+
+MiB = 2**20
+clock = time.perf_counter
+
+
+def medians(runs, rounds, device):
+    """{name: function} -> {name: seconds}, taking turns so that whatever else the machine does hits all alike."""
+    seconds = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            start = now(device)
+            run()
+            if i > 0:                                                       # the first round warms up
+                seconds[name].append(now(device) - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock()
+
+
+def peak_memory(run, device):
+    """MiB that run() needs at its fullest, beyond what is allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / MiB
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                            # some builds announce the profiler there
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    os.dup2(stderr, 2)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":                                      # one per allocation (+) and release (-)
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / MiB
+
+
+def gemm(device, dtype=torch.float32):
+    """The yardstick: one product of square matrices, and its FLOPs. On the CPU as a 1 x 1 convolution, which oneDNN
+    computes; F.linear may take a slower library."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    if device.type == "cuda":
+        return lambda: a @ b, 2 * size**3
+    x, w = a.reshape(1, size, size), b[:, :, None]
+    return lambda: F.conv1d(x, w), 2 * size**3
+
+
+def row(goal, what, reached, bound, at_most=True, unit=""):
+    """One printed line: what was reached, beside the goal if there is one."""
+    target = verdict = ""
+    if bound is not None:
+        target = f"{'<=' if at_most else '>='} {bound:.3g}{unit}"
+        verdict = "reached" if (reached <= bound if at_most else reached >= bound) else "MISSED"
+    print(f"{goal:>2}  {what:58}{reached:9.2f}{unit:5}{target:>12}  {verdict}", flush=True)
+
+
+def at_random(model, device):
+    """The model with its zero-initialised layers random too, as after training."""
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    return model.to(device)
+
+
+def attention(rounds, device):
+    """Goal 1: L 2048, 6 heads of 64, distances clipped at 64, against the same attention without positions."""
+    q, k, v = (torch.randn(1, 6, 2048, 64, device=device, requires_grad=True) for _ in range(3))
+    r = torch.randn(129, 64, device=device, requires_grad=True)
+    forms = {"plain": lambda: F.scaled_dot_product_attention(q, k, v),
+             "relative": lambda: dit.relative_attention(q, k, v, r)}
+
+    def forward(form):
+        with torch.no_grad():
+            forms[form]()
+
+    def both(form):
+        inputs = (q, k, v, r) if form == "relative" else (q, k, v)
+        torch.autograd.grad(forms[form]().sum(), inputs)
+
+    for what, run, bound in (("forward", forward, 1.35), ("forward + backward", both, 1.25)):
+        s = medians({form: lambda form=form: run(form) for form in forms}, 3 * rounds, device)
+        row(1, f"relative attention / plain, {what}", s["relative"] / s["plain"], bound, unit=" x")
+        for form, limit in (("plain", None), ("relative", 100)):
+            row(1, f"{form} attention, {what}, peak memory", peak_memory(lambda: run(form), device), limit, unit=" MiB")
+
+
+def transformer(rounds, device):
+    """Goals 2 and 3: the forward over 2048 frames as a share of the GEMM rate, and a guided step."""
+    config = dit.PRESETS["small"]
+    model = at_random(dit.DiT(config), device)
+    x_t, t = torch.randn(1, config.channels, config.frames, device=device), torch.full((1,), 0.5, device=device)
+    flops = dit.forward_flops(config, config.frames)
+    share_of_gemm(2, "DiT small, forward", lambda: no_grad(model, x_t, t), flops, 0.7, rounds, device)
+    guided(3, "DiT small", model, config.channels, config.frames, 2.5, rounds, device)
+
+
+@torch.no_grad()
+def no_grad(model, *inputs):
+    return model(*inputs)
+
+
+def share_of_gemm(goal, what, run, flops, bound, rounds, device, dtype=torch.float32):
+    product, product_flops = gemm(device, dtype)
+    s = medians({"run": run, "product": product}, rounds, device)
+    rate, gemm_rate = flops / s["run"], product_flops / s["product"]
+    row(goal, f"{what} ({rate / 1e9:.0f} of {gemm_rate / 1e9:.0f} GF/s)", rate / gemm_rate, bound, at_most=False)
+
+
+def guided(goal, what, model, C, n, bound, rounds, device):
+    """A guided step (x0_hat, gradient of L1 on kept ends) against the unguided step, as guidance.sample takes them."""
+    x_t = torch.randn(1, C, n, device=device)
+    A = KeepEnds(n, n // 4, n // 4)
+    term = Term(A, l1, A(torch.randn_like(x_t)))
+    t = torch.tensor(0.5, dtype=torch.float64)
+    with frozen(model), torch.no_grad():
+        run = {"guided": lambda: guided_estimate(model, x_t, t, [term]),
+               "forward": lambda: guided_estimate(model, x_t, t, [])}
+        s = medians(run, rounds, device)
+        memory = peak_memory(run["guided"], device)
+    assert all(p.grad is None for p in model.parameters()), "a guided step must leave no parameter gradient"
+    row(goal, f"{what}, guided step / forward ({s['forward']:.3f} s)", s["guided"] / s["forward"], bound, unit=" x")
+    row(goal, f"{what}, guided step, peak memory", memory, None, unit=" MiB")
+
+
+def unet(rounds, device):
+    """Goal 5, for the U-Net; and its forward as a share of the GEMM rate, for which there is no goal."""
+    config = unet1d.PRESETS["small"]
+    model, n = at_random(unet1d.UNet1D(config), device), config.samples
+    guided(5, "U-Net small", model, 2, n, 2.1, rounds, device)
+    x_t, t = torch.randn(1, 2, n, device=device), torch.full((1,), 0.5, device=device)
+    flops = unet1d.forward_flops(model, n)
+    share_of_gemm(5, "U-Net small, forward", lambda: no_grad(model, x_t, t), flops, None, rounds, device)
+
+
+def autoencoder(rounds, device):
+    """Goal 4: at least 60% of the GEMM rate times the matrix products' share of the FLOPs; the rest is depthwise."""
+    config = vae.PRESETS["paper"]
+    model, n = at_random(vae.VAE(config), device), 2**17
+    audio = 0.1 * torch.randn(1, 2, n, device=device)
+    latents = model.encode(audio)
+
+    def train():
+        reconstruction, mean, logvar = model(audio)
+        loss = vae.reconstruction_loss(reconstruction, audio) + 1e-4 * vae.kl(mean, logvar)
+        torch.autograd.grad(loss, list(model.parameters()))
+
+    for what, run in (("encode", lambda: model.encode(audio)), ("decode", lambda: no_grad(model.decode, latents)),
+                      ("training step", train)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        by_kind = counter.get_flop_counts()["Global"]
+        products = sum(flops for kind, flops in by_kind.items() if "conv" not in str(kind))
+        share = products / counter.get_total_flops()
+        share_of_gemm(4, f"VAE paper, {what}, x{share:.2f}", run, products, 0.6 * share, rounds, device)
+
+
+def gpu(rounds, device):
+    """Goal 7: guided and training steps of the paper presets in bf16, as shares of the bf16 GEMM rate."""
+    if device.type != "cuda":
+        print(" 7  no CUDA device here: goal 7 (paper presets in bf16) not measured")
+        return
+    for name, net, config, C, n in (("DiT", dit.DiT, dit.PRESETS["paper"], 32, 2048),
+                                    ("U-Net", unet1d.UNet1D, unet1d.PRESETS["paper"], 2, 2**19)):
+        model = at_random(net(config), device)
+        x_0, eps, t = torch.randn(1, C, n, device=device), torch.randn(1, C, n, device=device), torch.tensor([0.5])
+        A = KeepEnds(n, n // 4, n // 4)
+        term = Term(A, l1, A(x_0))
+
+        def train():
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = v_loss(model, x_0, t.double(), eps).mean()
+            torch.autograd.grad(loss, list(model.parameters()))
+
+        def guide():
+            with torch.autocast("cuda", torch.bfloat16), frozen(model):
+                guided_estimate(model, eps, t[0].double(), [term])
+
+        flops = dit.forward_flops(config, n) if name == "DiT" else unet1d.forward_flops(model, n)
+        for what, run, forwards in (("guided step", guide, 2), ("training step", train, 3)):
+            share_of_gemm(7, f"{name} paper, {what}", run, forwards * flops, 0.5, rounds, device, torch.bfloat16)
+        del model
+
+
+BENCHMARKS = {"attention": attention, "dit": transformer, "vae": autoencoder, "unet": unet, "gpu": gpu}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="comma separated: " + ", ".join(BENCHMARKS))
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median is taken")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the clock; one thread only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    names = args.only.split(",")
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"--only has no benchmark {', '.join(sorted(unknown))}: choose among {', '.join(BENCHMARKS)}")
+    if args.cpu_time:
+        if torch.get_num_threads() > 1:
+            parser.error("--cpu-time adds up the time of all threads: set OMP_NUM_THREADS=1")
+        global clock
+        clock = time.process_time
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    print(f"{where}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
+          f"torch {torch.__version__}")
+    for dtype in (torch.float32, torch.bfloat16):
+        product, flops = gemm(device, dtype)
+        rate = flops / medians({"product": product}, args.rounds, device)["product"]
+        print(f"GEMM rate, {str(dtype).removeprefix('torch.')}: {rate / 1e9:.0f} GF/s")
+    print(f"\n    {'measured':58}{'result':>14}{'goal':>12}")
+    for name in names:
+        BENCHMARKS[name](args.rounds, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The waveform model of App. C.1: a 1-D U-Net on folded stereo audio.
+
+44.1 kHz samples are too many for a U-Net to step through one by one. `fold` cuts them into overlapping frames and puts
+the 32 samples of a frame, of both channels, into the channel axis; the U-Net, built like the one of [40] (Rombach et
+al.) with one axis instead of two, works on the frames; `unfold` adds its output frames up again under a Hamming window.
+
+    model = UNet1D(PRESETS["tiny"])
+    v = model(x_t, t)        # x_t (B, 2, n): audio / model.scale, noised;  t (B,) in (0, 1];  v like x_t
+
+    python unet1d.py         # parameters, FLOPs and shapes of the presets; what the Hamming window is for
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+SAMPLE_RATE = 44100
+FRAME, HOP = 32, 16
+CHANNELS = 2 * FRAME    # of a folded frame: both channels of the stereo signal
+EDGE = (FRAME - HOP) // 2
+
+
+# ------------------------------------------------------------------------------------------------ fold and unfold
+
+
+def hamming(device=None):
+    """The periodic Hamming window (32,): overlapped by half it adds up to 1.08. The symmetric one ripples."""
+    return torch.hamming_window(FRAME, periodic=True, device=device)
+
+
+def fold(x):
+    """Audio x (B, 2, n) -> frames (B, 64, ceil(n / 16)); channel 32 c + j is sample j of a frame of stereo channel c.
+
+    Frame k starts at sample 16 k - 8: with 8 zeros on either side 2^19 samples are exactly 32768 frames. The window is
+    applied by `unfold` (App. C.1).
+    """
+    B, C, n = x.shape
+    frames = math.ceil(n / HOP)
+    x = F.pad(x, (EDGE, HOP * frames - n + EDGE))
+    hops = x.reshape(B, C, frames + 1, HOP)
+    x = torch.cat([hops[:, :, :-1], hops[:, :, 1:]], dim=-1)                # (B, 2, frames, 32)
+    return x.transpose(2, 3).reshape(B, C * FRAME, frames)                  # (B, 64, frames)
+
+
+def unfold(frames, n, window=None):
+    """Frames (B, 64, K) -> audio (B, 2, n), n <= 16 K: the inverse of `fold`, by windowed overlap-add.
+
+    A sample is the average of the two frames that hold it, weighted by the window and divided by the window's overlap
+    sum. That sum is 1.08 everywhere but in the outermost 8 samples on either side of the K frames: these lie in one
+    frame only, under a weight of at least 0.54. Nothing is divided by a small number.
+    """
+    B, _, K = frames.shape
+    window = hamming(frames.device) if window is None else window
+    frames = frames.reshape(B, -1, FRAME, K) * window[:, None]
+    weight = window[:, None].expand(FRAME, K)
+    return overlap_add(frames)[..., EDGE:EDGE + n] / overlap_add(weight)[EDGE:EDGE + n]
+
+
+def cosines(device=None):
+    """The orthonormal DCT-II of a frame, (32, 32): row k is a cosine of k half periods."""
+    j = torch.arange(FRAME, device=device)
+    basis = torch.cos(math.pi / FRAME * (j + 0.5) * j[:, None]) * math.sqrt(2 / FRAME)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def overlap_add(frames):
+    """Frames (..., 32, K) -> (..., 16 (K + 1)): the second half of a frame falls on the first half of the next."""
+    first, second = frames.split(HOP, dim=-2)
+    hops = F.pad(first, (0, 1)) + F.pad(second, (1, 0))                     # (..., 16, K + 1)
+    return hops.transpose(-1, -2).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet1D. `samples` is the window: the longest clip, in samples per channel, that the model takes."""
+    samples: int
+    width: int                          # channels of the first level
+    multipliers: tuple[int, ...]        # channels of each level, in units of width; each level halves the frames
+    blocks: int                         # residual blocks a level on the way down; one more on the way up
+    emb_width: int                      # of the time embedding
+    attention: int = 2                  # how many levels attend, counted from the lowest resolution
+    head_width: int = 64
+    groups: int = 32                    # of GroupNorm
+    checkpointing: bool = False         # recompute activations in the backward pass: less memory, same values
+
+
+PRESETS = {
+    "tiny": UNetConfig(samples=2**15, width=48, multipliers=(1, 1), blocks=1, emb_width=64, attention=1, head_width=24,
+                       groups=8),
+    "small": UNetConfig(samples=2**18, width=96, multipliers=(1, 1, 1, 1, 1, 2), blocks=1, emb_width=256,
+                        head_width=48),
+    "paper": UNetConfig(samples=2**19, width=320, multipliers=(1, 2, 2, 4, 4), blocks=3, emb_width=1280),
+}
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def zero(layer):
+    """The same layer with weights and bias 0: a residual branch that starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def time_features(t, width):
+    """Sinusoids of 1000 t, (B,) -> (B, width), at the frequencies, 1 down to 1e-4, that [40] has for its step index."""
+    frequencies = torch.exp(-math.log(1e4) * torch.arange(width // 2, device=t.device) / (width // 2))
+    phase = 1000 * t[:, None] * frequencies
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, around a skip; the time embedding is added in between."""
+
+    def __init__(self, channels_in, channels_out, emb_width, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in)
+        self.conv1 = nn.Conv1d(channels_in, channels_out, 3, padding=1)
+        self.emb = nn.Linear(emb_width, channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out)
+        self.conv2 = zero(nn.Conv1d(channels_out, channels_out, 3, padding=1))
+        self.skip = nn.Conv1d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, h, emb):
+        """h (B, channels_in, K), emb (B, emb_width) -> (B, channels_out, K)."""
+        r = self.conv1(F.silu(self.norm1(h)))
+        r = r + self.emb(emb)[:, :, None]
+        r = self.conv2(F.silu(self.norm2(r)))
+        return self.skip(h) + r
+
+
+class Attention(nn.Module):
+    """Self-attention over all frames of a clip, as a residual branch."""
+
+    def __init__(self, channels, head_width, groups):
+        super().__init__()
+        self.heads = channels // head_width
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, h):
+        B, C, K = h.shape
+        qkv = self.qkv(self.norm(h)).reshape(B, 3, self.heads, -1, K)
+        # Fused kernels want a head's channels side by side in memory; without the copy all K x K weights are stored.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)              # (B, heads, K, head_width) each
+        r = F.scaled_dot_product_attention(q, k, v)
+        return h + self.out(r.transpose(-1, -2).reshape(B, C, K))
+
+
+class Stage(nn.Module):
+    """A residual block and, on the levels that attend, attention. The unit of activation checkpointing."""
+
+    def __init__(self, channels_in, channels_out, attends, config):
+        super().__init__()
+        self.residual = ResidualBlock(channels_in, channels_out, config.emb_width, config.groups)
+        self.attention = Attention(channels_out, config.head_width, config.groups) if attends else nn.Identity()
+        self.checkpointing = config.checkpointing
+
+    def forward(self, h, emb):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run, h, emb, use_reentrant=False)
+        return self.run(h, emb)
+
+    def run(self, h, emb):
+        return self.attention(self.residual(h, emb))
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+class UNet1D(nn.Module):
+    """The U-Net of App. C.1, similar to [40]: model(x_t (B, 2, n), t (B,)) -> v (B, 2, n), any n up to config.samples.
+
+    Unlike [40] it takes no conditioning but the time.
+
+    Departure: inside, a frame's channels are its cosine coefficients, not its samples. The first and last convolution
+    could learn this change of basis, and fold and unfold stay as they are. But most of music lies in few coefficients,
+    and a small model is slow to find out that the others hold only eps (v-loss on one piece of music after 400 updates:
+    0.24, on samples 0.59).
+
+    The buffer `scale` is the standard deviation of the training audio: the diffusion assumes unit variance, so what the
+    model sees is audio / scale. It is kept here to travel with the weights; who calls the model divides before and
+    multiplies after.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        widths = [config.width * m for m in config.multipliers]
+        attends = [len(widths) - level <= config.attention for level in range(len(widths))]
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("basis", torch.block_diag(cosines(), cosines()), persistent=False)
+        self.embed = nn.Sequential(nn.Linear(config.width, config.emb_width), nn.SiLU(),
+                                   nn.Linear(config.emb_width, config.emb_width), nn.SiLU())
+
+        # enter[i] leads into level i from above: from the frames, or from a level of twice as many frames.
+        self.enter, self.down, channels, skips = nn.ModuleList(), nn.ModuleList(), CHANNELS, []
+        for level, width in enumerate(widths):
+            into = width if level == 0 else channels
+            self.enter.append(nn.Conv1d(channels, into, 3, stride=1 if level == 0 else 2, padding=1))
+            stages = [Stage(into if i == 0 else width, width, attends[level], config) for i in range(config.blocks)]
+            self.down.append(nn.ModuleList(stages))
+            skips += [into] + config.blocks * [width]
+            channels = width
+
+        self.middle = nn.ModuleList([Stage(channels, channels, True, config), Stage(channels, channels, False, config)])
+
+        # leave[i] leads out of level i: up to twice as many frames, at the end to the output.
+        self.up, self.leave = nn.ModuleList(), nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            stages = []
+            for _ in range(config.blocks + 1):
+                stages.append(Stage(channels + skips.pop(), width, attends[level], config))
+                channels = width
+            self.up.append(nn.ModuleList(stages))
+            if level > 0:
+                self.leave.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv1d(width, width, 3, padding=1)))
+        head = zero(nn.Conv1d(channels, CHANNELS, 3, padding=1))            # v = 0 before training
+        self.leave.append(nn.Sequential(nn.GroupNorm(config.groups, channels), nn.SiLU(), head))
+
+    def forward(self, x_t, t):
+        """x_t (B, 2, n), t (B,) in (0, 1] -> v (B, 2, n), in x_t's type. ValueError if n is beyond config.samples."""
+        n = x_t.shape[-1]
+        if n > self.config.samples:
+            raise ValueError(f"x_t has {n} samples, more than this U-Net's window of {self.config.samples}: shorten it")
+        emb = self.embed(time_features(t.to(x_t), self.config.width))       # (B, emb_width)
+        # Every level halves the frames: fill up with zeros to a whole number of the lowest level's.
+        step = HOP * 2 ** (len(self.config.multipliers) - 1)
+        h = self.basis @ fold(F.pad(x_t, (0, -n % step)))                   # (B, 64, K), frequencies instead of samples
+        skips = []
+        for enter, stages in zip(self.enter, self.down):
+            h = enter(h)
+            skips.append(h)
+            for stage in stages:
+                h = stage(h, emb)
+                skips.append(h)
+        for stage in self.middle:
+            h = stage(h, emb)
+        for stages, leave in zip(self.up, self.leave):
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            h = leave(h)
+        return unfold((self.basis.T @ h).to(x_t.dtype), n)
+
+
+# ------------------------------------------------------------------------------------------------ the table of presets
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def forward_flops(model, n):
+    """Operations of the matrix products in one forward over n samples, a multiply-add counted as two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 2, n, device=model.scale.device), torch.ones(1, device=model.scale.device))
+    return counter.get_total_flops()
+
+
+def print_shapes(model):
+    """Each level of the U-Net on the way down, in the middle and on the way up, with what its stages take and give."""
+    config = model.config
+    print(f"  {'time embedding':22}{parameters(model.embed) / 1e6:8.2f} M   {config.width} -> {config.emb_width}")
+    frames = [config.samples // HOP // 2**level for level in range(len(config.multipliers))]
+    parts = [(f"down {k}", [enter], stages) for k, enter, stages in zip(frames, model.enter, model.down)]
+    parts += [(f"middle {frames[-1]}", [], model.middle)]
+    parts += [(f"up {k}", [leave], stages) for k, leave, stages in zip(reversed(frames), model.leave, model.up)]
+    for name, ends, stages in parts:
+        size = sum(parameters(part) for part in [*ends, *stages])
+        shapes = ", ".join(f"{s.residual.conv1.in_channels} -> {s.residual.conv1.out_channels}" for s in stages)
+        attends = " with attention" * isinstance(stages[0].attention, Attention)
+        print(f"  {name + ' frames':22}{size / 1e6:8.2f} M   {shapes}{attends}")
+
+
+def image_level(window, hop, draws=8):
+    """What App. C.1 overlaps and windows for: the level in dB of all images of a 1 kHz tone, relative to the tone.
+
+    A network never treats the 32 samples of a frame quite alike. Stand-in: every frame's channels are mixed by I + M, M
+    a random matrix of 1% norm a row. Whatever leaves the tone's own frequency is an image, at 44.1 k / hop +- 1 kHz.
+    M is white, so what lowers the images here is the averaging of two frames, not the shape of the window.
+    """
+    n = SAMPLE_RATE                                                         # one second: 1 kHz is exactly bin 1000
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(2 * n) / SAMPLE_RATE).expand(1, 2, -1)
+    generator = torch.Generator().manual_seed(0)
+    power = torch.zeros(n // 2 + 1)
+    for _ in range(draws):
+        M = 0.01 / math.sqrt(CHANNELS) * torch.randn(CHANNELS, CHANNELS, generator=generator)
+        if hop == HOP:
+            mixed = unfold(fold(tone) + M @ fold(tone), 2 * n, window)
+        else:                                                               # frames side by side, no overlap
+            frames = tone[..., :2 * n - 2 * n % FRAME].reshape(1, 2, -1, FRAME).transpose(2, 3).reshape(1, CHANNELS, -1)
+            mixed = (frames + M @ frames).reshape(1, 2, FRAME, -1).transpose(2, 3).flatten(2)
+        spectrum = torch.fft.rfft(mixed[0, 0, n // 2:n // 2 + n].double())
+        power += spectrum.abs().square() / draws
+    images = power.sum() - power[1000]
+    return 10 * math.log10(images / power[1000])
+
+
+def main():
+    print(f"{'preset':8}{'parameters':>12}{'frames':>9}{'frames/s':>10}{'window':>11}{'one forward':>14}")
+    with torch.device("meta"):
+        models = {name: UNet1D(config) for name, config in PRESETS.items()}
+        for name, model in models.items():
+            n = model.config.samples
+            print(f"{name:8}{parameters(model) / 1e6:10.2f} M{n // HOP:9}{SAMPLE_RATE / HOP:10.2f}"
+                  f"{n / SAMPLE_RATE:9.2f} s{forward_flops(model, n) / 1e9:11.1f} GF")
+    print("\npaper: channels in -> out of the stages; attention on the two levels of the lowest resolution")
+    print_shapes(models["paper"])
+    print("\nimages of a 1 kHz tone after 1% random mixing of a frame's channels, relative to the tone")
+    print(f"  Hamming frames, hop 16        {image_level(hamming(), HOP):6.1f} dB")
+    print(f"  rectangular frames, hop 16    {image_level(torch.ones(FRAME), HOP):6.1f} dB")
+    print(f"  rectangular frames, hop 32    {image_level(None, FRAME):6.1f} dB")
+
+
+if __name__ == "__main__":
+    main()
