@@ -243,13 +243,10 @@ def write_track(path, track, subtype=None):
     if peak > 1:
         print(f"note: the peak is {20 * math.log10(peak):+.1f} dB above full scale"
               + (": clipped, use --subtype FLOAT with wav" if subtype in PCM_BITS else "; written as float, nothing is clipped"))
-    samples = track.audio.T.double()
+    samples = track.audio.T                                                            # (n, channels)
     if subtype in PCM_BITS:
         full = 2 ** (PCM_BITS[subtype] - 1)
-        integers = (samples * full).round().clamp(-full, full - 1).long() << (32 - PCM_BITS[subtype])
-        samples = integers.to(torch.int32)
-    else:
-        samples = samples.float()
+        samples = (samples.double() * full).round().clamp(-full, full - 1).int() << (32 - PCM_BITS[subtype])
     buffer = io.BytesIO()
     sf.write(buffer, samples.numpy(), track.rate, format=kind.upper(), subtype=subtype)
     write_file(path, buffer.getvalue())
@@ -303,11 +300,6 @@ def seconds(text):
 def pairs(text):
     """"drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
     return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (python sample.py --help lists all flags)")
 
 
 def within(low, high, kind=float):

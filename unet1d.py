@@ -96,8 +96,8 @@ class UNetConfig:
 PRESETS = {
     "tiny": UNetConfig(samples=2**15, width=48, multipliers=(1, 1), blocks=1, emb_width=64, attention=1, head_width=24,
                        groups=8),
-    "small": UNetConfig(samples=2**18, width=96, multipliers=(1, 1, 1, 1, 1, 2), blocks=1, emb_width=256,
-                        head_width=48),
+    "small": UNetConfig(samples=2**18, width=80, multipliers=(1, 1, 1, 1, 1, 2), blocks=1, emb_width=256,
+                        head_width=40, groups=16),
     "paper": UNetConfig(samples=2**19, width=320, multipliers=(1, 2, 2, 4, 4), blocks=3, emb_width=1280),
 }
 
