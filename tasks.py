@@ -1,4 +1,5 @@
-"""Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3.
+"""Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3; at the end the
+resampler and PaSST [30], through which embedder and classifier hear.
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.85)
     task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 30))

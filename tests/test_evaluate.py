@@ -1,0 +1,358 @@
+"""The metrics, the rows and the driver of Table 1 (evaluate.py)."""
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import dit
+import evaluate
+import train
+import vae
+from evaluate import GaussianStatistics, VGGish, frechet_distance, kl_divergence, mel_distance, realism
+from tasks import PASST_PRESETS, PaSST, load_official
+
+METRICS = Path(__file__).resolve().parents[2] / "shared" / "metrics"
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(x, chunk=None):
+    gathered = GaussianStatistics(x.shape[1])
+    for part in x.split(chunk or len(x)):
+        gathered.add(part)
+    return gathered
+
+
+def fad(x, y, chunk=None):
+    x, y = statistics(x, chunk), statistics(y)
+    return frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not (METRICS / "check_metrics.py").exists(), reason="no golden vectors beside the checkout")
+def test_metrics_agree_with_the_reference_codes():
+    """The golden vectors made with the original metric codes, every part."""
+    adapter = Path(__file__).with_name("metrics_adapter.py")
+    command = [sys.executable, METRICS / "check_metrics.py", "--golden", METRICS / "golden", "--adapter", adapter]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "failed: 0" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("n", [2, 20, 500])
+def test_fad_of_a_set_with_itself_is_zero(n):
+    """Also with fewer samples than dimensions, where the covariance is singular."""
+    assert 0 <= fad(normal(n, 128), normal(n, 128)) < 1e-9
+
+
+def test_fad_has_the_closed_form_of_diagonal_gaussians():
+    """|m1 - m2|^2 + sum (s1 - s2)^2."""
+    s1, s2, m = normal(6).abs(), normal(6, seed=1).abs(), normal(6, seed=2)
+    found = frechet_distance(m, torch.diag(s1**2), torch.zeros(6, dtype=torch.float64), torch.diag(s2**2))
+    assert found == pytest.approx((m.square() + (s1 - s2).square()).sum().item(), abs=1e-10)
+
+
+def test_fad_of_few_samples_is_finite_and_symmetric():
+    """10 and 7 samples of 64 dimensions: no complex root, no epsilon."""
+    x, y = normal(10, 64), normal(7, 64, seed=1) + 1
+    assert math.isfinite(fad(x, y)) and fad(x, y) == pytest.approx(fad(y, x), rel=1e-9)
+
+
+def test_statistics_do_not_depend_on_order_or_chunks():
+    """Streaming in chunks of 1, 3 or all, forwards or backwards, gives numpy's mean and covariance."""
+    x = normal(50, 8) * 3 + 5
+    for gathered in (statistics(x), statistics(x, 3), statistics(x.flip(0), 1)):
+        np.testing.assert_allclose(gathered.mean, np.mean(x.numpy(), 0), atol=1e-12)
+        np.testing.assert_allclose(gathered.covariance, np.cov(x.numpy(), rowvar=False), atol=1e-11)
+
+
+def test_one_sample_has_no_covariance():
+    """A sentence instead of a division by zero."""
+    with pytest.raises(ValueError, match="at least 2"):
+        statistics(normal(1, 4)).covariance
+
+
+def test_kl_divergence_is_reference_against_generated():
+    """KL(p || q) of two coins, in nats; 0 for equal ones; zeros in p are allowed."""
+    p, q = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.9, 0.1]).double()
+    assert kl_divergence(p, q).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-5)
+    assert kl_divergence(q, q).item() == pytest.approx(0, abs=1e-5)
+    assert kl_divergence(torch.tensor([1.0, 0.0]).double(), p).item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_mel_distance_is_zero_symmetric_and_per_clip():
+    """0 for equal audio; d(x, y) = d(y, x); a batch gives what its clips give."""
+    x, y = normal(3, 2, 9000, dtype=torch.float32) / 10, normal(3, 2, 9000, seed=1, dtype=torch.float32) / 10
+    assert mel_distance(x, x, 44100).tolist() == [0, 0, 0]
+    torch.testing.assert_close(mel_distance(x, y, 44100), mel_distance(y, x, 44100))
+    torch.testing.assert_close(mel_distance(x, y, 44100)[1], mel_distance(x[1], y[1], 44100))
+
+
+def test_mel_distance_of_half_the_level_is_that_of_its_logarithm():
+    """Two windows, each 2 log10(2), plus a small magnitude part."""
+    x = normal(2, 44100, dtype=torch.float32) / 10
+    assert 4 * math.log10(2) < mel_distance(x, x / 2, 44100).item() < 4 * math.log10(2) + 0.2
+
+
+def test_realism_is_one_on_the_border_of_a_hypersphere():
+    """On a line of points one apart, the third neighbour is two away: a point 2 beyond the line's end, 3 radii of 2 or
+    3, scores as the formula says."""
+    line = torch.arange(10.0)[:, None]                     # radii 3 2 2 ... 2 2 3
+    assert realism(line, torch.tensor([[11.0]]), prune=False).item() == pytest.approx(3 / 2)
+    assert realism(line, torch.tensor([[11.0]]), prune=True).item() == pytest.approx(2 / 3)      # the ends have gone
+    assert realism(line, torch.tensor([[0.5]]), k=1, prune=False).item() == pytest.approx(1 / 0.5)
+
+
+def test_realism_does_not_change_with_scale_and_survives_a_copy():
+    """Distances are compared with distances; a generated clip equal to a reference gives a finite score."""
+    x, y = normal(40, 6), normal(9, 6, seed=1)
+    torch.testing.assert_close(realism(x, y), realism(5 * x, 5 * y))
+    assert realism(x, x[:3]).isfinite().all()
+    with pytest.raises(ValueError, match="more than k = 3"):
+        realism(x[:3], y)
+
+
+# ---- VGGish ---------------------------------------------------------------------------------------------------------
+
+def test_vggish_has_the_official_tensors():
+    """18 tensors, 72,141,184 numbers, under the official names."""
+    with torch.device("meta"):
+        state = VGGish().state_dict()
+    assert len(state) == 18 and sum(tensor.numel() for tensor in state.values()) == 72_141_184
+    assert state["features.13.weight"].shape == (512, 512, 3, 3) and state["embeddings.4.weight"].shape == (128, 4096)
+
+
+def test_vggish_front_end_counts_whole_patches():
+    """0, 1 and 5 patches for 15599 samples, 15600 and 5 s; silence is ln 0.01."""
+    with torch.device("meta"):
+        net = VGGish()
+    net.window, net.triangles = torch.hann_window(400), evaluate.mel_triangles(64, 125, 7500, 257)
+    assert [net.patches(torch.zeros(1, n)).shape[1] for n in (100, 15599, 15600, 80000)] == [0, 0, 1, 5]
+    torch.testing.assert_close(net.patches(torch.zeros(1, 15600)), torch.full((1, 1, 96, 64), math.log(0.01)))
+    with pytest.raises(ValueError, match="0.975 s"):
+        net.listen(torch.zeros(1, 2, 44100 // 2), 44100)
+
+
+def test_unusable_vggish_file_ends_in_a_sentence(tmp_path):
+    """It names the official file and where it is published."""
+    (tmp_path / "v.pth").write_bytes(b"PK\x03\x04 cut")
+    with torch.device("meta"):
+        net = VGGish()
+    for path in ("v.pth", "missing.pth"):
+        with pytest.raises(ValueError, match="vggish-10086976.pth.*release v0.1"):
+            load_official(net, tmp_path / path, evaluate.VGGISH_FILE)
+
+
+def test_vggish_front_end_has_the_gradient_that_finite_differences_show():
+    """From 44.1 kHz through the resampler to the log-mel patches, in float64."""
+    with torch.device("meta"):
+        net = VGGish()
+    net.window, net.triangles = torch.hann_window(400).double(), evaluate.mel_triangles(64, 125, 7500, 257).double()
+    audio, direction, y = normal(1, 44100).requires_grad_(), normal(1, 44100, seed=1), normal(1, 1, 96, 64, seed=2)
+
+    def distance(x):
+        return torch.linalg.vector_norm(net.patches(evaluate.resample(x, 44100, 16000)) - y)
+
+    gradient, = torch.autograd.grad(distance(audio), audio)
+    h = 1e-6
+    difference = (distance(audio + h * direction) - distance(audio - h * direction)) / (2 * h)
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-9)
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------
+
+def test_layout_has_the_times_of_the_paper():
+    """2.4 s up to 6 s, the middle 2 s and 2.5 s, 5 s; contexts rounded inwards to frames; 6 s in a longer window."""
+    spans = evaluate.layout(2048 * 128, 128)
+    seconds = {task: [x / 44100 for x in dataclasses.astuple(span)] for task, span in spans.items()}
+    assert seconds["unconditional"] == pytest.approx([0, 5.944, 0, 5], abs=1e-3)
+    assert seconds["continuation"] == pytest.approx([2.4, 5.944, 0, 5.944], abs=4e-3)
+    assert seconds["infill"] == pytest.approx([1.972, 3.972, 0, 5.944], abs=4e-3)
+    assert seconds["transition"][1] - seconds["transition"][0] == pytest.approx(2.5, abs=7e-3)
+    for span in spans.values():
+        assert span.a % 128 == 0 and span.b % 128 == 0 and span.b - span.a > 1.99 * 44100
+    wide = evaluate.layout(2**19, 1)
+    assert (wide["infill"].d - wide["infill"].c) / 44100 == pytest.approx(6, abs=1e-4)
+    assert wide["infill"].c < wide["infill"].a < wide["infill"].b < wide["infill"].d
+    assert wide["continuation"].a == int(2.4 * 44100) and wide["continuation"].d == 6 * 44100
+
+
+def save_classifier(path):
+    torch.manual_seed(1)
+    net = PaSST(PASST_PRESETS["tiny"])
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    torch.save({"format": 1, "kind": "classifier", "config": dataclasses.asdict(net.config), "ema": net.state_dict(),
+                "classes": list("abcdefghi"), "step": 1, "seed": 0, "size": "tiny", "vae": None}, path)
+
+
+def save_latent(path):
+    torch.manual_seed(2)
+    coder, net = vae.VAE(vae.PRESETS["tiny"]), dit.DiT(dit.PRESETS["tiny"])
+    for p in (*coder.parameters(), *net.parameters()):     # many layers do nothing yet as they are initialised
+        p.data += 0.02 * torch.randn_like(p)
+    torch.save({"format": 1, "kind": "latent", "config": dataclasses.asdict(net.config), "ema": net.state_dict(),
+                "classes": None, "step": 1, "seed": 0, "size": "tiny",
+                "vae": {"config": dataclasses.asdict(coder.config), "weights": coder.state_dict()}}, path)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """A folder with models, `test` and `train` music, the latter with a short, an empty and an unreadable file."""
+    root = tmp_path_factory.mktemp("studio")
+    save_classifier(root / "classifier.pt")
+    save_latent(root / "latent.pt")
+    for folder, count in (("test", 3), ("train", 6)):
+        (root / folder).mkdir()
+        for i in range(count):
+            t = np.arange(44100) / 44100
+            chord = sum(np.sin(2 * np.pi * 110 * (i + 2) * k * t) / k for k in (1, 2, 3))
+            noise = np.random.default_rng([i, count]).standard_normal((44100, 2))
+            soundfile.write(root / folder / f"{i}.wav", 0.1 * chord[:, None] + 0.02 * noise, 44100)
+    soundfile.write(root / "train" / "short.wav", np.zeros((2000, 2)), 44100)
+    (root / "train" / "empty.wav").touch()
+    (root / "train" / "text.wav").write_text("words")
+    return root
+
+
+def arguments(studio, out, *more):
+    return ["--checkpoint", str(studio / "latent.pt"), "--listener", str(studio / "classifier.pt"), "--data",
+            str(studio / "test"), "--reference", str(studio / "train"), "--samplers", "ddpm-2", "--transitions", "2",
+            "--out", str(out), "--device", "cpu", *more]
+
+
+def test_edits_hear_nothing_of_the_region(studio):
+    """Infill and continuation: other audio in the region, the same result, bit for bit; regenerate does change."""
+    checkpoint, span = train.load_checkpoint(studio / "latent.pt"), evaluate.layout(256 * 128, 128)
+    settings = evaluate.sample.Settings("ddpm", 2, 0.03)
+    x = normal(1, 2, 256 * 128, dtype=torch.float32) / 10
+    for task, deaf in (("infill", True), ("continuation", True), ("regenerate", False)):
+        changed = torch.cat([x[..., :span[task].a], 1 - x[..., span[task].a:span[task].b], x[..., span[task].b:]], -1)
+        generators = [[torch.Generator().manual_seed(0)] for _ in range(2)]
+        made = [evaluate.edit(checkpoint, task, audio, span[task], None, settings, generator, None)
+                for audio, generator in zip((x, changed), generators)]
+        assert torch.equal(*made) == deaf, task
+
+
+def figures(out):
+    with open(out / "table.csv") as file:
+        return {(line["row"], line["task"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
+
+
+def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, capsys):
+    """All tasks; a lost record is measured again and nothing else is; batches of another size give the same figures."""
+    evaluate.main(arguments(studio, tmp_path / "a", "--figure1"))
+    printed = capsys.readouterr().out
+    assert "PaSST tiny" in printed and "2 transition" in printed and "reference: 6 excerpts" in printed
+    first = figures(tmp_path / "a")
+    assert {task for row, task, _ in first if row == "Latent DDPM 2"} == set(evaluate.TASKS)
+    assert first["Test set", "infill", "MR"] == 0 and first["Test set", "transition", "Realism"] == pytest.approx(1)
+    assert first["Latent DDPM 2", "regenerate", "MR"] != first["Latent DDPM 2", "infill", "MR"]
+    assert first["VAE", "regenerate", "MR"] == first["VAE", "infill", "MR"]
+    assert first["Silence", "infill", "MR"] > 2 and first["Silence", "unconditional", "silent"] == 1
+    assert all(math.isfinite(value) for value in first.values())
+    curves = list(csv.reader(open(tmp_path / "a" / "figure1.csv")))
+    assert len(curves) == 20 and "Latent DDPM 2" in curves[0]
+    assert (tmp_path / "a" / "figure1.svg").read_text().count("<polyline") == len(curves[0]) - 1
+    records = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.pt")}
+    lost = next(path for path in records if "latent-ddpm-2/infill" in path.as_posix())
+    lost.unlink()
+    evaluate.main(arguments(studio, tmp_path / "a"))
+    assert [path for path in records if path.stat().st_mtime_ns != records[path]] == [lost]
+    assert figures(tmp_path / "a") == pytest.approx(first, abs=1e-6)
+    evaluate.main(arguments(studio, tmp_path / "b", "--batch", "1", "--tasks", "infill"))
+    alone = figures(tmp_path / "b")
+    assert alone == pytest.approx({key: first[key] for key in alone}, abs=1e-5)
+
+
+def test_few_clips_are_announced_with_their_number(studio, tmp_path, capfd):
+    """Three embeddings of 32 dimensions: the warning says so."""
+    evaluate.warn_of_bias.cache_clear()
+    evaluate.main(arguments(studio, tmp_path, "--tasks", "unconditional"))
+    assert "FAD from n = 3 embeddings of 32 dimensions" in "".join(capfd.readouterr())
+
+
+def test_files_of_another_system_are_scored_the_same_way(studio, tmp_path):
+    """A short, an unreadable and a silent file among the others change nobody else's record."""
+    generated = tmp_path / "generated"
+    generated.mkdir()
+    for path in (studio / "test").glob("*.wav"):
+        (generated / path.name).write_bytes(path.read_bytes())
+    music = str(studio / "train")
+    command = ["--generated", str(generated), "--originals", music, "--reference", music, "--region", "0.2", "0.7",
+               "--listener", str(studio / "classifier.pt"), "--device", "cpu", "--out"]
+    evaluate.main([*command, str(tmp_path / "clean")])
+    soundfile.write(generated / "3.wav", np.zeros((44100, 2)), 44100)
+    soundfile.write(generated / "4.wav", np.zeros((400, 2)), 44100)
+    (generated / "5.wav").write_text("words")
+    evaluate.main([*command, str(tmp_path / "odd")])
+    clean, odd = (sorted((tmp_path / out).glob("records/*/generated/files/*.pt")) for out in ("clean", "odd"))
+    assert len(clean) == 3 and len(odd) == 4
+    for a, b in zip(clean, odd):
+        a, b = (torch.load(path, weights_only=True) for path in (a, b))
+        assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    found = json.loads((tmp_path / "odd" / "table.json").read_text())["figures"]
+    assert [f["value"] for f in found if (f["row"], f["metric"]) == ("Generated", "silent")] == [0.25]
+    assert [f["value"] for f in found if (f["row"], f["metric"]) == ("Test set", "MR")] == [0]
+
+
+def test_statistics_that_do_not_fit_are_refused(studio, tmp_path):
+    """Made with another listener or length, or no statistics at all: one sentence that says which."""
+    device, options = torch.device("cpu"), evaluate.parse(arguments(studio, tmp_path))
+    listeners = evaluate.load_listeners(options, device)
+    made = evaluate.hear_reference(studio / "train", [20000, 30000], listeners, options, device)
+    np.savez(tmp_path / "r.npz", **made)
+    reference = evaluate.load_reference(tmp_path / "r.npz", [20000], listeners)
+    assert reference["count"] == 6 and reference["20000_fad_mean"].shape == (32,)
+    with pytest.raises(train.UserError, match=r"clips of \[0.454, 0.68\] s, and 0.567 s are needed"):
+        evaluate.load_reference(tmp_path / "r.npz", [20000, 25000], listeners)
+    with pytest.raises(train.UserError, match="made with PaSST tiny [0-9a-f]{8}, not with VGGish"):
+        evaluate.load_reference(tmp_path / "r.npz", [20000], dataclasses.replace(listeners, fad_name="VGGish 12345678"))
+    (tmp_path / "bad.npz").write_bytes((tmp_path / "r.npz").read_bytes()[:3000])
+    for path in ("bad.npz", "none.npz"):
+        with pytest.raises(train.UserError, match=f"{path} does not hold statistics"):
+            evaluate.load_reference(tmp_path / path, [20000], listeners)
+
+
+def test_a_clip_with_samples_that_are_no_numbers_is_left_out(studio, tmp_path):
+    """A model that breaks on one clip of three: the other two are counted, and every figure stays finite."""
+    options = evaluate.parse(arguments(studio, tmp_path))
+    device, listeners = torch.device("cpu"), evaluate.load_listeners(options, torch.device("cpu"))
+    spans = {"unconditional": evaluate.Span(0, 30000, 0, 30000)}
+    pairs = {"unconditional": evaluate.draw_pairs(evaluate.find_excerpts(studio / "test", 30000, 3, 0), 0)}
+    reference = evaluate.prepare_reference(str(studio / "train"), tmp_path, [30000], listeners, options, device)
+    evaluation = evaluate.Evaluation(tmp_path, {}, pairs, spans, listeners, reference, options, device)
+
+    def produce(task, x, other, js, tick):
+        return torch.stack([clip / 0 if j == 1 else clip for j, clip in zip(js, x)])
+
+    row = evaluate.Row("Broken", ("unconditional",), produce)
+    evaluation.run([row, evaluate.TEST_SET])
+    found = evaluation.figures("Broken", "unconditional")
+    assert all(math.isfinite(value) and n == 2 for value, _, n in found.values())
+
+
+def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
+    """--data missing, no music in it, a sampler that does not exist, a checkpoint of the wrong kind."""
+    command = arguments(studio, tmp_path)
+    at = command.index("--data")
+    with pytest.raises(train.UserError, match="--data is missing"):
+        evaluate.main(command[:at] + command[at + 2:])
+    with pytest.raises(train.UserError, match="no audio file"):
+        evaluate.main(command[:at + 1] + [str(tmp_path)] + command[at + 2:])
+    with pytest.raises(train.UserError, match="holds a latent model, not a classifier"):
+        evaluate.main([*command, "--listener", str(studio / "latent.pt")])
+    with pytest.raises(train.UserError, match="passt-s-f128"):
+        evaluate.main([*command, "--passt", str(studio / "latent.pt")])
+    with pytest.raises(SystemExit):
+        evaluate.main([*command, "--samplers", "euler-50"])
