@@ -1,0 +1,439 @@
+"""train.py: clips, resuming, several processes, bad input, full disks; each on the real script with tiny models."""
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import train
+from examples import synthetic
+
+ROOT = Path(train.__file__).parent
+MUSIC = ROOT.parent / "shared" / "music"
+real_music = pytest.mark.skipif(not MUSIC.exists(), reason="no music beside the checkout")
+RATE = train.SAMPLE_RATE
+
+
+@pytest.fixture(autouse=True)
+def few_statistics(monkeypatch):
+    """A dozen clips instead of hundreds, but where a test is about the statistics."""
+    monkeypatch.setattr(train, "MEASURED", 12)
+
+
+@pytest.fixture
+def music(tmp_path):
+    """Five wav files of two classes, 3 s each, made by the synthetic musician."""
+    for k in range(5):
+        path = tmp_path / "music" / ("loud" if k % 2 else "quiet") / f"{k}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, synthetic.clip(7, k, 3.0)[0].T, RATE)
+    return tmp_path / "music"
+
+
+def vae_args(out, *more):
+    return ["--model", "vae", "--size", "tiny", "--batch", "2", "--device", "cpu", "--out", str(out), *map(str, more)]
+
+
+def script(*args, **kwargs):
+    """Run train.py in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, **kwargs)
+
+
+def start(*args):
+    """train.py running in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def losses(out):
+    return [row["loss"] for row in csv.DictReader((out / "log.csv").open())]
+
+
+def same(a, b):
+    """Whether two nested checkpoints are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- clips ----------------------------------------------------------------------------------------------------------
+
+def test_a_clip_is_a_function_of_seed_and_number(music):
+    """Clip k is the same in any batch, after any other clip; another seed, stream or k gives another."""
+    tracks = train.Tracks({str(p): train.inspect(str(p)) for p in train.find_files([music])})
+    def make(seed, stream=train.TRAIN):
+        return train.Clips(tracks, 2**12, lambda rng: {"u": rng.random()}, ["loud", "quiet"], seed, stream)
+
+    batch, alone = make(0)([3, 4, 5]), make(0)([4])
+    assert torch.equal(batch["x"][1], alone["x"][0]) and batch["u"][1] == alone["u"][0]
+    for other in (make(1)([4]), make(0, train.MEASURE)([4]), make(0)([5])):
+        assert not torch.equal(other["x"], alone["x"]) and other["u"] != alone["u"]
+
+
+def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
+    """Seeking, resampling and cutting give the same samples as decoding the whole file, at any rate, mono too."""
+    for rate, channels in ((44100, 2), (48000, 2), (22050, 1), (96000, 2), (32000, 2)):
+        path = str(tmp_path / f"{rate}.wav")
+        sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (3 * rate, channels)), rate, subtype="FLOAT")
+        whole = train.to_stereo_44k(*train.read_audio(path)).numpy()
+        assert whole.shape == (2, 3 * RATE)
+        tracks = train.Tracks({path: train.inspect(path)})
+        for start in (0, 1, 54321, 3 * RATE - 5000):
+            clip = tracks.read(0, start, 5000)
+            assert clip.shape == (2, 5000) and np.abs(clip - whole[:, start:start + 5000]).max() < 1e-4
+
+
+def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
+    """--cache changes nothing but the rounding to 15 bits, keeps peaks beyond 1, and decodes each file once."""
+    sf.write(music / "loud" / "over.wav", np.full((RATE, 2), 1.5), RATE, subtype="FLOAT")
+    tracks = train.Tracks({str(p): train.inspect(str(p)) for p in train.find_files([music])})
+    options = train.argparse.Namespace(out=tmp_path)
+    cached = train.cached(options, tracks, None)
+    for j in range(12):
+        a, b = (source.crop(train.random(0, j), 4096, (j + 0.5) / 12)[0] for source in (tracks, cached))
+        assert np.abs(a - b).max() < 1e-4
+    stamps = [file.stat().st_mtime_ns for file in cached.files]
+    assert [file.stat().st_mtime_ns for file in train.cached(options, tracks, None).files] == stamps
+
+
+def test_files_are_found_once_through_links_and_loops(music):
+    """A folder that links to itself ends, and each file is found once; names need not be ASCII."""
+    (music / "loop").symlink_to(music, target_is_directory=True)
+    (music / "self.wav").symlink_to(music / "self.wav")
+    sf.write(music / "träck ♪.wav", np.zeros((RATE, 2)), RATE)
+    found = train.find_files([music])
+    assert len(found) == 7 and len({os.path.realpath(p) for p in found}) == 7
+    assert train.inspect(str(music / "self.wav")) == "no such file"
+    assert train.inspect(str(music / "träck ♪.wav")) == [RATE, RATE, 2]
+
+
+def test_batches_arrive_in_order_whatever_the_workers():
+    """Threads finish in any order; the loop gets batch after batch."""
+    def slow(k):
+        time.sleep(random.random() / 100)
+        return k
+    assert list(train.prefetch(slow, range(40), 4)) == list(range(40))
+
+
+def test_synthetic_music_is_stereo_labelled_endless_and_cheap():
+    """A function of (seed, k); all styles occur; sides differ; levels are those of music; far faster than real time."""
+    began = time.process_time()
+    clips = [synthetic.clip(0, k, 2.0) for k in range(40)]
+    assert 80 / (time.process_time() - began) > 20
+    assert {style for _, style in clips} == set(range(len(synthetic.STYLES)))
+    for audio, _ in clips:
+        assert audio.shape == (2, 2 * RATE) and audio.dtype == np.float32
+        assert 0.02 < audio.std() < 0.4 and np.abs(audio).max() < 1 and np.corrcoef(audio)[0, 1] < 0.99
+    assert np.array_equal(clips[5][0], synthetic.clip(0, 5, 2.0)[0])
+    assert not np.array_equal(clips[5][0], synthetic.clip(1, 5, 2.0)[0])
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data", ["folder", "synthetic"])
+def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkeypatch):
+    """Weights, averages, optimizer and losses, bit for bit, over both of the VAE's stages, with other workers."""
+    more = ["--steps", 6, "--finetune-steps", 3] + (["--data", music] if data == "folder" else [])
+    train.main(vae_args(tmp_path / "whole", *more, "--workers", 1))
+    stopping = train.Trainer.stopping
+    for stop in (4, 7, None):
+        monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == stop)
+        train.main(vae_args(tmp_path / "parts", *more, "--workers", 3, *(["--resume"] if stop != 4 else [])))
+    whole, parts = (train.load_state(tmp_path / name / "model.pt") for name in ("whole", "parts"))
+    assert whole["step"] == 9 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    for part in ("objective", "ema", "optimizer", "config"):
+        assert same(whole[part], parts[part]), part
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """kill -9 at random moments: the checkpoint on the disk always loads, and the next run gets further."""
+    log, steps = tmp_path / "run" / "log.csv", [0]
+    args = vae_args(tmp_path / "run", "--batch", 1, "--steps", 1000, "--finetune-steps", 0, "--save-every", 3, "--resume")
+    for _ in range(3):
+        process = start(*args)
+        before = time.time()
+        while time.time() - before < 60:
+            time.sleep(0.05)
+            if log.exists() and len(log.read_bytes().splitlines()) > steps[-1] + 4:
+                break
+        time.sleep(random.random() * 0.3)
+        process.kill()
+        process.wait()
+        steps.append(train.load_state(tmp_path / "run" / "model.pt")["step"])
+    assert steps == sorted(set(steps)), steps
+    logged = [int(row["step"]) for row in csv.DictReader(log.open())]
+    assert logged == list(range(1, len(logged) + 1))            # what was done twice is in the log once
+
+
+def test_interrupt_saves_and_ends_cleanly(tmp_path):
+    """SIGTERM: exit status 0, a checkpoint of the last step, and the command that goes on."""
+    process, log = start(*vae_args(tmp_path / "run", "--steps", 10000)), tmp_path / "run" / "log.csv"
+    while not log.exists() or len(log.read_bytes().splitlines()) < 4:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM" in out and out.strip().endswith("--resume")
+    assert train.load_state(tmp_path / "run" / "model.pt")["step"] == len(losses(tmp_path / "run"))
+
+
+def test_a_run_is_not_overwritten_by_mistake(tmp_path):
+    """A second run into the same folder needs --resume or --force; --resume cannot change what the run is."""
+    args = vae_args(tmp_path, "--steps", 2, "--finetune-steps", 0)
+    train.main(args)
+    stamp = (tmp_path / "model.pt").stat().st_mtime_ns
+    with pytest.raises(train.UserError, match="--resume"):
+        train.main(args)
+    with pytest.raises(train.UserError, match="another --seed"):
+        train.main(args + ["--resume", "--seed", "5"])
+    assert (tmp_path / "model.pt").stat().st_mtime_ns == stamp
+    train.main(args + ["--force"])
+    assert (tmp_path / "model.pt").stat().st_mtime_ns != stamp and len(losses(tmp_path)) == 2
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+WORKER = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+import train
+gradients, seen, first = train.Trainer.gradients, [], []
+def spy(self, stream):
+    loss = gradients(self, (seen.append(batch["k"].tolist()) or batch for batch in stream))
+    first or first.append([p.grad.clone() for group in self.groups for p in group])
+    return loss
+train.Trainer.gradients = spy
+train.main(sys.argv[3:])
+rank = os.environ.get("RANK", "0")
+torch.save({"seen": seen, "gradient": first[0]}, f"{sys.argv[2]}.{rank}")
+"""
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    """torchrun, gloo: first gradient and weights of two processes that accumulate; no clip is read twice."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    more = ("--batch", 4, "--steps", 5, "--finetune-steps", 0)
+
+    def run(python, name, *extra):
+        words = [*python, tmp_path / "worker.py", ROOT, tmp_path / name, *vae_args(tmp_path / f"out-{name}", *more, *extra)]
+        subprocess.run([*map(str, words)], check=True, env=env, timeout=120, capture_output=True)
+
+    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], "two", "--accumulate", 2)
+    run([sys.executable], "one")
+    ranks, one = [torch.load(tmp_path / f"two.{r}") for r in (0, 1)], torch.load(tmp_path / "one.0")
+    for i in range(5):                                          # each step takes two parts of one clip on each process
+        parts = [rank["seen"][2 * i:2 * i + 2] for rank in ranks]
+        assert sorted(np.ravel(parts)) == list(range(4 * i, 4 * i + 4))
+    flat = lambda tensors: torch.cat([g.flatten() for g in tensors])
+    a, b = flat(ranks[0]["gradient"]), flat(one["gradient"])
+    assert (a - b).norm() < 1e-6 * b.norm()
+    a, b = (flat(train.load_state(tmp_path / out / "model.pt")["objective"].values()) for out in ("out-two", "out-one"))
+    assert (a - b).abs().max() < 1e-5
+
+
+# ---- bad input and bad luck -----------------------------------------------------------------------------------------
+
+def test_bad_files_are_named_once_and_left_out(music, tmp_path, capsys):
+    """Truncated, text, empty, unreadable, short, link without end: training runs, and each is in the report once."""
+    sf.write(music / "loud" / "long.mp3", synthetic.clip(7, 9, 5.0)[0].T, RATE)
+    data = (music / "loud" / "long.mp3").read_bytes()
+    (music / "loud" / "cut.mp3").write_bytes(data[:500])
+    (music / "loud" / "text.wav").write_text("this is not audio")
+    (music / "loud" / "empty.ogg").touch()
+    os.mkfifo(music / "loud" / "pipe.wav")
+    (music / "loud" / "self.flac").symlink_to(music / "loud" / "self.flac")
+    sf.write(music / "loud" / "short.wav", np.zeros((4410, 2)), RATE)
+    train.main(vae_args(tmp_path / "run", "--data", music, "--steps", 2, "--finetune-steps", 0))
+    out = capsys.readouterr().out
+    bad = ["cut.mp3", "text.wav", "empty.ogg", "pipe.wav", "self.flac", "short.wav"]
+    assert [out.count(name) for name in bad] == [1] * 6 and f"6 of {6 + 6} files are left out" in out
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_a_truncated_file_is_as_long_as_what_can_be_decoded(tmp_path):
+    """The header of a cut wav or mp3 promises more than there is: clips come from the part that exists."""
+    for suffix in ("wav", "mp3"):
+        path = tmp_path / f"cut.{suffix}"
+        sf.write(path, synthetic.clip(7, 9, 6.0)[0].T, RATE)
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        frames, _, _ = train.inspect(str(path))
+        assert frames == train.read_audio(path)[0].shape[1] and abs(frames / RATE - 3) < 0.3
+
+
+@pytest.mark.parametrize("name", ["nothing", "only text", "too short"])
+def test_a_folder_without_usable_audio_ends_in_one_sentence(name, tmp_path):
+    """Exit status 2, one line on stderr, no traceback."""
+    (tmp_path / "data").mkdir()
+    if name == "only text":
+        (tmp_path / "data" / "a.wav").write_text("no audio")
+    if name == "too short":
+        sf.write(tmp_path / "data" / "a.wav", np.zeros((4410, 2)), RATE)
+    result = script(*vae_args(tmp_path / "run", "--data", tmp_path / "data", "--steps", 2))
+    assert result.returncode == 2 and result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
+    assert "no usable" in result.stderr and not (tmp_path / "run" / "model.pt").exists()
+
+
+@real_music
+def test_odd_files_can_be_trained_on(tmp_path):
+    """Mono, 48 and 22.05 kHz, mp3, flac, 24 bits, float beyond 1, half a second, silence."""
+    train.main(vae_args(tmp_path / "run", "--data", MUSIC / "odd", "--steps", 4, "--finetune-steps", 1))
+    assert all(np.isfinite(float(loss)) for loss in losses(tmp_path / "run"))
+
+
+def test_a_full_disk_loses_no_checkpoint(tmp_path):
+    """A write that fails leaves the earlier checkpoint as it is, and no partial file; exit status 1 and a sentence."""
+    args = vae_args(tmp_path / "run", "--steps", 2, "--finetune-steps", 0)
+    train.main(args)
+    before = (tmp_path / "run" / "model.pt").read_bytes()
+    limit = len(before) // 2
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    result = script(*args, "--resume", "--steps", 4, preexec_fn=full)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "model.pt cannot be written" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "run" / "model.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
+    """One NaN: weights and averages stay as they were, the step is counted. Ten in a row: the run ends with advice."""
+    gradients, kept = train.Trainer.gradients, {}
+
+    def poisoned(self, stream):
+        loss = gradients(self, stream)
+        if self.step in poison:
+            kept["before"] = [p.detach().clone() for p in (*self.objective.net.parameters(), *self.ema.parameters())]
+            self.groups[0][0].grad.fill_(float("nan"))
+            return float("nan")
+        if self.step - 1 in poison:
+            kept["after"] = [p.detach().clone() for p in (*self.objective.net.parameters(), *self.ema.parameters())]
+        return loss
+    monkeypatch.setattr(train.Trainer, "gradients", poisoned)
+    poison = {2}
+    train.main(vae_args(tmp_path / "a", "--steps", 4, "--finetune-steps", 0))
+    assert train.load_state(tmp_path / "a" / "model.pt")["skipped"] == 1 and same(kept["before"], kept["after"])
+    poison = set(range(1, 100))
+    with pytest.raises(train.UserError, match="lower --lr") as error:
+        train.main(vae_args(tmp_path / "b", "--steps", 40, "--finetune-steps", 0))
+    assert error.value.status == 1
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (train.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
+def test_errors_end_in_one_line(error, status, words, capsys):
+    """run(main): the status, and one line on stderr that says what to do."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as end:
+        train.run(main)
+    err = capsys.readouterr().err
+    assert end.value.code == status and words in err and err.count("\n") == 1
+
+
+def test_foreign_files_are_no_checkpoints(tmp_path):
+    """Truncated, text, pickled code, or another program's dictionary: a sentence with the file's name."""
+    train.main(vae_args(tmp_path / "run", "--steps", 1, "--finetune-steps", 0))
+    whole = (tmp_path / "run" / "model.pt").read_bytes()
+    for name, content in {"cut.pt": whole[:len(whole) // 2], "text.pt": b"hello", "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save(train.Recipe(1, 1, 1.0, 1, 0.9), tmp_path / "object.pt")
+    for name in ("cut.pt", "text.pt", "empty.pt", "other.pt", "object.pt", "missing.pt"):
+        with pytest.raises(train.UserError, match=name):
+            train.load_checkpoint(tmp_path / name)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", ["latent", "waveform", "classifier"])
+def test_each_model_trains_exports_and_loads(model, music, tmp_path, monkeypatch):
+    """A few steps from a folder; the export is the averaged model in half precision; the latent one carries its VAE,
+    which is trained on the way when there is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))          # nothing is shipped here
+    short = train.replace(train.RECIPES["vae"]["tiny"], steps=2, finetune_steps=1)
+    monkeypatch.setitem(train.RECIPES["vae"], "tiny", short)
+    monkeypatch.setattr(train, "sample", lambda net, x_T, **_: x_T)             # the demo's 20 steps take long
+    args = ["--model", model, "--size", "tiny", "--data", str(music), "--steps", "2", "--batch", "2", "--device", "cpu"]
+    train.main(args + (["--cache"] if model == "latent" else []))
+    train.main(["--model", model, "--export", "small.pt"])
+    run, small = train.load_checkpoint(f"runs/{model}/model.pt"), train.load_checkpoint("small.pt")
+    assert os.path.getsize("small.pt") < os.path.getsize(f"runs/{model}/model.pt") / 4
+    for a, b in zip(run.net.state_dict().values(), small.net.state_dict().values()):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert small.kind == model and small.classes == (["loud", "quiet"] if model == "classifier" else None)
+    if model != "classifier":
+        audio = torch.randn(1, 2, small.window * small.hop)
+        x = small.encode(audio)
+        assert x.shape == (1, small.channels, small.window) and small.decode(x).shape == audio.shape
+        assert (tmp_path / "runs" / model / "demos" / "step_0000002.wav").exists()
+
+
+@pytest.mark.parametrize("model", ["vae", "latent", "waveform", "classifier"])
+def test_dry_run_needs_no_memory(model, capsys):
+    """The paper's sizes are printed within seconds, nothing is written, and no parameter is allocated."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train.main(["--model", model, "--size", "paper", "--dry-run", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400e3          # KiB
+    millions = float(out.split(" M parameters")[0].split()[-1])
+    expected = {"vae": (10, 30), "latent": (900, 1400), "waveform": (430, 445), "classifier": (85, 88)}[model]
+    assert expected[0] < millions < expected[1] and "memory" in out and "steps" in out
+
+
+@real_music
+@pytest.mark.parametrize("model", ["latent", "waveform"])
+def test_what_the_diffusion_sees_has_variance_one(model, tmp_path, monkeypatch):
+    """Over real music, within 5%: each latent channel has mean 0 and variance 1, waveforms variance 1."""
+    music = MUSIC / "train-0" / "action_cdogs"
+    monkeypatch.setattr(train, "MEASURED", 250)
+    monkeypatch.setattr(train.Trainer, "now_and_then", lambda self, row: None)
+    more = ["--vae", tmp_path / "vae" / "model.pt"] if model == "latent" else []
+    if more:
+        torch.manual_seed(0)
+        vae = train.VAE(train.autoencoder.PRESETS["tiny"])
+        (tmp_path / "vae").mkdir()
+        train.save_atomic(tmp_path / "vae" / "model.pt", {
+            "format": 1, "kind": "vae", "size": "tiny", "config": train.asdict(vae.config), "ema": vae.state_dict(),
+            "vae": None, "classes": None, "step": 0, "seed": 0})
+    run = ["--model", model, "--size", "tiny", "--data", music, "--steps", 1, "--batch", 1, "--out", tmp_path, *more]
+    train.main([str(word) for word in run])
+    space = train.load_checkpoint(tmp_path / "model.pt")
+    tracks = train.music(train.argparse.Namespace(data=[str(music)], valid=None, out=tmp_path, window=2**14))[0]
+    clips = train.Clips(tracks, 2**14, lambda rng: {}, [], 1, train.VALID, count=257)      # not the clips measured
+    objective = train.Denoising(space.net, train.nullcontext, space.vae)
+    with torch.no_grad():
+        x_0 = torch.cat([objective.encode(clips([k])["x"]) for k in range(257)], dim=-1)
+    channels = x_0[0] if model == "latent" else x_0.reshape(1, -1)
+    assert channels.mean(1).abs().max() < 0.05 and (channels.var(1) - 1).abs().max() < 0.05
+
+
+def test_average_precision_of_a_known_ranking():
+    """True clips at ranks 1 and 3 of 4: (1/1 + 2/3) / 2."""
+    scores, truth = torch.tensor([0.1, 0.9, 0.5, 0.3]), torch.tensor([False, True, False, True])
+    assert train.average_precision(scores, truth) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_the_recipe_is_the_papers():
+    """App. C.2: steps, batch sizes, warm-up; AdamW without decay; and the schedule rises, then falls to zero."""
+    for model, steps, batch in (("latent", 300_000, 96), ("waveform", 600_000, 384)):
+        recipe = train.RECIPES[model]["paper"]
+        assert (recipe.steps, recipe.batch, recipe.warmup) == (steps, batch, 5000)
+    trainer = train.Trainer.__new__(train.Trainer)
+    trainer.options, trainer.adversarial = train.argparse.Namespace(steps=100_000, warmup=5000, lr=1.0), False
+    rates = []
+    for trainer.step in (0, 2500, 4999, 50_000, 99_999):
+        rates.append(trainer.learning_rate())
+    assert rates == pytest.approx([1 / 5000, 0.5, 1.0, 0.5, 0.0], abs=0.01)
