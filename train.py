@@ -1,7 +1,7 @@
 """Training (App. C.2, Sect. 4.2): from a folder of music to the checkpoint that sample.py takes.
 
     python train.py --model latent                             # no data given: built-in synthetic music
-    python train.py --model latent --data path/to/music        # wav flac ogg mp3, at any depth; or vae waveform classifier
+    python train.py --model latent --data path/to/music        # wav flac ogg mp3, at any depth; or --model vae ...
     torchrun --nproc_per_node=8 train.py --model latent --size paper --data path/to/fma_full
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) and nothing
@@ -51,7 +51,7 @@ SAMPLE_RATE = 44100                     # Hz, of all audio inside
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MIN_SECONDS = 0.25                      # shorter files are never used
 TRAIN, VALID, MEASURE = range(3)        # streams of random numbers
-MEASURED = 2000                         # clips that statistics are taken of
+MEASURED = 1000                         # clips that statistics are taken of
 NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.DiT, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
         "classifier": (PaSST, PaSSTConfig, PASST_PRESETS)}
@@ -369,12 +369,12 @@ def prefetch(load, schedule, workers):
 
 
 @torch.no_grad()
-def moments(clips, encode):
+def moments(clips, encode, count):
     """Mean and standard deviation (C,) of encode(x) (B, C, n), over short clips from all over the training set."""
     n, total, squares = 0, 0.0, 0.0
-    short = Clips(clips.source, min(clips.window, 2**14), lambda rng: {}, [], clips.seed, MEASURE, MEASURED)
-    batches = prefetch(short, [[k] for k in range(MEASURED)], workers=2)
-    for batch in progress(batches, "statistics", MEASURED, unit="clip", leave=False):
+    short = Clips(clips.source, min(clips.window, 2**14), lambda rng: {}, [], clips.seed, MEASURE, count)
+    batches = prefetch(short, [[k] for k in range(count)], workers=2)
+    for batch in progress(batches, "statistics", count, unit="clip", leave=False):
         z = encode(batch["x"]).double().cpu()
         n, total, squares = n + z[:, 0].numel(), total + z.sum((0, 2)), squares + z.square().sum((0, 2))
     return (total / n).float(), (squares / n - (total / n).square()).clamp(min=1e-8).sqrt().float()
@@ -627,7 +627,7 @@ class Trainer:
 
     def begin_finetuning(self):
         """The VAE's second stage starts from the averaged weights: their encoder, with its statistics, is final."""
-        standardise(self.ema, self.clips)
+        standardise(self.ema, self.clips, MEASURED // 5)         # the latent model's training measures again, with more
         self.objective.net.load_state_dict(self.ema.state_dict())
         self.begin_stage(adversarial=True)
 
@@ -711,7 +711,7 @@ class Trainer:
                 log(row | {"clips_per_s": round(rate, 3)})
         stream.close()
         if o.model == "vae" and not self.adversarial and self.step == self.total:
-            standardise(self.ema, self.clips)
+            standardise(self.ema, self.clips, MEASURED // 5)
         self.save()
         self.farewell(time.perf_counter() - began)
         return self.step == self.total
@@ -821,16 +821,18 @@ def open_log(path, step):
         yield log.writerow
 
 
-def standardise(vae, clips):
+def standardise(vae, clips, count):
     """Set the statistics with which latents of the training set have mean 0 and variance 1."""
     hop, device = getattr(clips.source, "unit", 1), vae.latent_mean.device
-    mean, std = moments(clips, lambda x: x if hop > 1 else vae.posterior(x.to(device))[0])
+    mean, std = moments(clips, lambda x: x if hop > 1 else vae.posterior(x.to(device))[0], count)
     vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 PER_CALL = ("resume", "force", "minutes", "dry_run", "device", "workers", "out")       # not part of what a run is
+DEFAULTS = {"data": None, "valid": None, "vae": None, "accumulate": 1, "seed": 0, "device": "auto", "precision": None,
+            "cache": False, "minutes": None, "resume": False, "force": False}
 FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae")               # what --resume cannot change
 
 
@@ -882,10 +884,9 @@ def settle(given):
     recipe = asdict(RECIPES[given["model"]][size])
     if "steps" in given:
         recipe["finetune_steps"] = given["steps"] * recipe["finetune_steps"] // recipe["steps"]
-    o = argparse.Namespace(**recipe | {
-        "size": size, "data": None, "valid": None, "out": str(out), "vae": None, "accumulate": 1, "seed": 0,
-        "device": "auto", "precision": None, "workers": max(1, min(8, (os.cpu_count() or 2) // 2)), "cache": False, "minutes": None,
-        "resume": False, "force": False} | (state["settings"] if state else {}) | given)
+    begun_with = state["settings"] if state else {}
+    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+    o = argparse.Namespace(**{**DEFAULTS, **recipe, "size": size, "out": str(out), "workers": workers, **begun_with, **given})
     o.every = getattr(o, "every", max(50, min(1000, o.steps // 10)))        # steps between validations
     o.save_every = getattr(o, "save_every", o.every)
     o.device = pick_device(o.device)
@@ -1035,9 +1036,9 @@ def train(given):
     make_clips = partial(Clips, window=o.window, draw=draw, classes=classes or [], seed=o.seed)
     clips = make_clips(source)
     if vae and not state:
-        standardise(vae, clips)
+        standardise(vae, clips, MEASURED)
     elif o.model == "waveform" and not state:
-        objective.net.scale.copy_(moments(clips, lambda x: x.flatten(1)[:, None])[1][0])
+        objective.net.scale.copy_(moments(clips, lambda x: x.flatten(1)[:, None], MEASURED)[1][0])
     if o.force:
         (Path(o.out) / "model.pt").unlink(missing_ok=True)
     header = {"config": asdict(config), "classes": classes,

@@ -26,7 +26,7 @@ RATE = train.SAMPLE_RATE
 @pytest.fixture(autouse=True)
 def few_statistics(monkeypatch):
     """A dozen clips instead of hundreds, but where a test is about the statistics."""
-    monkeypatch.setattr(train, "MEASURED", 12)
+    monkeypatch.setattr(train, "MEASURED", 20)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
 def test_a_killed_run_goes_on(tmp_path):
     """kill -9 at random moments: the checkpoint on the disk always loads, and the next run gets further."""
     log, steps = tmp_path / "run" / "log.csv", [0]
-    args = vae_args(tmp_path / "run", "--batch", 1, "--steps", 1000, "--finetune-steps", 0, "--save-every", 3, "--resume")
+    args = vae_args(tmp_path / "run", "--batch", 1, "--steps", 1000, "--save-every", 3, "--resume")
     for _ in range(3):
         process = start(*args)
         before = time.time()
@@ -208,6 +208,7 @@ WORKER = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import train
+train.MEASURED = 20
 gradients, seen, first = train.Trainer.gradients, [], []
 def spy(self, stream):
     loss = gradients(self, (seen.append(batch["k"].tolist()) or batch for batch in stream))
@@ -227,7 +228,8 @@ def test_two_processes_agree_with_one(tmp_path):
     more = ("--batch", 4, "--steps", 5, "--finetune-steps", 0)
 
     def run(python, name, *extra):
-        words = [*python, tmp_path / "worker.py", ROOT, tmp_path / name, *vae_args(tmp_path / f"out-{name}", *more, *extra)]
+        words = [*python, tmp_path / "worker.py", ROOT, tmp_path / name]
+        words += vae_args(tmp_path / f"out-{name}", *more, *extra)
         subprocess.run([*map(str, words)], check=True, env=env, timeout=120, capture_output=True)
 
     run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], "two", "--accumulate", 2)
@@ -299,7 +301,7 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path):
     before = (tmp_path / "run" / "model.pt").read_bytes()
     limit = len(before) // 2
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    result = script(*args, "--resume", "--steps", 4, preexec_fn=full)
+    result = script(*args, "--resume", "--steps", 4, "--save-every", 3, preexec_fn=full)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "model.pt cannot be written" in result.stderr.splitlines()[-1]
     assert (tmp_path / "run" / "model.pt").read_bytes() == before
