@@ -75,7 +75,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": {"tiny": Recipe(200, 4, 1e-3, 20, 0.98, 20, window=2**14),
+    "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, window=2**14),
             "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, window=2**15),
             "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, window=2**16)},
     "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98),
@@ -815,7 +815,7 @@ def open_log(path, step):
     columns = ["step", "loss", "lr", "gradient_norm", "clips_per_s", "validation"]
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     with open(os.devnull if quiet() else path, "w", newline="", buffering=1) as file:
-        log = csv.DictWriter(file, columns)
+        log = csv.DictWriter(file, columns, lineterminator="\n")
         log.writeheader()
         log.writerows(row for row in rows if row["validation"] is not None and int(row["step"]) <= step)
         yield log.writerow
@@ -886,7 +886,8 @@ def settle(given):
         recipe["finetune_steps"] = given["steps"] * recipe["finetune_steps"] // recipe["steps"]
     begun_with = state["settings"] if state else {}
     workers = max(1, min(8, (os.cpu_count() or 2) // 2))
-    o = argparse.Namespace(**{**DEFAULTS, **recipe, "size": size, "out": str(out), "workers": workers, **begun_with, **given})
+    here = {"size": size, "out": str(out), "workers": workers}
+    o = argparse.Namespace(**{**DEFAULTS, **recipe, **here, **begun_with, **given})
     o.every = getattr(o, "every", max(50, min(1000, o.steps // 10)))        # steps between validations
     o.save_every = getattr(o, "save_every", o.every)
     o.device = pick_device(o.device)

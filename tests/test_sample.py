@@ -230,3 +230,19 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
         said = capsys.readouterr().err.strip()
         assert end.value.code == 2 and culprit in said and "\n" not in said and "Traceback" not in said
     assert (folder / "there.wav").read_text() == "mine" and not list(tmp_path.iterdir())
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_checkpoints_load_and_work(path, folder):
+    """Weights only; the diffusion models generate, the listener hears."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.kind == "classifier":
+        logits, _ = checkpoint.net.listen(torch.zeros(1, 2, 44100), 44100)
+        assert logits.shape == (1, len(checkpoint.classes)) and logits.isfinite().all()
+    else:
+        sample.main(["--task", "infill", "--model", checkpoint.kind, "--checkpoint", str(path), "--steps", "2", "--start", "1",
+                     "--end", "1.2", "--input", str(folder / "long.wav"), "--output", str(folder / "out.wav"), "--force"])
+        assert np.isfinite(sf.read(folder / "out.wav")[0]).all()

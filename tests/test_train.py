@@ -145,16 +145,31 @@ def test_synthetic_music_is_stereo_labelled_endless_and_cheap():
 @pytest.mark.parametrize("data", ["folder", "synthetic"])
 def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkeypatch):
     """Weights, averages, optimizer and losses, bit for bit, over both of the VAE's stages, with other workers."""
-    more = ["--steps", 6, "--finetune-steps", 3] + (["--data", music] if data == "folder" else [])
+    more = ["--steps", 4, "--finetune-steps", 2] + (["--data", music] if data == "folder" else [])
     train.main(vae_args(tmp_path / "whole", *more, "--workers", 1))
     stopping = train.Trainer.stopping
-    for stop in (4, 7, None):
+    for stop in (2, 4, 5, None):                                # 4: between the stages
         monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == stop)
-        train.main(vae_args(tmp_path / "parts", *more, "--workers", 3, *(["--resume"] if stop != 4 else [])))
+        train.main(vae_args(tmp_path / "parts", *more, "--workers", 3, *(["--resume"] if stop != 2 else [])))
     whole, parts = (train.load_state(tmp_path / name / "model.pt") for name in ("whole", "parts"))
-    assert whole["step"] == 9 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert whole["step"] == 6 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert (whole["ema"]["latent_std"] != 1).all()              # measured between the stages
     for part in ("objective", "ema", "optimizer", "config"):
         assert same(whole[part], parts[part]), part
+
+
+def test_finetuning_freezes_the_averaged_encoder(tmp_path):
+    """The second stage starts from the averaged weights; it trains the decoder and the discriminator, nothing else."""
+    args = vae_args(tmp_path, "--steps", 4)
+    train.main(args + ["--finetune-steps", "0"])
+    before = train.load_state(tmp_path / "model.pt")
+    train.main(args + ["--finetune-steps", "2", "--resume"])
+    after = train.load_state(tmp_path / "model.pt")
+    for name, weight in before["ema"].items():
+        frozen = name.startswith(("encoder", "latent"))
+        assert torch.equal(weight, after["objective"]["net." + name]) == torch.equal(weight, after["ema"][name]) == frozen
+    assert not same([w for name, w in before["objective"].items() if name.startswith("critic")],
+                    [w for name, w in after["objective"].items() if name.startswith("critic")])
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -344,17 +359,28 @@ def test_errors_end_in_one_line(error, status, words, capsys):
     assert end.value.code == status and words in err and err.count("\n") == 1
 
 
+class Touch:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_foreign_files_are_no_checkpoints(tmp_path):
     """Truncated, text, pickled code, or another program's dictionary: a sentence with the file's name."""
     train.main(vae_args(tmp_path / "run", "--steps", 1, "--finetune-steps", 0))
     whole = (tmp_path / "run" / "model.pt").read_bytes()
     for name, content in {"cut.pt": whole[:len(whole) // 2], "text.pt": b"hello", "empty.pt": b""}.items():
         (tmp_path / name).write_bytes(content)
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    torch.save(train.Recipe(1, 1, 1.0, 1, 0.9), tmp_path / "object.pt")
-    for name in ("cut.pt", "text.pt", "empty.pt", "other.pt", "object.pt", "missing.pt"):
+    torch.save({"kind": "vae", "weights": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"format": 1, "kind": "vae", "code": Touch(tmp_path / "executed")}, tmp_path / "code.pt")
+    for name in ("cut.pt", "text.pt", "empty.pt", "other.pt", "code.pt", "missing.pt"):
         with pytest.raises(train.UserError, match=name):
             train.load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
