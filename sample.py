@@ -33,7 +33,7 @@ from train import (SAMPLE_RATE, UserError, find_checkpoint, load_checkpoint, pic
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
 XI = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3, for the L1 sum of the reconstruction tasks
-XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE: chosen by measurement, see the README
+XI_GUIDE = {"embedding": 5.0, "classifier": 1.0}             # for L2 and BCE: provisional, see the README
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 PCM_BITS = {"PCM_16": 16, "PCM_24": 24}
 BARELY_TRAINED = 2000                                        # steps
