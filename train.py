@@ -372,7 +372,7 @@ def prefetch(load, schedule, workers):
 def moments(clips, encode, count):
     """Mean and standard deviation (C,) of encode(x) (B, C, n), over short clips from all over the training set."""
     n, total, squares = 0, 0.0, 0.0
-    short = Clips(clips.source, min(clips.window, 2**14), lambda rng: {}, [], clips.seed, MEASURE, count)
+    short = Clips(clips.source, min(clips.window, 2**15), lambda rng: {}, [], clips.seed, MEASURE, count)
     batches = prefetch(short, [[k] for k in range(count)], workers=2)
     for batch in progress(batches, "statistics", count, unit="clip", leave=False):
         z = encode(batch["x"]).double().cpu()
