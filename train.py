@@ -931,8 +931,8 @@ def music(o):
 
 
 def vae_for(o, given):
-    """The VAE of a latent run: the one given, else the shipped one, else one of the same size trained now; None if that
-    was interrupted."""
+    """The VAE of a latent run: the one given (a latent model's will do), else the shipped one, else one of the same size
+    trained now; None if that was interrupted."""
     try:
         path = find_checkpoint("vae", o.vae)
     except UserError:
@@ -944,11 +944,11 @@ def vae_for(o, given):
         passed_on = {name: given[name] for name in same if name in given}
         if not train({"model": "vae", "size": o.size, "out": str(path.parent), "resume": not o.force, **passed_on}):
             return None
-    vae = load_checkpoint(path)
-    if vae.kind != "vae":
-        raise UserError(f"--vae {show(path)} holds a {vae.kind} model")
-    say(f"VAE: {show(path)}, size {vae.size}, step {vae.step}")
-    return vae.net
+    found = load_checkpoint(path)
+    if found.kind not in ("vae", "latent"):
+        raise UserError(f"--vae {show(path)} holds a {found.kind} model; a VAE's or a latent model's checkpoint is needed")
+    say(f"VAE: from {show(path)}, a {found.kind} checkpoint of size {found.size}")
+    return found.vae or found.net
 
 
 def cached(o, source, vae):
