@@ -6,7 +6,6 @@ without any trained network.
 For x_0 ~ N(m, S), the denoiser is E[x_0 | x_t] = m + alpha S (alpha^2 S + sigma^2 I)^-1 (x_t - alpha m), and the posterior
 given y = A x_0 is Gaussian with mean m + S A^T (A S A^T)^-1 (y - A m).
 """
-import math
 import sys
 from pathlib import Path
 
