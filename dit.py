@@ -218,8 +218,11 @@ class DiT(nn.Module):
         self.final_modulation = zero_linear(width, 2 * width)
         self.out = zero_linear(width, config.channels)
 
-    def forward(self, x_t, t):
-        """x_t: (B, C, n), n <= config.frames; t: (B,) in (0, 1]. Returns v (B, C, n)."""
+    def forward(self, x_t, t, start=None):
+        """x_t: (B, C, n), n <= config.frames; t: (B,) in (0, 1]. Returns v (B, C, n).
+
+        start: (B,) where in the window each sequence begins, in frames; None: at 0. Training on short clips draws it, so
+        that every position is learned."""
         n = x_t.shape[-1]
         if n > self.config.frames:
             raise ValueError(f"x_t has {n} frames, the model at most {self.config.frames}: give it a shorter sequence.")
@@ -227,7 +230,8 @@ class DiT(nn.Module):
         features = sincos(1000 * t.float().to(x_t.device), self.time_features)
         time = self.time(features.to(self.embed.weight.dtype))  # (B, width)
         condition = self.modulation(time)
-        h = self.embed(x_t.mT) + self.positions[:n]  # (B, n, width)
+        positions = self.positions[:n] if start is None else self.positions.unfold(0, n, 1)[start].mT
+        h = self.embed(x_t.mT) + positions  # (B, n, width)
         for block in self.blocks:
             if self.config.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, condition, use_reentrant=False, preserve_rng_state=False)

@@ -542,8 +542,12 @@ class Denoising(nn.Module):
         self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
 
     def draw(self, rng, window):
-        noise = rng.standard_normal((self.space.channels, window // self.space.hop), dtype=np.float32)
-        return {"t": np.float64(1 - rng.random()), "noise": noise}              # t in (0, 1]
+        n = window // self.space.hop
+        drawn = {"t": np.float64(1 - rng.random()),                             # in (0, 1]
+                 "noise": rng.standard_normal((self.space.channels, n), dtype=np.float32)}
+        if n < self.space.window and self.space.kind == "latent":               # a U-Net has no positions
+            drawn["start"] = np.int64(rng.integers(self.space.window - n + 1))
+        return drawn
 
     def encode(self, x):
         """Audio, or latents from the cache, which are not normalised -> model space."""
@@ -552,9 +556,10 @@ class Denoising(nn.Module):
             return (x - vae.latent_mean[:, None]) / vae.latent_std[:, None]
         return self.space.encode(x)
 
-    def forward(self, x, t, noise, **_):
+    def forward(self, x, t, noise, start=None, **_):
+        net = self.net if start is None else partial(self.net, start=start)
         with self.autocast():
-            loss = v_loss(self.net, self.encode(x), t, noise)
+            loss = v_loss(net, self.encode(x), t, noise)
         return loss.mean(), loss
 
     def summary(self, loss, labels, classes):
@@ -831,9 +836,17 @@ def standardise(vae, clips, count):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 PER_CALL = ("resume", "force", "minutes", "dry_run", "device", "workers", "out")       # not part of what a run is
-DEFAULTS = {"data": None, "valid": None, "vae": None, "accumulate": 1, "seed": 0, "device": "auto", "precision": None,
+DEFAULTS = {"data": None, "valid": None, "vae": None, "init": None, "accumulate": 1, "seed": 0, "device": "auto", "precision": None,
             "cache": False, "minutes": None, "resume": False, "force": False}
-FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae")               # what --resume cannot change
+FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae", "init", "window")               # what --resume cannot change
+
+
+def clip_length(seconds):
+    """Samples in so many seconds, a multiple of a latent frame; ValueError unless that is one or more."""
+    frames = round(float(seconds) * SAMPLE_RATE / VAE.hop)
+    if frames < 1:
+        raise ValueError
+    return frames * VAE.hop
 
 
 def parse(argv):
@@ -846,6 +859,8 @@ def parse(argv):
     add("--valid", nargs="+", metavar="FOLDER", help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
     add("--vae", metavar="FILE", help="latent: the VAE's checkpoint; default: the shipped one, or else a new one")
+    add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
+    add("--window", type=clip_length, metavar="SECONDS", help="length of a clip; default: the recipe's")
     add("--steps", type=int)
     add("--finetune-steps", type=int, help="vae: steps of the second stage")
     add("--batch", type=int, help="clips in a step, all processes together")
@@ -870,7 +885,8 @@ def settle(given):
     with, else the recipe's."""
     given = {name: [str(Path(p).resolve()) for p in value] if name in ("data", "valid") else value
              for name, value in given.items()}
-    size, out = given.get("size", "small"), Path(given.get("out", f"runs/{given['model']}"))
+    init, out = given.get("init"), Path(given.get("out", f"runs/{given['model']}"))
+    size = given.get("size", load_state(init)["size"] if init else "small")
     file, state = out / "model.pt", None
     if given.get("resume") and file.exists():
         state = load_state(file)
@@ -992,6 +1008,16 @@ def dry_run(o, net_class, config):
         f"{steps * o.batch * clip_flops / 1e14 / 3600:.4g} hours at 100 TFLOP/s in all")
 
 
+def beginning(o):
+    """The checkpoint that --init names, or None."""
+    if not o.init:
+        return None
+    state = load_state(o.init)
+    if state["kind"] != o.model:
+        raise UserError(f"--init {show(o.init)} holds a {state['kind']} model; --model {o.model} needs one of its kind")
+    return state
+
+
 def make_objective(o, config, vae):
     """A new network of that configuration, and what it is trained to do."""
     torch.manual_seed(o.seed)
@@ -1011,34 +1037,40 @@ def train(given):
     """Prepare a run, and train. True if it is complete."""
     o, state = settle(given)
     net_class, config_class, presets = NETS[o.model]
-    config = config_class(**state["config"]) if state else presets[o.size]
-    o.window = o.window or (config.frames * VAE.hop if o.model == "latent" else config.samples)
+    known = state or beginning(o)               # what gives the network's configuration, the VAE and the classes
+    config = config_class(**known["config"]) if known else presets[o.size]
+    longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", math.inf)
+    o.window = o.window or longest
+    if o.window > longest:
+        raise UserError(f"--window is {o.window / SAMPLE_RATE:.2f} s, the model's at most {longest / SAMPLE_RATE:.2f} s")
     if given.get("dry_run"):
         return dry_run(o, net_class, config)
     join(o.device)
     Path(o.out).mkdir(parents=True, exist_ok=True)
     vae, classes = None, None
     if o.model == "latent":
-        vae = rebuild("vae", **state["vae"]) if state else vae_for(o, given)
+        vae = rebuild("vae", **known["vae"]) if known else vae_for(o, given)
         if not vae:
             return False
         vae.to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":
-        classes = state["classes"] if state else sorted(set(source.names))
+        classes = known["classes"] if known else sorted(set(source.names))
         config = replace(config, classes=len(classes))
     o.valid_clips = 4 * len(held_out.names) if classes else 16
     if o.cache and o.data:
         source = cached(o, source, vae)
 
     objective = make_objective(o, config, vae)
+    if known:
+        objective.net.load_state_dict(known["ema"])
     draw = partial(objective.draw, window=o.window)
     make_clips = partial(Clips, window=o.window, draw=draw, classes=classes or [], seed=o.seed)
     clips = make_clips(source)
-    if vae and not state:
+    if vae and not known:
         standardise(vae, clips, MEASURED)
-    elif o.model == "waveform" and not state:
+    elif o.model == "waveform" and not known:
         objective.net.scale.copy_(moments(clips, lambda x: x.flatten(1)[:, None], MEASURED)[1][0])
     if o.force:
         (Path(o.out) / "model.pt").unlink(missing_ok=True)

@@ -115,6 +115,18 @@ def test_v_depends_on_time_and_on_absolute_position():
     assert (v[0][..., 24] - v[0][..., 40]).abs().max() > 1e-2  # both 24 frames from an end, three times max_distance
 
 
+def test_a_sequence_may_begin_anywhere_in_the_window():
+    """start shifts the positions and nothing else, for each clip by its own."""
+    model = trained_like(TINY)
+    x_t, t = torch.randn(3, 8, 20), torch.rand(3)
+    v = model(x_t, t, start=torch.tensor([0, 7, 44]))
+    assert torch.equal(v[:1], model(x_t[:1], t[:1]))
+    model.positions = model.positions.roll(-7, 0)
+    assert torch.allclose(v[1:2], model(x_t[1:2], t[1:2]), atol=1e-5)
+    model.positions = model.positions.roll(-37, 0)
+    assert torch.allclose(v[2:], model(x_t[2:], t[2:]), atol=1e-5)
+
+
 def test_any_length_up_to_the_window_and_none_beyond():
     """1 .. config.frames frames work, in float64 too and with t in float64; one more is refused with a sentence."""
     model = trained_like(TINY)

@@ -409,6 +409,28 @@ def test_each_model_trains_exports_and_loads(model, music, tmp_path, monkeypatch
         assert (tmp_path / "runs" / model / "demos" / "step_0000002.wav").exists()
 
 
+def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatch):
+    """--init takes weights, VAE and statistics as they are; short clips see every position of the window."""
+    monkeypatch.setattr(train.Trainer, "now_and_then", lambda self, row: None)
+    train.main(vae_args(tmp_path / "vae", "--steps", 1, "--finetune-steps", 0))
+    args = ["--model", "latent", "--size", "tiny", "--data", music, "--batch", 2, "--device", "cpu"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main([str(a) for a in [*args, "--vae", tmp_path / "vae/model.pt", "--steps", 3, "--window", 0.3, "--out", first]])
+    train.main([str(a) for a in [*args[:2], *args[4:], "--init", first / "model.pt", "--steps", 0, "--out", second]])
+    one, two = (torch.load(run / "model.pt", weights_only=True) for run in (first, second))
+    assert two["size"] == "tiny" and two["settings"]["window"] == 2**15 and one["settings"]["window"] == 103 * 128
+    for old, new in ((one["ema"], two["ema"]), (one["vae"]["weights"], two["vae"]["weights"])):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    objective = train.Denoising(train.rebuild("latent", one["config"], one["ema"]), train.nullcontext,
+                                train.rebuild("vae", **one["vae"]))
+    starts = [objective.draw(np.random.default_rng(k), 103 * 128)["start"] for k in range(1000)]
+    assert min(starts) == 0 and max(starts) == 256 - 103
+    with pytest.raises(train.UserError, match="at most 0.74 s"):
+        train.main([str(a) for a in [*args, "--init", first / "model.pt", "--window", 1, "--out", tmp_path / "third"]])
+    with pytest.raises(train.UserError, match="vae model"):
+        train.main([str(a) for a in [*args, "--init", tmp_path / "vae/model.pt", "--out", tmp_path / "third"]])
+
+
 @pytest.mark.parametrize("model", ["vae", "latent", "waveform", "classifier"])
 def test_dry_run_needs_no_memory(model, capsys):
     """The paper's sizes are printed within seconds, nothing is written, and no parameter is allocated."""
