@@ -93,7 +93,7 @@ RECIPES = {
 # ---- what goes wrong, and processes ---------------------------------------------------------------------------------
 
 class UserError(Exception):
-    """One sentence for the user: what is wrong, and the remedy. Exit status 2 (unusable input) or 1 (failed at work)."""
+    """One sentence for the user: what is wrong, and the remedy. Exit status 2, unusable input, or 1, failed at work."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -114,9 +114,10 @@ def run(main):
             raise
         message, status = "out of memory: lower --batch (or, when training, raise --accumulate)", 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}. What was saved before is whole"
+        message = (f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free some space, or write "
+                   "elsewhere; what was saved before is whole")
         status = 1
     if message:
         print(f"error: {message}", file=sys.stderr)
@@ -393,6 +394,7 @@ class Checkpoint:
     step: int = 0
     seed: int = 0
     size: str = ""
+    path: str = ""                      # of its file
 
     @property
     def hop(self):
@@ -464,7 +466,8 @@ def load_checkpoint(path, device="cpu"):
     state = load_state(path)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    return Checkpoint(state["kind"], net, vae, state["classes"], state["step"], state["seed"], state["size"])
+    facts = {name: state[name] for name in ("kind", "classes", "step", "seed", "size")}
+    return Checkpoint(net=net, vae=vae, path=show(path), **facts)
 
 
 def find_checkpoint(kind, path=None):
@@ -475,6 +478,14 @@ def find_checkpoint(kind, path=None):
             return place
     raise UserError(f"{show(path)} does not exist" if path else
                     f"there is no checkpoint {places[0]} and no {places[1]}: run python train.py --model {kind}")
+
+
+def open_checkpoint(kind, path=None, device="cpu"):
+    """The checkpoint of that kind that find_checkpoint finds. UserError if what it finds is of another kind."""
+    found = load_checkpoint(find_checkpoint(kind, path), device)
+    if found.kind != kind:
+        raise UserError(f"{found.path} holds a {found.kind} model, not a {kind}: choose another file or --model")
+    return found
 
 
 def export(run_folder, file):
