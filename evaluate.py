@@ -258,7 +258,7 @@ def prepare_reference(source, out, lengths, listeners, options, device):
         return load_reference(source, lengths, listeners)
     made_with = json.dumps([str(source), lengths, listeners.fad_name, listeners.passt_name, options.reference_clips])
     path = out / f"reference-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}.npz"
-    if not train.quiet() and not path.exists():
+    if train.RANK == 0 and not path.exists():
         buffer = io.BytesIO()
         np.savez(buffer, **hear_reference(source, lengths, listeners, options, device))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -470,9 +470,8 @@ class Evaluation:
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
-        rank, world = train.world_of()
         jobs = [(row, task, chunk) for row in rows for task in row.tasks if task in self.pairs
-                for chunk in chunks([j for j in range(rank, len(self.pairs[task]), world)
+                for chunk in chunks([j for j in range(train.RANK, len(self.pairs[task]), train.WORLD)
                                      if not self.file(row.name, task, j).exists()], self.options.batch)]
         total = sum(row.cost * len(chunk) for row, _, chunk in jobs)
         with train.progress(total=total, unit="step") as bar:
@@ -731,7 +730,7 @@ def main(argv=None):
     else:
         rows = [Row("Generated", ("files",), lambda task, x, other, *_: other), TEST_SET]
     evaluation.run(rows)
-    if not train.quiet():
+    if train.RANK == 0:
         results = {row.name: row_figures(evaluation, row, options.tasks if checkpoint else pairs) for row in rows}
         write_results(out, results, kept | {"reference_count": int(reference["count"])})
         if options.figure1:

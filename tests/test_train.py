@@ -99,13 +99,12 @@ def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
     """--cache changes nothing but the rounding to 15 bits, keeps peaks beyond 1, and decodes each file once."""
     sf.write(music / "loud" / "over.wav", np.full((RATE, 2), 1.5), RATE, subtype="FLOAT")
     tracks = train.Tracks({str(p): train.inspect(str(p)) for p in train.find_files([music])})
-    options = train.argparse.Namespace(out=tmp_path)
-    cached = train.cached(options, tracks, None)
+    cached = train.Cached(tracks, tmp_path / "cache")
     for j in range(12):
         a, b = (source.crop(train.random(0, j), 4096, (j + 0.5) / 12)[0] for source in (tracks, cached))
         assert np.abs(a - b).max() < 1e-4
     stamps = [file.stat().st_mtime_ns for file in cached.files]
-    assert [file.stat().st_mtime_ns for file in train.cached(options, tracks, None).files] == stamps
+    assert [file.stat().st_mtime_ns for file in train.Cached(tracks, tmp_path / "cache").files] == stamps
 
 
 def test_files_are_found_once_through_links_and_loops(music):
