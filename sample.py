@@ -259,8 +259,8 @@ def output_paths(o):
     first = Path(o.output or source.with_name(name))
     if first.suffix.lower() not in (".wav", ".flac"):
         raise UserError(f"--output {first} must end in .wav or .flac")
-    if first.suffix.lower() == ".flac" and o.subtype not in (None, *PCM_BITS):
-        raise UserError(f"--subtype {o.subtype} does not fit into flac; use PCM_16 or PCM_24, or write wav")
+    if first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
+        raise UserError("--subtype FLOAT does not fit into flac; use PCM_16 or PCM_24, or write wav")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
     for path in paths:
         if path.exists() and not o.force:

@@ -462,7 +462,7 @@ def load_checkpoint(path, device="cpu"):
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
     facts = {name: state[name] for name in ("kind", "classes", "step", "seed", "size")}
-    return Checkpoint(net=net, vae=vae, path=show(path), **facts)
+    return Checkpoint(net=net, vae=vae, path=str(path), **facts)
 
 
 def find_checkpoint(kind, path=None):
@@ -479,7 +479,7 @@ def open_checkpoint(kind, path=None, device="cpu"):
     """The checkpoint of that kind that find_checkpoint finds. UserError if what it finds is of another kind."""
     found = load_checkpoint(find_checkpoint(kind, path), device)
     if found.kind != kind:
-        raise UserError(f"{found.path} holds a {found.kind} model, not a {kind}: choose another file or --model")
+        raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: choose another file or --model")
     return found
 
 
@@ -950,8 +950,8 @@ def vae_for(o, given):
             return None
     found = load_checkpoint(path)
     if found.kind not in ("vae", "latent"):
-        raise UserError(f"--vae {found.path} holds a {found.kind} model; a VAE's or a latent model's is needed")
-    say(f"VAE: from {found.path}, a {found.kind} checkpoint of size {found.size}")
+        raise UserError(f"--vae {show(path)} holds a {found.kind} model; a VAE's or a latent model's is needed")
+    say(f"VAE: from {show(path)}, a {found.kind} checkpoint of size {found.size}")
     return found.vae or found.net
 
 

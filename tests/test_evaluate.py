@@ -16,6 +16,7 @@ import dit
 import evaluate
 import train
 import vae
+from conftest import save_checkpoint
 from evaluate import GaussianStatistics, VGGish, frechet_distance, kl_divergence, mel_distance, realism
 from tasks import PASST_PRESETS, PaSST, load_official
 
@@ -189,8 +190,7 @@ def save_classifier(path):
     net = PaSST(PASST_PRESETS["tiny"])
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    torch.save({"format": 1, "kind": "classifier", "config": dataclasses.asdict(net.config), "ema": net.state_dict(),
-                "classes": list("abcdefghi"), "step": 1, "seed": 0, "size": "tiny", "vae": None}, path)
+    save_checkpoint(path, "classifier", net, classes=list("abcdefghi"))
 
 
 def save_latent(path):
@@ -198,9 +198,7 @@ def save_latent(path):
     coder, net = vae.VAE(vae.PRESETS["tiny"]), dit.DiT(dit.PRESETS["tiny"])
     for p in (*coder.parameters(), *net.parameters()):     # many layers do nothing yet as they are initialised
         p.data += 0.02 * torch.randn_like(p)
-    torch.save({"format": 1, "kind": "latent", "config": dataclasses.asdict(net.config), "ema": net.state_dict(),
-                "classes": None, "step": 1, "seed": 0, "size": "tiny",
-                "vae": {"config": dataclasses.asdict(coder.config), "weights": coder.state_dict()}}, path)
+    save_checkpoint(path, "latent", net, coder)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import soundfile as sf
 import torch
 
 import train
+from conftest import save_checkpoint
 from examples import synthetic
 
 ROOT = Path(train.__file__).parent
@@ -432,9 +433,7 @@ def test_what_the_diffusion_sees_has_variance_one(model, tmp_path, monkeypatch):
         torch.manual_seed(0)
         vae = train.VAE(train.autoencoder.PRESETS["tiny"])
         (tmp_path / "vae").mkdir()
-        train.save_atomic(tmp_path / "vae" / "model.pt", {
-            "format": 1, "kind": "vae", "size": "tiny", "config": train.asdict(vae.config), "ema": vae.state_dict(),
-            "vae": None, "classes": None, "step": 0, "seed": 0})
+        save_checkpoint(tmp_path / "vae" / "model.pt", "vae", vae)
     run = ["--model", model, "--size", "tiny", "--data", music, "--steps", 1, "--batch", 1, "--out", tmp_path, *more]
     train.main([str(word) for word in run])
     space = train.load_checkpoint(tmp_path / "model.pt")
