@@ -236,8 +236,9 @@ def write_track(path, track, subtype=None):
         keeps = track.subtype in PCM_BITS and peak <= 1
         subtype = track.subtype if keeps else "FLOAT" if kind == "wav" else "PCM_24"
     if peak > 1:
-        fate = ": clipped, use --subtype FLOAT with wav" if subtype in PCM_BITS else "; written as float, nothing is clipped"
-        print(f"note: the peak is {20 * math.log10(peak):+.1f} dB above full scale{fate}")
+        clipped, kept = ": clipped, use --subtype FLOAT with wav", "; written as float, nothing is clipped"
+        print(f"note: the peak is {20 * math.log10(peak):+.1f} dB above full scale"
+              + (clipped if subtype in PCM_BITS else kept))
     samples = track.audio.T                                                            # (n, channels)
     if subtype in PCM_BITS:
         full = 2 ** (PCM_BITS[subtype] - 1)
@@ -315,7 +316,7 @@ def parse(argv):
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
     add("--end", type=seconds, help="infill, regenerate: where it ends (with neither flag: the middle 2 s)")
     add("--length", type=seconds, help="continuation, or without --input: how much to make (what the window holds)")
-    add("--context", type=seconds, help="how much to hear on each side (continuation: 2.4; else: what the window holds)")
+    add("--context", type=seconds, help="how much to hear on each side (continuation: 2.4; else what the window holds)")
     add("--fade", type=seconds, default=FADE, help="transition: length of the cross-fade in seconds")
     add("--reference", help="audio whose style to approach: embedder guidance, for every task")
     add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")

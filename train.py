@@ -115,8 +115,9 @@ def run(main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        message, status = (f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free some space, or write "
-                           "elsewhere; what was saved before is whole"), 1
+        message = (f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free some space, or write "
+                   "elsewhere; what was saved before is whole")
+        status = 1
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
