@@ -14,7 +14,7 @@ import io
 import json
 import math
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -79,20 +79,17 @@ class VGGish(nn.Module):
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 class GaussianStatistics:
-    """Count, mean and covariance of embeddings (n, d), gathered chunk by chunk in float64."""
+    """Count, mean (d,) and covariance (d, d) of chunks (n, d) of embeddings, gathered one by one in float64."""
 
-    def __init__(self, d):
-        self.n, self.mean = 0, torch.zeros(d, dtype=torch.float64)
-        self.scatter = torch.zeros(d, d, dtype=torch.float64)
-
-    def add(self, chunk):
-        chunk = chunk.detach().to("cpu", torch.float64)
-        k, mean = len(chunk), chunk.mean(0)
-        delta, centred = mean - self.mean, chunk - mean
-        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.n * k / (self.n + k))
-        self.mean = self.mean + delta * (k / (self.n + k))
-        self.n += k
-        return self
+    def __init__(self, chunks):
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0
+        for chunk in chunks:
+            chunk = chunk.detach().to("cpu", torch.float64)
+            k, mean = len(chunk), chunk.mean(0)
+            delta, centred = mean - self.mean, chunk - mean
+            self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.n * k / (self.n + k))
+            self.mean = self.mean + delta * (k / (self.n + k))
+            self.n += k
 
     @property
     def covariance(self):                                                                       # (d, d), over n - 1
@@ -204,22 +201,15 @@ def load_listeners(options, device):
             path, size = options.passt, "official"
             passt = load_official(PaSST(PASST_PRESETS["paper"]), path, PASST_FILE)
         else:
-            path = train.find_checkpoint("classifier", options.listener)
-            checkpoint = train.load_checkpoint(path)
-            if checkpoint.kind != "classifier":
-                raise UserError(f"--listener {path} holds a {checkpoint.kind} model, not a classifier")
-            size, passt = checkpoint.size, checkpoint.net
-        fad, fad_name = passt, passt_name = passt.to(device), f"PaSST {size} {fingerprint(path)}"
+            checkpoint = train.open_checkpoint("classifier", options.listener)
+            path, size, passt = checkpoint.path, checkpoint.size, checkpoint.net
+        fad, fad_name = passt, passt_name = passt.to(device), f"PaSST {size} {sample.digest(path)[:8]}"
         if options.vggish:
             fad = load_official(VGGish(), options.vggish, VGGISH_FILE).to(device)
-            fad_name = f"VGGish {fingerprint(options.vggish)}"
+            fad_name = f"VGGish {sample.digest(options.vggish)[:8]}"
     except ValueError as error:
         raise UserError(str(error)) from None
     return Listeners(fad, passt, fad_name, passt_name)
-
-
-def fingerprint(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
 
 def hear_reference(folder, lengths, listeners, options, device):
@@ -235,7 +225,7 @@ def hear_reference(folder, lengths, listeners, options, device):
     if arrays["count"] < 5:                                # realism needs more than k = 3
         raise UserError(f"--reference {folder} has under 5 usable excerpts of {lengths[-1] / SAMPLE_RATE:.2f} s")
     for n, records in heard.items():
-        fad = gaussian(records)
+        fad = GaussianStatistics(record["fad"] for record in records)
         arrays |= {f"{n}_fad_n": fad.n, f"{n}_fad_mean": fad.mean, f"{n}_fad_covariance": fad.covariance,
                    f"{n}_posterior": torch.stack([record["posterior"] for record in records]).mean(0),
                    f"{n}_embeddings": torch.stack([record["embedding"] for record in records])}
@@ -268,7 +258,7 @@ def prepare_reference(source, out, lengths, listeners, options, device):
         return load_reference(source, lengths, listeners)
     made_with = json.dumps([str(source), lengths, listeners.fad_name, listeners.passt_name, options.reference_clips])
     path = out / f"reference-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}.npz"
-    if not train.quiet() and not path.exists():
+    if train.RANK == 0 and not path.exists():
         buffer = io.BytesIO()
         np.savez(buffer, **hear_reference(source, lengths, listeners, options, device))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,6 +270,11 @@ def prepare_reference(source, out, lengths, listeners, options, device):
 
 # ---- clips: an excerpt is (path, first sample, samples) at 44.1 kHz -------------------------------------------------
 
+@functools.cache
+def say_once(text):
+    train.say(text)
+
+
 def find_excerpts(folder, n, limit, seed):
     """Up to `limit` excerpts of n samples that do not overlap, in the order of the files: one at random of every file,
     then a second of every file that has one, and so on."""
@@ -288,17 +283,12 @@ def find_excerpts(folder, n, limit, seed):
         facts = train.inspect(path)
         whole = 0 if isinstance(facts, str) else facts[0] * SAMPLE_RATE // facts[1] // n
         if not whole:
-            skip(path, facts if isinstance(facts, str) else f"shorter than {n / SAMPLE_RATE:.2f} s")
+            reason = facts if isinstance(facts, str) else f"shorter than {n / SAMPLE_RATE:.2f} s"
+            say_once(f"skipped {train.show(path)}: {reason}")
         drawn += [(turn, (path, int(k) * n, n)) for turn, k in enumerate(train.random(seed, i).permutation(whole))]
     if not drawn:
         raise UserError(f"{folder} has no audio file of {n / SAMPLE_RATE:.2f} s or more")
     return sorted(excerpt for _, excerpt in sorted(drawn)[:limit])
-
-
-@functools.lru_cache(maxsize=None)
-def skip(path, reason):
-    """Says so once for each file."""
-    train.say(f"skipped {train.show(path)}: {reason}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -322,7 +312,7 @@ def read_all(groups):
         try:
             loaded[key] = [read_excerpt(*excerpt) for excerpt in excerpts]
         except UserError as error:
-            skip(excerpts[0][0], f"{error} (or the track paired with it)")
+            say_once(f"skipped {train.show(excerpts[0][0])}: {error} (or the track paired with it)")
     return loaded
 
 
@@ -379,10 +369,12 @@ def edit(checkpoint, task, x, span, passt, settings, generators, callback):
     """The model's own, unspliced audio (B, 2, window) for x (B, 2, window); a transition's x is the raw cross-fade."""
     hop, window, guides = checkpoint.hop, checkpoint.window, ()
     C_L, C_R = span.a // hop, window - span.b // hop
-    x_bar = torch.zeros(len(x), checkpoint.channels, window, device=x.device)
     if task in ("regenerate", "transition"):
         x_bar = checkpoint.encode(x)
-    elif task in ("infill", "continuation"):             # each side is encoded by itself, so that nothing leaks
+    else:
+        x_bar = torch.zeros(len(x), checkpoint.channels, window, device=x.device)
+        settings = replace(settings, k=1.0)              # from noise alone
+    if task in ("infill", "continuation"):             # each side is encoded by itself, so that nothing leaks
         x_bar[..., :C_L] = sample.encode_known(checkpoint, x[..., :span.a])
         if C_R:
             x_bar[..., window - C_R:] = sample.encode_known(checkpoint, x[..., span.b:])
@@ -391,8 +383,7 @@ def edit(checkpoint, task, x, span, passt, settings, generators, callback):
             return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
         y, weight = listen(x), sample.XI_GUIDE["embedding"] / settings.xi
         guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, weight),)
-    x_0 = sample.generate(checkpoint, x_bar, C_L, C_R, settings, generators, guides=guides, callback=callback,
-                          from_noise=task not in ("regenerate", "transition"))
+    x_0 = sample.generate(checkpoint, x_bar, C_L, C_R, settings, generators, guides=guides, callback=callback)
     return checkpoint.decode(x_0)
 
 
@@ -479,9 +470,8 @@ class Evaluation:
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
-        rank, world = train.world_of()
         jobs = [(row, task, chunk) for row in rows for task in row.tasks if task in self.pairs
-                for chunk in chunks([j for j in range(rank, len(self.pairs[task]), world)
+                for chunk in chunks([j for j in range(train.RANK, len(self.pairs[task]), train.WORLD)
                                      if not self.file(row.name, task, j).exists()], self.options.batch)]
         total = sum(row.cost * len(chunk) for row, _, chunk in jobs)
         with train.progress(total=total, unit="step") as bar:
@@ -537,9 +527,10 @@ class Evaluation:
         length = self.spans[task].d - self.spans[task].c
         mean, covariance, posterior, embeddings = (
             self.reference[f"{length}_{key}"] for key in ("fad_mean", "fad_covariance", "posterior", "embeddings"))
-        heard = gaussian(records[j] for j in both)
+        heard = GaussianStatistics(records[j]["fad"] for j in both)
         if heard.n <= len(mean):
-            warn_of_bias(heard.n, len(mean))
+            say_once(f"warning: FAD from n = {heard.n} embeddings of {len(mean)} dimensions is biased far upwards; "
+                     "compare at equal n only")
         made = {"FAD": (frechet_distance(mean, covariance, heard.mean, heard.covariance), None, heard.n),
                 "KLD": (kl_divergence(posterior, of["posterior"].mean(0)).item(), None, len(both)),
                 "KLD paired": (kl_divergence(original["posterior"], of["posterior"]).mean().item(), None, len(both)),
@@ -550,21 +541,6 @@ class Evaluation:
             ratio = realism(embeddings, of["embedding"]) / realism(embeddings, original["embedding"])
             made["Realism"] = (ratio.mean().item(), ratio.std().item(), len(both))
         return made
-
-
-@functools.lru_cache(maxsize=None)
-def warn_of_bias(n, d):
-    """Says so once for each n."""
-    train.say(f"warning: FAD from n = {n} embeddings of {d} dimensions is biased far upwards; compare at equal n only")
-
-
-def gaussian(records):
-    """GaussianStatistics of the records' FAD embeddings, in their order."""
-    chunks = [record["fad"] for record in records]
-    statistics = GaussianStatistics(chunks[0].shape[1])
-    for chunk in chunks:
-        statistics.add(chunk)
-    return statistics
 
 
 # ---- Table 1 and Figure 1 -------------------------------------------------------------------------------------------
@@ -699,7 +675,7 @@ def plan_files(options):
     for path in train.find_files([options.generated]):
         facts = train.inspect(path) if Path(path).stem in originals else "--originals has no file of this name"
         if isinstance(facts, str):
-            skip(path, facts)
+            say_once(f"skipped {train.show(path)}: {facts}")
         else:
             lengths[path] = facts[0] * SAMPLE_RATE // facts[1]
     if not lengths:
@@ -743,7 +719,7 @@ def main(argv=None):
     else:
         path = train.find_checkpoint(options.model, options.checkpoint)
         checkpoint = train.load_checkpoint(path, device)
-        kept |= {"checkpoint": fingerprint(path), "kind": checkpoint.kind, "step": checkpoint.step}
+        kept |= {"checkpoint": sample.digest(path)[:8], "kind": checkpoint.kind, "step": checkpoint.step}
         pairs, spans = plan_tasks(options, checkpoint)
     out = options.out or Path("runs") / f"evaluate-{checkpoint.kind if checkpoint else 'files'}"
     lengths = sorted({span.d - span.c for task, span in spans.items() if task in pairs})
@@ -754,7 +730,7 @@ def main(argv=None):
     else:
         rows = [Row("Generated", ("files",), lambda task, x, other, *_: other), TEST_SET]
     evaluation.run(rows)
-    if not train.quiet():
+    if train.RANK == 0:
         results = {row.name: row_figures(evaluation, row, options.tasks if checkpoint else pairs) for row in rows}
         write_results(out, results, kept | {"reference_count": int(reference["count"])})
         if options.figure1:

@@ -13,14 +13,14 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion import ddim_step, ddpm_step, time_steps, x0_from_v
+from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps, x0_from_v
 
 
 @dataclass(frozen=True)
 class Term:
     """One objective d(y, A(x)) of Eq. 1.
 
-    A       measurement operator, x (B, C, n) -> (B, ...); a linear one also has T(y) = A^T y and solve(r) = (A A^T)^-1 r
+    A       measurement operator, x (B, C, n) -> (B, ...); a linear one has T(y) = A^T y and solve(r) = (A A^T)^-1 r too
     d       distance, (y, A(x)) -> one number per clip, (B,)
     y       the measurement, in the shape of A(x)
     weight  its effective step is xi * weight; a number, or (B,)
@@ -70,6 +70,17 @@ class Step(NamedTuple):
     guidance_norm: Tensor        # of what guidance added to x_s ...
     sampler_norm: Tensor         # ... and of the sampler's own move from x_t to x_s
     context_error: Tensor        # rms of y - A(x0_hat) of the first linear term; 0 if there is none
+
+    @property
+    def share(self):
+        """The guidance step's size as a share of the sampler's, the mean over clips."""
+        return (self.guidance_norm / self.sampler_norm.clamp(min=1e-12)).mean().item()
+
+    def __str__(self):
+        t, alpha_t, sigma_t, error = (x.mean().item() for x in (self.t, *alpha_sigma(self.t), self.context_error))
+        distances = ", ".join(f"{d.mean().item():.4g}" for d in self.distances) or "-"
+        return (f"step {self.i:4d}  t {t:.3f}  alpha {alpha_t:.3f}  sigma {sigma_t:.3f}  d {distances}"
+                f"  guidance/sampler {self.share:.3f}  context error {error:.3f}")
 
 
 def is_linear(A):

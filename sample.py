@@ -7,8 +7,8 @@
 The result is the whole track in its own sample rate and channels. Only the requested region is new; beside it lie
 cross-fades of at most 50 ms, in known audio; everything else is the input's own samples, bit for bit.
 
-Inside, time is counted from an anchor, the left border of the region, so that this border lies exactly on a frame of the
-model; the right border is rounded up to the next frame.
+Inside, time is counted from an anchor, the left border of the region, so that this border lies exactly on a frame of
+the model; the right border is rounded up to the next frame.
 """
 import argparse
 import hashlib
@@ -25,10 +25,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
-from diffusion import alpha_sigma
 from guidance import Task, draw_noise, sample
-from train import (SAMPLE_RATE, UserError, find_checkpoint, load_checkpoint, pick_device, random, read_audio, run,
-                   write_atomic)
+from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, read_audio, run, write_atomic
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
@@ -36,14 +34,17 @@ XI = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3, for the
 XI_GUIDE = {"embedding": 5.0, "classifier": 1.0}             # for L2 and BCE: provisional, see the README
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 PCM_BITS = {"PCM_16": 16, "PCM_24": 24}
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BARELY_TRAINED = 2000                                        # steps
+PER_CALL = ("output", "force", "replay", "num", "first")     # options that do not enter a result
 
 
 # ---- in the model's space: generate between known contexts, window after window -------------------------------------
 
 @dataclass
 class Settings:
-    """How to sample; xi None is the paper's for the kind of model."""
+    """How to sample. xi None is the paper's for the kind of model; k is the share of noise that the region starts from,
+    in Table 2's Regenerate and Transition. k = 1 is Infill and Continuation."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float | None = None
@@ -67,44 +68,34 @@ def windows(C_L, gap, C_R, window, overlap):
     return [(max(0, end - window), end) for end in ends]
 
 
-def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, from_noise=True, guides=(), callback=None):
+def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, guides=(), callback=None):
     """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
 
     settings    a Settings, or anything with its fields
     spans       see windows(); default: one window for all
-    from_noise  Continuation and Infill of Table 2 (without contexts: unconditional); else Regenerate, from x_bar
     guides      functions z -> Task: their terms join the reconstruction's in every window
     """
-    x, n, done = x_bar.clone(), x_bar.shape[-1], C_L
     xi = XI[checkpoint.kind] if settings.xi is None else settings.xi
-    model = in_precision(checkpoint.net, settings.precision)
+    dtype = PRECISIONS[settings.precision]
+
+    def model(x_t, t):
+        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
+            return checkpoint.net(x_t, t).float()
+
+    x, n, done = x_bar.clone(), x_bar.shape[-1], C_L
     for first, last in spans or [(0, n)]:
         left, right = done - first, C_R if last == n else 0
-        known, z = x[..., first:last], draw_noise(x[..., first:last], generator)
+        z = draw_noise(x[..., first:last], generator)
         if left + right == 0:
             task = Task(z, ())
-        elif from_noise:
-            task = tasks.infill(known, left, right, z, on=settings.on, project=settings.project)
         else:
-            task = tasks.regenerate(known, left, right, z, settings.k, settings.start_from,
+            task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     on=settings.on, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
                                     generator=generator, callback=callback)
         done = last
     return x
-
-
-def in_precision(net, precision):
-    """The network as it is ("float32"), or under autocast to "bf16" or "fp16" with a float32 result."""
-    if precision == "float32":
-        return net
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-    def model(x_t, t):
-        with torch.autocast(x_t.device.type, dtype):
-            return net(x_t, t).float()
-    return model
 
 
 # ---- between a track and the model's space --------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def convert(x, rate_in, rate_out, anchor, first, last, lo, hi):
     """
     common = math.gcd(rate_in, rate_out)
     down, up = rate_in // common, rate_out // common
-    reach = math.ceil(64 * max(1, rate_in / rate_out) / down)                          # blocks; of the resampler's filter
+    reach = math.ceil(64 * max(1, rate_in / rate_out) / down)                          # blocks, of the filter
     block, end = first // up - reach, math.ceil(last / up) + reach
     wide = excerpt(x, anchor + block * down, anchor + end * down, lo, hi)
     return tasks.resample(wide, rate_in, rate_out)[:, first - block * up:last - block * up]
@@ -175,22 +166,24 @@ class Edit:
 
     def known(self, first, last, lo, hi):
         """Frames [first, last) from the anchor in the model's space (1, C, frames), made from native [lo, hi) alone."""
-        hop, stereo = self.checkpoint.hop, self.track.audio.expand(2, -1)
-        audio = convert(stereo, self.track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
+        hop, track = self.checkpoint.hop, self.track
+        audio = convert(spread(track.audio, 2), track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
         return encode_known(self.checkpoint, audio[None].to(self.device))
 
-    def x_bar(self, from_noise):
+    def x_bar(self, whole):
         """What sampling starts from and measures: (1, C, C_L + gap + C_R).
 
-        Continuation and infill encode each side by itself, so that nothing of the region leaks; the gap holds zeros.
+        Unless `whole`, each side is encoded by itself, so that nothing of the region leaks; the gap holds zeros.
         """
         end = self.gap + self.C_R
-        if not from_noise:
+        if whole:
             return self.known(-self.C_L, end, 0, self.track.n)
-        sides = [self.known(-self.C_L, 0, 0, self.a)] if self.C_L else []
-        right = [self.known(self.gap, end, self.b, self.track.n)] if self.C_R else []
-        gap = torch.zeros(1, self.checkpoint.channels, self.gap, device=self.device)
-        return torch.cat(sides + [gap] + right, dim=-1)
+        x_bar = torch.zeros(1, self.checkpoint.channels, self.C_L + end, device=self.device)
+        if self.C_L:
+            x_bar[..., :self.C_L] = self.known(-self.C_L, 0, 0, self.a)
+        if self.C_R:
+            x_bar[..., -self.C_R:] = self.known(self.gap, end, self.b, self.track.n)
+        return x_bar
 
     def splice(self, x_0, seconds):
         """x_0 decoded and laid into the track: (channels, n). Cross-fades of `seconds` lie outside [a, b); with 0 all
@@ -199,9 +192,8 @@ class Edit:
         decoded = self.checkpoint.decode(x_0)[0].cpu()                                 # (2, hop * frames)
         fade = round(seconds * self.track.rate) if seconds else self.track.n
         before, behind = min(fade, int(self.C_L * self.frame)), min(fade, int(self.C_R * self.frame))
-        new = convert(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop, -before, b - a + behind,
-                      0, decoded.shape[-1])
-        new = new[:len(audio)] if len(audio) == 2 else new.mean(0, keepdim=True)
+        new = spread(convert(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop,
+                             -before, b - a + behind, 0, decoded.shape[-1]), len(audio))
         if seconds:
             new[:, :before] = blend(audio[:, a - before:a], new[:, :before])
             new[:, new.shape[-1] - behind:] = blend(new[:, new.shape[-1] - behind:], audio[:, b:b + behind])
@@ -209,16 +201,19 @@ class Edit:
 
     def times(self, seconds):
         """One line: where things lie, in seconds of the track, after rounding to the model's frames."""
-        at = [x / self.track.rate for x in (self.a - self.C_L * self.frame, self.a, self.b, self.a + self.gap * self.frame,
-                                            self.a + (self.gap + self.C_R) * self.frame)]
-        return (f"new audio {clock(at[1])} to {clock(at[2])}; the model fills {clock(at[1])} to {clock(at[3])} "
-                f"and hears {clock(at[0])} to {clock(at[4])}; cross-fades of {1000 * seconds:.0f} ms outside")
+        a, b, *frames = (clock(x / self.track.rate) for x in (
+            self.a, self.b, *(self.a + i * self.frame for i in (-self.C_L, self.gap, self.gap + self.C_R))))
+        return (f"new audio {a} to {b}; the model fills {a} to {frames[1]} and hears {frames[0]} to {frames[2]}; "
+                f"cross-fades of {1000 * seconds:.0f} ms outside")
+
+
+def spread(audio, channels):
+    """Mono or stereo audio as mono or stereo: mono goes to both sides, stereo becomes its mean."""
+    return audio.expand(2, -1) if channels == 2 else audio.mean(0, keepdim=True)
 
 
 def blend(old, new):
     """Fade from old to new (channels, n). The power stays level whatever the correlation of the two is."""
-    if not old.numel():
-        return old
     w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
     rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
     return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
@@ -241,23 +236,17 @@ def write_track(path, track, subtype=None):
         keeps = track.subtype in PCM_BITS and peak <= 1
         subtype = track.subtype if keeps else "FLOAT" if kind == "wav" else "PCM_24"
     if peak > 1:
+        clipped, kept = ": clipped, use --subtype FLOAT with wav", "; written as float, nothing is clipped"
         print(f"note: the peak is {20 * math.log10(peak):+.1f} dB above full scale"
-              + (": clipped, use --subtype FLOAT with wav" if subtype in PCM_BITS else "; written as float, nothing is clipped"))
+              + (clipped if subtype in PCM_BITS else kept))
     samples = track.audio.T                                                            # (n, channels)
     if subtype in PCM_BITS:
         full = 2 ** (PCM_BITS[subtype] - 1)
         samples = (samples.double() * full).round().clamp(-full, full - 1).int() << (32 - PCM_BITS[subtype])
     buffer = io.BytesIO()
     sf.write(buffer, samples.numpy(), track.rate, format=kind.upper(), subtype=subtype)
-    write_file(path, buffer.getvalue())
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))
     return subtype
-
-
-def write_file(path, data):
-    try:
-        write_atomic(path, lambda file: file.write(data))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space or choose another --output", 1) from None
 
 
 def digest(path):
@@ -267,11 +256,12 @@ def digest(path):
 def output_paths(o):
     """One path per variation; checked before any work is done."""
     source = Path(o.input or o.reference or o.task)
-    first = Path(o.output) if o.output else source.with_name(f"{source.stem}.{o.task}.wav" if source.suffix else f"{o.task}.wav")
+    name = f"{source.stem}.{o.task}.wav" if source.suffix else f"{o.task}.wav"
+    first = Path(o.output or source.with_name(name))
     if first.suffix.lower() not in (".wav", ".flac"):
         raise UserError(f"--output {first} must end in .wav or .flac")
-    if first.suffix.lower() == ".flac" and o.subtype not in (None, *PCM_BITS):
-        raise UserError(f"--subtype {o.subtype} does not fit into flac; use PCM_16 or PCM_24, or write wav")
+    if first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
+        raise UserError("--subtype FLOAT does not fit into flac; use PCM_16 or PCM_24, or write wav")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
     for path in paths:
         if path.exists() and not o.force:
@@ -326,7 +316,7 @@ def parse(argv):
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
     add("--end", type=seconds, help="infill, regenerate: where it ends (with neither flag: the middle 2 s)")
     add("--length", type=seconds, help="continuation, or without --input: how much to make (what the window holds)")
-    add("--context", type=seconds, help="how much to hear on each side (continuation: 2.4; others: what the window holds)")
+    add("--context", type=seconds, help="how much to hear on each side (continuation: 2.4; else what the window holds)")
     add("--fade", type=seconds, default=FADE, help="transition: length of the cross-fade in seconds")
     add("--reference", help="audio whose style to approach: embedder guidance, for every task")
     add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
@@ -372,7 +362,7 @@ def replayed(o):
 
 
 def region(o, checkpoint):
-    """The track to edit and the region [a, b) in its samples, by the task's flags or the paper's choices (Sect. 4.3)."""
+    """The track to edit and the region [a, b) in its samples, by the task's flags or the paper's choices, Sect. 4.3."""
     window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
     if o.task not in EDITS:
         nothing = Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16")
@@ -392,14 +382,14 @@ def region(o, checkpoint):
         start, end = (total - GAP) / 2, (total + GAP) / 2
     a, b = round((start or 0) * rate), track.n if end is None else round(end * rate)
     if not 0 <= a < b <= track.n or b - a == track.n:
-        raise UserError(f"--start and --end must enclose a part of {o.input}, which lasts {clock(total)}, not all of it")
+        raise UserError(f"--start and --end must enclose a part of {o.input} (it lasts {clock(total)}), not all of it")
     return track, a, b
 
 
 def join(one, two, fade):
     """The end of one track faded into the start of another, at constant power: (Track, first and last sample of it)."""
-    second = two.audio.expand(2, -1) if len(one.audio) == 2 else two.audio.mean(0, keepdim=True)
-    second, fade = tasks.resample(second, two.rate, one.rate), round(fade * one.rate)
+    second = tasks.resample(spread(two.audio, len(one.audio)), two.rate, one.rate)
+    fade = round(fade * one.rate)
     C_L, C_R = one.n - fade, second.shape[-1] - fade
     if fade < 1 or C_L < 1 or C_R < 1:
         raise UserError(f"--fade {fade / one.rate:g} s must be shorter than both tracks, and not 0")
@@ -408,17 +398,14 @@ def join(one, two, fade):
 
 
 def guide_terms(o, checkpoint, device, base):
-    """Functions z -> Task for --reference and --classes. An embedder hears audio: A(x) = PaSST(resample(decode(x0_hat))).
+    """Functions z -> Task for --reference and --classes. An embedder hears audio: A(x) = PaSST(resample(decode(x))).
 
     base is the xi by which the terms' own step sizes are stated.
     """
     if not o.reference and not o.classes:
         return []
-    source = find_checkpoint("classifier", o.listener)
-    listener = load_checkpoint(source, device)
-    if listener.kind != "classifier":
-        raise UserError(f"{source} holds a {listener.kind} checkpoint; --listener needs a classifier")
-    hear = lambda x: listener.net.listen(checkpoint.decode(x), SAMPLE_RATE)
+    listener = open_checkpoint("classifier", o.listener, device)
+    hear = lambda x: listener.net.listen(checkpoint.decode(x), SAMPLE_RATE)            # logits, embedding
     weight = {name: XI_GUIDE[name] * o.weights.get(name, 1.0) / base for name in XI_GUIDE}
     guides = []
     if o.reference:
@@ -426,12 +413,12 @@ def guide_terms(o, checkpoint, device, base):
         y = listener.net.listen(example.audio[None].to(device), example.rate)[1]
         guides.append(lambda z: tasks.embedder_guidance(lambda x: hear(x)[1], y, z, weight["embedding"]))
     if o.classes:
-        unknown = [name for name in o.classes if name not in listener.classes]
+        unknown, known = [name for name in o.classes if name not in listener.classes], ", ".join(listener.classes)
         if unknown:
-            raise UserError(f"--classes {', '.join(unknown)}: unknown; the listener knows {', '.join(listener.classes)}")
-        which = [listener.classes.index(name) for name in o.classes]
+            raise UserError(f"--classes {', '.join(unknown)}: unknown; the listener knows {known}")
+        logits = lambda x: hear(x)[0][:, [listener.classes.index(name) for name in o.classes]]
         labels = torch.tensor([list(o.classes.values())], device=device)
-        guides.append(lambda z: tasks.classifier_guidance(lambda x: hear(x)[0][:, which], labels, z, weight["classifier"]))
+        guides.append(lambda z: tasks.classifier_guidance(logits, labels, z, weight["classifier"]))
     return guides
 
 
@@ -443,58 +430,58 @@ class Listening:
 
     def __call__(self, step):
         self.bar.update()
-        share = (step.guidance_norm / step.sampler_norm.clamp(min=1e-12)).mean().item()
-        self.shares.append(share)
+        self.shares.append(step.share)
         if self.explain and (step.i == 1 or step.i % max(1, step.steps // 10) == 0):
-            alpha_t, sigma_t = (c.mean().item() for c in alpha_sigma(step.t))
-            distances = ", ".join(f"{d.mean().item():.4g}" for d in step.distances) or "-"
-            self.bar.write(f"step {step.i:4d}  t {step.t.mean().item():.3f}  alpha {alpha_t:.3f}  sigma {sigma_t:.3f}  d {distances}"
-                           f"  guidance/sampler {share:.3f}  context error {step.context_error.mean().item():.3f}")
+            self.bar.write(str(step))
 
     def close(self):
         self.bar.close()
         share = sum(self.shares) / len(self.shares)
         if self.explain and share:
-            verdict = ("far too weak to matter: raise --xi or --weights" if share < 0.005 else
-                       "far too strong for the model: lower --xi or --weights" if share > 1 else "in balance with the model")
+            verdict = "in balance with the model"
+            if share < 0.005:
+                verdict = "far too weak to matter: raise --xi or --weights"
+            elif share > 1:
+                verdict = "far too strong for the model: lower --xi or --weights"
             print(f"guidance was {verdict} (its step was {share:.3f} of the sampler's, on average)")
 
 
 def main(argv=None):
     o = parse(argv)
-    for flag, needed in {"task": TASKS + (None,), "input": EDITS, "input2": ("transition",), "reference": ("embedding",),
-                         "classes": ("classifier",)}.items():
+    if not o.task:
+        raise UserError(f"--task is missing: {', '.join(TASKS)}")
+    needs = {"input": EDITS, "input2": ("transition",), "reference": ("embedding",), "classes": ("classifier",)}
+    for flag, needed in needs.items():
         if o.task in needed and not getattr(o, flag):
-            raise UserError(f"--{flag} is missing" + (f": --task {o.task} needs it" if o.task else f": {', '.join(TASKS)}"))
+            raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     paths, device = output_paths(o), pick_device(o.device)
-    source = find_checkpoint(o.model, o.checkpoint)
-    checkpoint = load_checkpoint(source, device)
-    if checkpoint.kind != o.model:
-        raise UserError(f"{source} holds a {checkpoint.kind} checkpoint; --model {o.model} needs another one")
+    checkpoint = open_checkpoint(o.model, o.checkpoint, device)
     if checkpoint.step < BARELY_TRAINED:
-        print(f"note: {source} was trained for only {checkpoint.step} steps: expect noise rather than music")
-    options = {name: value for name, value in vars(o).items() if name not in ("output", "force", "replay", "num", "first")}
+        print(f"note: {checkpoint.path} was trained for only {checkpoint.step} steps: expect noise rather than music")
+    options = {name: value for name, value in vars(o).items() if name not in PER_CALL}
     edit = Edit(checkpoint, *region(o, checkpoint), o.context)
     base = XI_GUIDE.get(o.task, XI[o.model])
     o.xi = (base if o.xi is None else o.xi) * (o.xi_ref_steps or o.steps) / o.steps
-    guides, from_noise = guide_terms(o, checkpoint, device, base), o.task not in ("regenerate", "transition")
-    print(edit.times(o.splice / 1000))
+    guides, from_x_bar = guide_terms(o, checkpoint, device, base), o.task in ("regenerate", "transition")
+    o.k = o.k if from_x_bar else 1.0
+    fade = o.splice / 1000                                                             # seconds
+    print(edit.times(fade))
     for i, path in enumerate(paths, start=o.first):
         began, generator = time.time(), torch.Generator().manual_seed(int(random(o.seed, i).integers(2**63)))
         listening = Listening(o.steps * len(edit.spans), o.explain)
-        x_0 = generate(checkpoint, edit.x_bar(from_noise), edit.C_L, edit.C_R, o, generator, spans=edit.spans,
-                       from_noise=from_noise, guides=guides, callback=listening)
+        x_0 = generate(checkpoint, edit.x_bar(whole=from_x_bar), edit.C_L, edit.C_R, o, generator, spans=edit.spans,
+                       guides=guides, callback=listening)
         listening.close()
-        track = Track(edit.splice(x_0, o.splice / 1000), edit.track.rate, edit.track.subtype)
+        track = Track(edit.splice(x_0, fade), edit.track.rate, edit.track.subtype)
         subtype = write_track(path, track, o.subtype)
-        used = [str(p) for p in (o.input, o.input2, o.reference, source) if p]
-        record = {"options": options, "variation": i, "output": str(path), "times": edit.times(o.splice / 1000),
+        used = [str(p) for p in (o.input, o.input2, o.reference, checkpoint.path) if p]
+        record = {"options": options, "variation": i, "output": str(path), "times": edit.times(fade),
                   "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
                   "sha256": {p: digest(p) for p in used}}
-        write_file(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        write_atomic(path.with_suffix(".json"), lambda file: file.write(json.dumps(record, indent=1).encode()))
         took, made = time.time() - began, (edit.b - edit.a) / track.rate
-        print(f"wrote {path}: {clock(track.n / track.rate)} at {track.rate} Hz, {subtype}, of which {made:.2f} s are new; "
-              f"{took:.1f} s, {took / made:.1f} times real time")
+        print(f"wrote {path}: {clock(track.n / track.rate)} at {track.rate} Hz, {subtype}, of which {made:.2f} s are "
+              f"new; {took:.1f} s, {took / made:.1f} times real time")
 
 
 if __name__ == "__main__":

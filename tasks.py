@@ -1,5 +1,5 @@
-"""Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3; at the end the
-resampler and PaSST [30], through which embedder and classifier hear.
+"""Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3; at the end
+the resampler and PaSST [30], through which embedder and classifier hear.
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.85)
     task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 30))
@@ -109,7 +109,7 @@ def l2(y, Ax):
 
 
 def bce(y, logits):
-    """BCE(y, p), summed over the classes. Takes the logits of p, since log(1 - p) of a confident p is -inf in float32."""
+    """BCE(y, p), summed over classes. Takes the logits of p, since log(1 - p) of a confident p is -inf in float32."""
     return F.binary_cross_entropy_with_logits(logits, y, reduction="none").flatten(1).sum(1)
 
 
@@ -150,13 +150,14 @@ def regenerate(x_bar, C_L, C_R, z, k=0.85, start_from="matched", **term):
         raise ValueError(f"k must lie in [0, 1], not {k.tolist()}")
     if start_from not in ("paper", "matched"):
         raise ValueError(f'start_from must be "paper" or "matched", not {start_from!r}')
-    mixed, t_T = _mix(x_bar, z, k), 1.0
+    scale = t_T = 1.0
     if start_from == "matched":
         if (k == 0).any():
             raise ValueError("k must be above 0 with start_from='matched': 0 leaves no noise to remove")
-        mixed, t_T = _mix(x_bar, z, k, torch.hypot(k, 1 - k)), 2 / math.pi * torch.atan2(k, 1 - k)
-    A = KeepEnds(z.shape[-1], C_L, C_R)
-    return replace(reconstruct(x_bar, A, mixed, **term), t_T=t_T)
+        scale, t_T = torch.hypot(k, 1 - k), 2 / math.pi * torch.atan2(k, 1 - k)
+    of_z, of_x_bar = (share.to(z.dtype).to(z.device).reshape(-1, 1, 1) for share in (k / scale, (1 - k) / scale))
+    mixed = of_z * z + of_x_bar * x_bar
+    return replace(reconstruct(x_bar, KeepEnds(z.shape[-1], C_L, C_R), mixed, **term), t_T=t_T)
 
 
 def crossfade(x_bar_L, x_bar_R, C_L, C_R):
@@ -183,7 +184,7 @@ def embedder_guidance(A, y, z, weight=1.0, on="x0_hat"):
 
 
 def classifier_guidance(A, y, z, weight=1.0, on="x0_hat"):
-    """Table 2, Classifier guidance: A(x) gives the logits (B, m) of p(c_i | x), y in [0, 1] the wanted probabilities."""
+    """Table 2, Classifier guidance: A(x) gives logits (B, m) of p(c_i | x), y in [0, 1] the wanted probabilities."""
     if not ((y >= 0) & (y <= 1)).all():
         raise ValueError("y must hold labels in [0, 1]")
     return Task(z, (Term(A, bce, y, weight, on),))
@@ -200,12 +201,6 @@ def combine(*tasks, weights=None):
     first = next((task for task in tasks if any(is_linear(term.A) for term in task.terms)), tasks[0])
     terms = [replace(term, weight=w * term.weight) for task, w in zip(tasks, weights) for term in task.terms]
     return Task(first.x_T, tuple(terms), first.t_T)
-
-
-def _mix(x_bar, z, k, scale=1.0):
-    """(k z + (1 - k) x_bar) / scale, with one k and scale for all clips or one each."""
-    k, rest = (c.to(z.dtype).to(z.device).reshape(-1, 1, 1) for c in (k / scale, (1 - k) / scale))
-    return k * z + rest * x_bar
 
 
 # ---- the resampler, a linear operator -------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +51,7 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MIN_SECONDS = 0.25                      # shorter files are never used
 TRAIN, VALID, MEASURE = range(3)        # streams of random numbers
 MEASURED = 1000                         # clips that statistics are taken of
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
 NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.DiT, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
         "classifier": (PaSST, PaSSTConfig, PASST_PRESETS)}
@@ -93,7 +93,7 @@ RECIPES = {
 # ---- what goes wrong, and processes ---------------------------------------------------------------------------------
 
 class UserError(Exception):
-    """One sentence for the user: what is wrong, and the remedy. Exit status 2 (unusable input) or 1 (failed at work)."""
+    """One sentence for the user: what is wrong, and the remedy. Exit status 2, unusable input, or 1, failed at work."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -102,9 +102,8 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
-    message, status = None, 0
     try:
-        status = main() or 0
+        return main()
     except UserError as error:
         message, status = error, error.status
     except KeyboardInterrupt:
@@ -114,27 +113,17 @@ def run(main):
             raise
         message, status = "out of memory: lower --batch (or, when training, raise --accumulate)", 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        message = f"{error.filename or 'a file'} cannot be written: {error.strerror}. What was saved before is whole"
+        message = (f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free some space, or write "
+                   "elsewhere; what was saved before is whole")
         status = 1
-    if message:
-        print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
-def world_of():
-    """(number of this process, how many there are) under torchrun; else (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def quiet():
-    """Whether another process does the talking."""
-    return world_of()[0] > 0
-
-
 def say(text):
-    if not quiet():
+    if RANK == 0:
         tqdm.write(text)
 
 
@@ -144,11 +133,11 @@ def show(path):
 
 
 def progress(*args, **kwargs):
-    return tqdm(*args, **kwargs, mininterval=0.5 if sys.stderr.isatty() else 30, disable=quiet())
+    return tqdm(*args, **kwargs, mininterval=0.5 if sys.stderr.isatty() else 30, disable=RANK > 0)
 
 
 def barrier():
-    if world_of()[1] > 1:
+    if WORLD > 1:
         dist.barrier()
 
 
@@ -166,7 +155,7 @@ def pick_device(name):
 
 def join(device):
     """Meet the other processes, if torchrun started any."""
-    if world_of()[1] > 1 and not dist.is_initialized():
+    if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -194,7 +183,7 @@ def read_audio(path):
 
 
 def to_stereo_44k(audio, rate):
-    """audio (channels, n) at `rate` Hz -> (2, n') at 44.1 kHz. Mono goes to both sides; of many channels, two remain."""
+    """audio (channels, n) at `rate` Hz -> (2, n') at 44.1 kHz. Mono goes to both sides; of many channels two remain."""
     return resample(audio[:2] if len(audio) > 1 else audio.expand(2, -1), rate, SAMPLE_RATE)
 
 
@@ -249,7 +238,7 @@ def index(folders, store):
         facts = list(progress(pool.map(inspect, new), "index", len(new), unit="file")) if new else []
     known |= {path: [stamps[path], fact] for path, fact in zip(new, facts)}
     barrier()                                   # each process has read the store before one of them writes it
-    if new and not quiet():
+    if new and RANK == 0:
         write_atomic(store, lambda file: file.write(json.dumps(known).encode()))
     return {path: known[path][1] for path in stamps}
 
@@ -300,33 +289,41 @@ class Tracks:
 
 
 class Cached(Tracks):
-    """Clips of prepared tracks: prepare(audio (2, n)) -> rows (n / unit, C), kept in a file for each track. `key` says
-    what the rows depend on besides the track."""
+    """Clips of prepared tracks, each kept in a file of the folder as rows (n / unit, C): decoded audio or, with a VAE,
+    the mean of its posterior."""
+    peak = 16383                                # int16 for amplitude 1: decoded peaks may exceed it
 
-    def __init__(self, tracks, folder, prepare, key, unit=1):
-        self.__dict__.update(vars(tracks), unit=unit)
+    def __init__(self, tracks, folder, vae=None):
+        self.__dict__.update(vars(tracks))
+        key = "audio"
+        if vae:
+            self.unit, vae = VAE.hop, copy.deepcopy(vae)
+            vae.latent_mean.zero_(), vae.latent_std.fill_(1)
+            weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.encoder.parameters())
+            key = hashlib.sha256(weights).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
         versions = [f"{key} {show(path)} {os.stat(path).st_mtime_ns}" for path in self.paths]
         self.files = [folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.npy" for version in versions]
-        rank, world = world_of()
-        for path, file in progress(list(zip(self.paths, self.files))[rank::world], "cache", unit="track"):
+        for path, file in progress(list(zip(self.paths, self.files))[RANK::WORLD], "cache", unit="track"):
             if not file.exists():
-                rows = prepare(to_stereo_44k(*read_audio(path)))
+                rows = self.prepare(to_stereo_44k(*read_audio(path)), vae)
                 write_atomic(file, lambda out: np.save(out, rows))
         barrier()
         self.lengths = np.array([len(np.load(file, mmap_mode="r")) for file in self.files], dtype=np.int64)
 
+    def prepare(self, audio, vae):
+        if vae:
+            return vae.encode(audio[None].to(vae.latent_mean.device))[0].T.half().cpu().numpy()
+        return (audio.clamp(-2, 2) * self.peak).short().T.numpy()
+
     def read(self, track, start, n):
         rows = np.load(self.files[track], mmap_mode="r")[start:start + n].T
-        return rows / np.float32(PEAK) if rows.dtype == np.int16 else rows.astype(np.float32)
-
-
-PEAK = 16383                                    # int16 for amplitude 1: decoded peaks may exceed it
+        return rows / np.float32(self.peak) if rows.dtype == np.int16 else rows.astype(np.float32)
 
 
 class Synthetic:
     """Clips of endless music made by a program."""
-    names, broken = list(synthetic.STYLES), {}
+    names, broken, unit = list(synthetic.STYLES), {}, 1
 
     def __init__(self, seed):
         self.seed = seed
@@ -393,6 +390,7 @@ class Checkpoint:
     step: int = 0
     seed: int = 0
     size: str = ""
+    path: str = ""                      # of its file
 
     @property
     def hop(self):
@@ -464,7 +462,8 @@ def load_checkpoint(path, device="cpu"):
     state = load_state(path)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    return Checkpoint(state["kind"], net, vae, state["classes"], state["step"], state["seed"], state["size"])
+    facts = {name: state[name] for name in ("kind", "classes", "step", "seed", "size")}
+    return Checkpoint(net=net, vae=vae, path=str(path), **facts)
 
 
 def find_checkpoint(kind, path=None):
@@ -475,6 +474,14 @@ def find_checkpoint(kind, path=None):
             return place
     raise UserError(f"{show(path)} does not exist" if path else
                     f"there is no checkpoint {places[0]} and no {places[1]}: run python train.py --model {kind}")
+
+
+def open_checkpoint(kind, path=None, device="cpu"):
+    """The checkpoint of that kind that find_checkpoint finds. UserError if what it finds is of another kind."""
+    found = load_checkpoint(find_checkpoint(kind, path), device)
+    if found.kind != kind:
+        raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: choose another file or --model")
+    return found
 
 
 def export(run_folder, file):
@@ -628,7 +635,7 @@ class Trainer:
                                            weight_decay=0.0, fused=o.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(o.device.type, init_scale=2.0**13, enabled=o.precision == "fp16")
         parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-        self.model = parallel(objective) if world_of()[1] > 1 else objective
+        self.model = parallel(objective) if WORLD > 1 else objective
 
     def begin_finetuning(self):
         """The VAE's second stage starts from the averaged weights: their encoder, with its statistics, is final."""
@@ -638,9 +645,9 @@ class Trainer:
 
     def schedule(self):
         """For each step, and each part of it, the clips that this process takes."""
-        o, (rank, world) = self.options, world_of()
+        o = self.options
         for step in range(self.step, self.total):
-            mine = range(step * o.batch + rank, (step + 1) * o.batch, world)
+            mine = range(step * o.batch + RANK, (step + 1) * o.batch, WORLD)
             yield from (mine[part::o.accumulate] for part in range(o.accumulate))
 
     def learning_rate(self):
@@ -652,20 +659,20 @@ class Trainer:
 
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns that loss."""
-        parts, (_, world) = self.options.accumulate, world_of()
+        parts = self.options.accumulate
         self.objective.train()
         total = torch.zeros((), device=self.options.device)
         for part in range(parts):
             began = time.perf_counter()
             batch = next(stream)
             self.waited += time.perf_counter() - began
-            with self.model.no_sync() if world > 1 and part < parts - 1 else nullcontext():
+            with self.model.no_sync() if WORLD > 1 and part < parts - 1 else nullcontext():
                 loss, _ = self.model(**self.on_device(batch))
                 self.scaler.scale(loss / parts).backward()
             total += loss.detach() / parts
-        if world > 1:
+        if WORLD > 1:
             dist.all_reduce(total)
-        return total.item() / world
+        return total.item() / WORLD
 
     def on_device(self, batch):
         """Times (float64, which some devices lack) and seeds stay on the CPU."""
@@ -725,7 +732,7 @@ class Trainer:
         """Whether to end now, because of a signal or the time limit; all processes agree."""
         if time.perf_counter() > self.deadline:
             self.stop = self.stop or f"--minutes {self.options.minutes:g}"
-        if world_of()[1] > 1:
+        if WORLD > 1:
             flag = torch.tensor(float(bool(self.stop)), device=self.options.device)
             dist.all_reduce(flag)
             self.stop = self.stop or ("another process" if flag.item() else None)
@@ -734,7 +741,7 @@ class Trainer:
     def now_and_then(self, row):
         """Validation, demo and checkpoint, each every so many steps; and at the end, where fit saves."""
         o, last = self.options, self.step == self.total
-        if not quiet() and (self.step % o.every == 0 or last):
+        if RANK == 0 and (self.step % o.every == 0 or last):
             self.found = self.validate()
             row["validation"] = self.found["validation loss"]
             if o.model != "classifier":
@@ -777,7 +784,7 @@ class Trainer:
 
     def save(self):
         o = self.options
-        if not quiet():
+        if RANK == 0:
             save_atomic(self.out / "model.pt", {
                 **self.header, "format": 1, "kind": o.model, "size": o.size, "step": self.step, "seed": o.seed,
                 "adversarial": self.adversarial, "skipped": self.skipped, "ema": self.ema.state_dict(),
@@ -805,8 +812,7 @@ def stop_signals(trainer):
         trainer.stop = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM) if main_thread}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -819,7 +825,7 @@ def open_log(path, step):
     """The CSV log: log(row) adds a row. Rows beyond `step`, which a killed run left, are dropped."""
     columns = ["step", "loss", "lr", "gradient_norm", "clips_per_s", "validation"]
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    with open(os.devnull if quiet() else path, "w", newline="", buffering=1) as file:
+    with open(os.devnull if RANK else path, "w", newline="", buffering=1) as file:
         log = csv.DictWriter(file, columns, lineterminator="\n")
         log.writeheader()
         log.writerows(row for row in rows if row["validation"] is not None and int(row["step"]) <= step)
@@ -828,8 +834,8 @@ def open_log(path, step):
 
 def standardise(vae, clips, count):
     """Set the statistics with which latents of the training set have mean 0 and variance 1."""
-    hop, device = getattr(clips.source, "unit", 1), vae.latent_mean.device
-    mean, std = moments(clips, lambda x: x if hop > 1 else vae.posterior(x.to(device))[0], count)
+    encode = lambda x: vae.posterior(x.to(vae.latent_mean.device))[0]
+    mean, std = moments(clips, encode if clips.source.unit == 1 else lambda latents: latents, count)
     vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
 
 
@@ -855,8 +861,9 @@ def parse(argv):
     add = parser.add_argument
     add("--model", choices=NETS, default="latent")
     add("--size", choices=("tiny", "small", "paper"), help="default: small")
-    add("--data", nargs="+", metavar="FOLDER", help="music to train on; without it, synthetic music")
-    add("--valid", nargs="+", metavar="FOLDER", help="held-out music; without it, one file in twenty is held out")
+    folders = {"nargs": "+", "metavar": "FOLDER", "type": os.path.realpath}
+    add("--data", **folders, help="music to train on; without it, synthetic music")
+    add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
     add("--vae", metavar="FILE", help="latent: the VAE's checkpoint; default: the shipped one, or else a new one")
     add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
@@ -883,8 +890,6 @@ def parse(argv):
 def settle(given):
     """(options, checkpoint of the run to go on with or None). Options: what was given, else what the run was begun
     with, else the recipe's."""
-    given = {name: [str(Path(p).resolve()) for p in value] if name in ("data", "valid") else value
-             for name, value in given.items()}
     init, out = given.get("init"), Path(given.get("out", f"runs/{given['model']}"))
     size = given.get("size", load_state(init)["size"] if init else "small")
     file, state = out / "model.pt", None
@@ -908,8 +913,8 @@ def settle(given):
     o.save_every = getattr(o, "save_every", o.every)
     o.device = pick_device(o.device)
     o.precision = o.precision or ("fp16" if o.device.type == "cuda" else "fp32")
-    if o.batch % (o.accumulate * world_of()[1]):
-        raise UserError(f"--batch {o.batch} is no multiple of {world_of()[1]} processes x --accumulate {o.accumulate}")
+    if o.batch % (o.accumulate * WORLD):
+        raise UserError(f"--batch {o.batch} is no multiple of {WORLD} processes x --accumulate {o.accumulate}")
     return o, state
 
 
@@ -947,8 +952,8 @@ def music(o):
 
 
 def vae_for(o, given):
-    """The VAE of a latent run: the one given (a latent model's will do), else the shipped one, else one of the same size
-    trained now; None if that was interrupted."""
+    """The VAE of a latent run: the one given (a latent model's will do), else the shipped one, else one of the same
+    size trained now; None if that was interrupted."""
     try:
         path = find_checkpoint("vae", o.vae)
     except UserError:
@@ -962,21 +967,9 @@ def vae_for(o, given):
             return None
     found = load_checkpoint(path)
     if found.kind not in ("vae", "latent"):
-        raise UserError(f"--vae {show(path)} holds a {found.kind} model; a VAE's or a latent model's checkpoint is needed")
+        raise UserError(f"--vae {show(path)} holds a {found.kind} model; a VAE's or a latent model's is needed")
     say(f"VAE: from {show(path)}, a {found.kind} checkpoint of size {found.size}")
     return found.vae or found.net
-
-
-def cached(o, source, vae):
-    """The source with its tracks decoded, or encoded to the posterior's mean, in the run's folder."""
-    folder = Path(o.out) / "cache"
-    if not vae:
-        return Cached(source, folder, lambda audio: (audio.clamp(-2, 2) * PEAK).short().T.numpy(), "audio")
-    plain = copy.deepcopy(vae)
-    plain.latent_mean.zero_(), plain.latent_std.fill_(1)
-    key = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.encoder.parameters())).hexdigest()
-    encode = lambda audio: plain.encode(audio[None].to(o.device))[0].T.half().cpu().numpy()
-    return Cached(source, folder, encode, key, VAE.hop)
 
 
 def dry_run(o, net_class, config):
@@ -1060,7 +1053,7 @@ def train(given):
         config = replace(config, classes=len(classes))
     o.valid_clips = 4 * len(held_out.names) if classes else 16
     if o.cache and o.data:
-        source = cached(o, source, vae)
+        source = Cached(source, Path(o.out) / "cache", vae)
 
     objective = make_objective(o, config, vae)
     if known:

@@ -42,9 +42,7 @@ def frechet(*statistics):
 
 
 def gaussian_stats(chunks):
-    statistics = evaluate.GaussianStatistics(chunks[0].shape[1])
-    for chunk in chunks:
-        statistics.add(torch.from_numpy(chunk))
+    statistics = evaluate.GaussianStatistics(map(torch.from_numpy, chunks))
     return statistics.mean.numpy(), statistics.covariance.numpy()
 
 

@@ -16,6 +16,7 @@ import dit
 import evaluate
 import train
 import vae
+from conftest import save_checkpoint
 from evaluate import GaussianStatistics, VGGish, frechet_distance, kl_divergence, mel_distance, realism
 from tasks import PASST_PRESETS, PaSST, load_official
 
@@ -27,10 +28,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def statistics(x, chunk=None):
-    gathered = GaussianStatistics(x.shape[1])
-    for part in x.split(chunk or len(x)):
-        gathered.add(part)
-    return gathered
+    return GaussianStatistics(x.split(chunk or len(x)))
 
 
 def fad(x, y, chunk=None):
@@ -192,8 +190,7 @@ def save_classifier(path):
     net = PaSST(PASST_PRESETS["tiny"])
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    torch.save({"format": 1, "kind": "classifier", "config": dataclasses.asdict(net.config), "ema": net.state_dict(),
-                "classes": list("abcdefghi"), "step": 1, "seed": 0, "size": "tiny", "vae": None}, path)
+    save_checkpoint(path, "classifier", net, classes=list("abcdefghi"))
 
 
 def save_latent(path):
@@ -201,9 +198,7 @@ def save_latent(path):
     coder, net = vae.VAE(vae.PRESETS["tiny"]), dit.DiT(dit.PRESETS["tiny"])
     for p in (*coder.parameters(), *net.parameters()):     # many layers do nothing yet as they are initialised
         p.data += 0.02 * torch.randn_like(p)
-    torch.save({"format": 1, "kind": "latent", "config": dataclasses.asdict(net.config), "ema": net.state_dict(),
-                "classes": None, "step": 1, "seed": 0, "size": "tiny",
-                "vae": {"config": dataclasses.asdict(coder.config), "weights": coder.state_dict()}}, path)
+    save_checkpoint(path, "latent", net, coder)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +272,7 @@ def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, cap
 
 def test_few_clips_are_announced_with_their_number(studio, tmp_path, capfd):
     """Three embeddings of 32 dimensions: the warning says so."""
-    evaluate.warn_of_bias.cache_clear()
+    evaluate.say_once.cache_clear()
     evaluate.main(arguments(studio, tmp_path, "--tasks", "unconditional"))
     assert "FAD from n = 3 embeddings of 32 dimensions" in "".join(capfd.readouterr())
 

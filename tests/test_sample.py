@@ -1,7 +1,6 @@
 """sample.py end to end, with tiny untrained networks: lengths, borders, leaks, seeds, formats, and what goes wrong."""
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 import sample
 import tasks
+from conftest import save_checkpoint
 from dit import PRESETS as DIT, DiT
 from train import load_checkpoint, run
 from unet1d import PRESETS as UNET, UNet1D
@@ -37,11 +37,10 @@ def folder(tmp_path_factory):
     vae.latent_std.fill_(0.3)
     unet = wake(UNet1D(UNET["tiny"]))
     unet.scale.fill_(0.15)
-    for kind, net, more in (("latent", wake(DiT(DIT["tiny"])), {"vae": {"config": asdict(vae.config), "weights": vae.state_dict()}}),
-                            ("waveform", unet, {}),
-                            ("classifier", tasks.PaSST(tasks.PASST_PRESETS["tiny"]), {"classes": list("abcdefghi")})):
-        torch.save({"format": 1, "kind": kind, "size": "tiny", "config": asdict(net.config), "ema": net.state_dict(), "step": 5,
-                    "seed": 0, "classes": None, "vae": None, **more}, folder / f"{kind}.pt")
+    save_checkpoint(folder / "latent.pt", "latent", wake(DiT(DIT["tiny"])), vae)
+    save_checkpoint(folder / "waveform.pt", "waveform", unet)
+    save_checkpoint(folder / "classifier.pt", "classifier", tasks.PaSST(tasks.PASST_PRESETS["tiny"]),
+                    classes=list("abcdefghi"))
     rng = np.random.default_rng(0)
     for name, seconds, rate, channels in (("long", 3, 44100, 2), ("other", 2, 44100, 2), ("mono", 3, 48000, 1)):
         t = np.arange(seconds * rate)[:, None] / rate

@@ -15,6 +15,7 @@ import soundfile as sf
 import torch
 
 import train
+from conftest import save_checkpoint
 from examples import synthetic
 
 ROOT = Path(train.__file__).parent
@@ -99,13 +100,12 @@ def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
     """--cache changes nothing but the rounding to 15 bits, keeps peaks beyond 1, and decodes each file once."""
     sf.write(music / "loud" / "over.wav", np.full((RATE, 2), 1.5), RATE, subtype="FLOAT")
     tracks = train.Tracks({str(p): train.inspect(str(p)) for p in train.find_files([music])})
-    options = train.argparse.Namespace(out=tmp_path)
-    cached = train.cached(options, tracks, None)
+    cached = train.Cached(tracks, tmp_path / "cache")
     for j in range(12):
         a, b = (source.crop(train.random(0, j), 4096, (j + 0.5) / 12)[0] for source in (tracks, cached))
         assert np.abs(a - b).max() < 1e-4
     stamps = [file.stat().st_mtime_ns for file in cached.files]
-    assert [file.stat().st_mtime_ns for file in train.cached(options, tracks, None).files] == stamps
+    assert [file.stat().st_mtime_ns for file in train.Cached(tracks, tmp_path / "cache").files] == stamps
 
 
 def test_files_are_found_once_through_links_and_loops(music):
@@ -455,9 +455,7 @@ def test_what_the_diffusion_sees_has_variance_one(model, tmp_path, monkeypatch):
         torch.manual_seed(0)
         vae = train.VAE(train.autoencoder.PRESETS["tiny"])
         (tmp_path / "vae").mkdir()
-        train.save_atomic(tmp_path / "vae" / "model.pt", {
-            "format": 1, "kind": "vae", "size": "tiny", "config": train.asdict(vae.config), "ema": vae.state_dict(),
-            "vae": None, "classes": None, "step": 0, "seed": 0})
+        save_checkpoint(tmp_path / "vae" / "model.pt", "vae", vae)
     run = ["--model", model, "--size", "tiny", "--data", music, "--steps", 1, "--batch", 1, "--out", tmp_path, *more]
     train.main([str(word) for word in run])
     space = train.load_checkpoint(tmp_path / "model.pt")
