@@ -439,7 +439,7 @@ def model_rows(evaluation, checkpoint):
         rows.append(Row("VAE", EVERY, lambda task, x, *_: checkpoint.decode(checkpoint.encode(x))))
     for sampler, steps in options.samplers:
         xi = sample.XI[checkpoint.kind] if options.xi is None else options.xi
-        settings = sample.Settings(sampler, steps, xi, options.k, options.start_from)
+        settings = sample.Settings(sampler, steps, xi, options.k, options.start_from, precision=options.precision)
 
         def produce(task, x, other, js, tick, settings=settings):
             return edit(checkpoint, task, x, evaluation.spans[task], evaluation.listeners.passt, settings,
@@ -653,6 +653,7 @@ def parse(argv):
     add("--xi", type=float, help="guidance step size; default 0.03 latent, 0.003 waveform")
     add("--k", type=float, default=0.85, help="share of noise, regenerate and transition")
     add("--start-from", choices=("matched", "paper"), default="matched")
+    add("--precision", choices=sample.PRECISIONS, default="float32", help="of the diffusion network")
     add("--reference-clips", type=int, default=10_000, help="at most so many excerpts of the training music")
     add("--batch", type=int, default=8)
     add("--seed", type=int, default=0)
@@ -709,8 +710,8 @@ def main(argv=None):
     train.join(device)
     torch.backends.cudnn.allow_tf32 = False              # its 10 bits would show in the resampler and in embeddings
     listeners = load_listeners(options, device)
-    kept = {name: getattr(options, name) for name in ("seed", "xi", "k", "start_from", "clips", "transitions", "data",
-                                                      "generated", "originals", "region")}
+    kept = {name: getattr(options, name) for name in ("seed", "xi", "k", "start_from", "precision", "clips",
+                                                      "transitions", "data", "generated", "originals", "region")}
     kept |= {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER}
     if options.generated and options.originals:
         pairs, spans = plan_files(options)

@@ -332,7 +332,7 @@ def parse(argv):
     add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
     add("--project", action=argparse.BooleanOptionalAction, default=Settings.project, help="data consistency step")
     add("--on", choices=("x_t", "x0_hat"), default=Settings.on, help="what the measurements see")
-    add("--precision", choices=("float32", "bf16", "fp16"), default=Settings.precision)
+    add("--precision", choices=PRECISIONS, default=Settings.precision)
     add("--splice", type=within(0, 50), default=30.0, help="cross-fade in ms; 0: the model's output as it is")
     add("--num", type=within(1, 1000, int), default=1, help="variations")
     add("--seed", type=within(0, 2**63, int), default=0)

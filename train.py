@@ -463,8 +463,13 @@ def load_checkpoint(path, device="cpu"):
     state = load_state(path)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    facts = {name: state[name] for name in ("kind", "classes", "step", "seed", "size")}
-    return Checkpoint(net=net, vae=vae, path=str(path), **facts)
+    facts = {name: state[name] for name in ("kind", "classes", "seed", "size")}
+    return Checkpoint(net=net, vae=vae, path=str(path), step=steps_made(state), **facts)
+
+
+def steps_made(state):
+    """Of the run and of the runs whose weights it began with."""
+    return state["step"] + state.get("before", 0)
 
 
 def find_checkpoint(kind, path=None):
@@ -489,7 +494,8 @@ def export(run_folder, file):
     """The small checkpoint for sampling: averaged weights in half precision, and no optimizer."""
     state = load_state(Path(run_folder) / "model.pt")
     halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
-    small = {name: state[name] for name in ("format", "kind", "size", "config", "classes", "step", "seed", "vae")}
+    small = {name: state[name] for name in ("format", "kind", "size", "config", "classes", "seed", "vae")}
+    small["step"] = steps_made(state)
     small["ema"] = halve(state["ema"])
     if small["vae"]:
         small["vae"] = {**small["vae"], "weights": halve(small["vae"]["weights"])}
@@ -1087,7 +1093,8 @@ def train(given):
         objective.net.scale.copy_(moments(clips, lambda x: x.flatten(1)[:, None], MEASURED)[1][0])
     if o.force:
         (Path(o.out) / "model.pt").unlink(missing_ok=True)
-    header = {"config": asdict(config), "classes": classes,
+    before = state.get("before", 0) if state else steps_made(known) if known else 0
+    header = {"config": asdict(config), "classes": classes, "before": before,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
     return Trainer(o, objective, clips, make_clips(held_out, stream=VALID, count=o.valid_clips), header, state).fit()
 

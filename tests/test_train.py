@@ -441,6 +441,7 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
     train.main([str(a) for a in [*args, "--vae", tmp_path / "vae/model.pt", "--steps", 3, "--window", 0.3, "--out", first]])
     train.main([str(a) for a in [*args[:2], *args[4:], "--init", first / "model.pt", "--steps", 0, "--out", second]])
     one, two = (torch.load(run / "model.pt", weights_only=True) for run in (first, second))
+    assert two["before"] == 3 and train.load_checkpoint(second / "model.pt").step == 3
     assert two["size"] == "tiny" and two["settings"]["window"] == 2**15 and one["settings"]["window"] == 103 * 128
     for old, new in ((one["ema"], two["ema"]), (one["vae"]["weights"], two["vae"]["weights"])):
         assert all(torch.equal(old[name], new[name]) for name in old)
