@@ -58,9 +58,9 @@ def relative_attention(q, k, v, r, block=None):
     added to the logits. Nothing larger than (B heads, block, L) exists, and the backward pass recomputes it.
     """
     heads, length = q.shape[0] * q.shape[1], q.shape[2]
-    if q.device.type == "cpu":  # a few heads at a time, so that their logits (2 MB) stay in the cache
+    if q.device.type == "cpu":  # a head for each thread; more, if their logits (2 MB) stay in the cache
         block = block or 256
-        group = max(1, 2**19 // (block * length))
+        group = max(torch.get_num_threads(), 2**19 // (block * length))
     else:  # few and large operations
         block, group = block or 512, heads
     groups = zip(*(x.flatten(0, 1).split(group) for x in (q / math.sqrt(q.shape[-1]), k, v)))
