@@ -25,7 +25,7 @@ ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1.0, 5.0
 # bins of clean synthetic music then drown the rest: 50 steps on such a clip end at an SNR of 6.7 dB with 1e-3,
 # 5.2 with 3e-4, 0.2 with 1e-4.
 QUIET = 3e-4
-CHUNK = 1024                             # latent frames that encode and decode work on at a time
+CHUNK = 1024                             # latent frames, at most, that encode and decode work on at a time
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,10 @@ class VAE(nn.Module):
             raise ValueError(f"audio must be (B, 2, samples) with samples > 0, not {tuple(audio.shape)}")
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop))
         reach = -(-self.encoder_field // self.hop)                  # latent frames
+        # Wide layers at the full sample rate are slow on a CPU unless a chunk of them fits into its cache.
+        size = min(CHUNK, 2**13 // self.config.encoder[0]) if audio.device.type == "cpu" else CHUNK
         parts = [self.posterior(audio[..., lo * self.hop:hi * self.hop])[0][..., keep]
-                 for lo, hi, keep in chunks(audio.shape[-1] // self.hop, reach)]
+                 for lo, hi, keep in chunks(audio.shape[-1] // self.hop, reach, size)]
         return (torch.cat(parts, dim=-1) - self.latent_mean[:, None]) / self.latent_std[:, None]
 
     def decode(self, latents):
@@ -168,7 +170,7 @@ class VAE(nn.Module):
         z = (latents * self.latent_std[:, None] + self.latent_mean[:, None]).transpose(1, 2)    # (B, frames, C)
         parts = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-            for lo, hi, keep in chunks(z.shape[1], self.decoder_field):
+            for lo, hi, keep in chunks(z.shape[1], self.decoder_field, CHUNK):
                 samples = slice(keep.start * self.hop, keep.stop * self.hop)
                 parts.append(self.decoder(z[:, lo:hi])[:, samples])
         return torch.cat(parts, dim=1).transpose(1, 2)
@@ -182,11 +184,11 @@ def field_of_decoder(margin):
     return max(-(first - margin), last + margin)                    # the first Layer, which has no Up
 
 
-def chunks(frames, reach):
-    """Cut a long sequence: yields (lo, hi, keep), a chunk with `reach` frames of surroundings and the slice of it,
-    counted from lo, that those surroundings make independent of where the cuts fall."""
-    for start in range(0, frames, CHUNK):
-        stop = min(start + CHUNK, frames)
+def chunks(frames, reach, size):
+    """Cut a long sequence: yields (lo, hi, keep), a chunk of `size` frames with `reach` frames of surroundings, and the
+    slice of it, counted from lo, that those surroundings make independent of where the cuts fall."""
+    for start in range(0, frames, size):
+        stop = min(start + size, frames)
         lo, hi = max(start - reach, 0), min(stop + reach, frames)
         yield lo, hi, slice(start - lo, stop - lo)
 
