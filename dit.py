@@ -221,8 +221,8 @@ class DiT(nn.Module):
     def forward(self, x_t, t, start=None):
         """x_t: (B, C, n), n <= config.frames; t: (B,) in (0, 1]. Returns v (B, C, n).
 
-        start: (B,) where in the window each sequence begins, in frames; None: at 0. Training on short clips draws it, so
-        that every position is learned."""
+        start: (B,) where in the window each sequence begins, in frames; None: at 0. Training on short clips draws it,
+        so that every position is learned."""
         n = x_t.shape[-1]
         if n > self.config.frames:
             raise ValueError(f"x_t has {n} frames, the model at most {self.config.frames}: give it a shorter sequence.")

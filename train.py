@@ -868,9 +868,9 @@ def standardise(vae, clips, count):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 PER_CALL = ("resume", "force", "minutes", "dry_run", "device", "workers", "out")       # not part of what a run is
-DEFAULTS = {"data": None, "valid": None, "vae": None, "init": None, "accumulate": 1, "seed": 0, "device": "auto", "precision": None,
-            "cache": False, "minutes": None, "resume": False, "force": False}
-FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae", "init", "window")               # what --resume cannot change
+DEFAULTS = {"data": None, "valid": None, "vae": None, "init": None, "accumulate": 1, "seed": 0, "device": "auto",
+            "precision": None, "cache": False, "minutes": None, "resume": False, "force": False}
+FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae", "init", "window")     # --resume keeps these
 
 
 def clip_length(seconds):
@@ -1031,6 +1031,8 @@ def beginning(o):
     """The checkpoint that --init names, or None."""
     if not o.init:
         return None
+    if o.vae:
+        raise UserError("--vae does not go with --init, whose checkpoint brings its own VAE: leave one of them out")
     state = load_state(o.init)
     if state["kind"] != o.model:
         raise UserError(f"--init {show(o.init)} holds a {state['kind']} model; --model {o.model} needs one of its kind")
@@ -1061,7 +1063,8 @@ def train(given):
     longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", math.inf)
     o.window = o.window or longest
     if o.window > longest:
-        raise UserError(f"--window is {o.window / SAMPLE_RATE:.2f} s, the model's at most {longest / SAMPLE_RATE:.2f} s")
+        raise UserError(f"--window is {o.window / SAMPLE_RATE:.2f} s; the model's is at most "
+                        f"{longest / SAMPLE_RATE:.2f} s")
     if given.get("dry_run"):
         return dry_run(o, net_class, config)
     join(o.device)

@@ -41,7 +41,8 @@ def own_prompt_wins(made, prompts):
     distance = torch.cdist(made, prompts)
     own = distance.diag()[:, None]
     n = len(made)
-    return (distance.argmin(1) == torch.arange(n)).double().mean().item(), ((own < distance).sum() / (n * (n - 1))).item()
+    nearest = distance.argmin(1) == torch.arange(n)
+    return nearest.double().mean().item(), ((own < distance).sum() / (n * (n - 1))).item()
 
 
 def band_levels(clip):
@@ -61,12 +62,13 @@ def slow(clip):
 
 
 def best_correlation(excerpts, track):
-    """Highest normalised correlation of each excerpt (n,) with any place of the track (m,): (excerpts,)."""
+    """Highest normalised correlation of each excerpt (n,) with any place of the track (m,), m >= n: (excerpts,).
+    Places that are next to silent are taken as 40 dB under the track, so that they resemble nothing."""
     n = len(excerpts[0])
     size = 2 ** math.ceil(math.log2(n + len(track)))
     spectrum = torch.fft.rfft(track, size)
     energy = torch.cat([torch.zeros(1, dtype=torch.double), track.double().square().cumsum(0)])
-    norm = (energy[n:] - energy[:-n]).clamp(min=1e-4 * energy[-1] * n / len(track) + 1e-9).sqrt()  # silence is like nothing
+    norm = (energy[n:] - energy[:-n]).clamp(min=1e-4 * energy[-1] * n / len(track) + 1e-9).sqrt()
     best = []
     for excerpt in excerpts:
         products = torch.fft.irfft(spectrum * torch.fft.rfft(excerpt, size).conj(), size)[:len(norm)]
@@ -113,10 +115,13 @@ def about_memory(made, real, listener, folders):
     best, heard = torch.zeros(len(excerpts)), []
     for path in train.progress(train.find_files(folders), "training music", unit="track"):
         track = train.to_stereo_44k(*train.read_audio(path))
+        if track.shape[1] < n:
+            continue
         best = torch.maximum(best, best_correlation(excerpts, slow(track)))
         heard.append(embed(listener, track.unfold(1, n, n // 2).transpose(0, 1)))
     heard = torch.cat(heard)
-    print(f"nearest of {len(heard)} training windows: waveform correlation (median, highest); embedding distance (median)")
+    print(f"nearest of {len(heard)} training windows: waveform correlation (median, highest); "
+          "embedding distance (median)")
     for name, correlations, clips in (("generated", best[:len(made)], made), ("real", best[len(made):], real)):
         nearest = torch.cdist(embed(listener, clips), heard).min(1).values
         print(f"  {name:18} {correlations.median():.2f} {correlations.max():.2f}   {nearest.median():.3f}")
@@ -173,7 +178,8 @@ def about_classes(checkpoint, listener, second, classes, settings, options, hear
         with torch.no_grad():
             return torch.stack([logits(b, i) - logits(a, i) for a, b, i in zip(plain, guided, wanted)])
     own = gain(listener)
-    text = f"by class, step {settings.xi:g}: log-odds {own.mean():+.2f} on average, up in {(own > 0).sum()} of {len(own)}"
+    text = (f"by class, step {settings.xi:g}: log-odds {own.mean():+.2f} on average, "
+            f"up in {(own > 0).sum()} of {len(own)}")
     if second:
         text += f"; the second classifier's {gain(second).mean():+.2f}, up in {(gain(second) > 0).sum()}"
     print(f"{text}; {changed(plain, guided, listener, heard)}")
@@ -194,7 +200,7 @@ def main(argv=None):
     add("--cases", type=int, default=0, help="of guidance by example, and by class")
     add("--seconds", type=float, default=2.0, help="length of the guided samples")
     add("--samplers", nargs=1, type=evaluate.sampler_and_steps, default=[("ddpm", 50)])
-    add("--precision", default="float32")
+    add("--precision", choices=sample.PRECISIONS, default="float32")
     add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
         metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")
     add("--seed", type=int, default=0)

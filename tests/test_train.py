@@ -159,14 +159,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
 
 
 def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
-    """Muon takes the matrices of the blocks and AdamW the rest; the states of both are kept."""
+    """Muon takes the matrices of the blocks and AdamW the rest; the states of both are kept, and matter."""
     save_checkpoint(tmp_path / "vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
     args = ["--model", "latent", "--size", "tiny", "--vae", tmp_path / "vae.pt", "--batch", 2, "--device", "cpu"]
     run = lambda out, *more: train.main([str(word) for word in [*args, "--out", tmp_path / out, *more]])
-    run("whole", "--steps", 4)
+    run("whole", "--steps", 8)
     stopping = train.Trainer.stopping
-    monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 2)
-    run("parts", "--steps", 4)
+    monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 6)     # blocks begin as nothing
+    run("parts", "--steps", 8)
     monkeypatch.undo()
     monkeypatch.setattr(train, "MEASURED", 20)
     run("parts", "--resume")
