@@ -55,13 +55,15 @@ def add_noise(x_0, eps, t):
     return alpha_t * x_0 + sigma_t * eps, alpha_t * eps - sigma_t * x_0
 
 
-def v_loss(model, x_0, t, eps):
+def v_loss(model, x_0, t, eps, weigh=None):
     """L(theta) of App. B.1 for each clip: ||v_t - v_theta(x_t, t)||^2 per element, (B,).
 
     x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the clip's length.
+    weigh(error, t), linear in the error, goes before the square.
     """
     x_t, v = add_noise(x_0, eps, t)
-    return (v - model(x_t, t.to(x_t.dtype).to(x_t.device))).square().flatten(1).mean(1)
+    error = v - model(x_t, t.to(x_t.dtype).to(x_t.device))
+    return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
 
 
 def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):

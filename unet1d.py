@@ -7,11 +7,13 @@ al.) with one axis instead of two, works on the frames; `unfold` adds its output
     model = UNet1D(PRESETS["tiny"])
     v = model(x_t, t)        # x_t (B, 2, n): audio / model.scale, noised;  t (B,) in (0, 1];  v like x_t
 
-    python unet1d.py         # parameters, FLOPs and shapes of the presets; what the Hamming window is for
+    python unet1d.py         # parameters, FLOPs and shapes of the presets
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +122,7 @@ def time_features(t, width):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, around a skip; the time embedding is added in between."""
+    """GroupNorm, SiLU, convolution, twice, beside a skip; the time embedding is added in between."""
 
     def __init__(self, channels_in, channels_out, emb_width, groups):
         super().__init__()
@@ -184,14 +186,13 @@ class UNet1D(nn.Module):
 
     Unlike [40] it takes no conditioning but the time.
 
-    Departure: inside, a frame's channels are its cosine coefficients, not its samples. The first and last convolution
-    could learn this change of basis, and fold and unfold stay as they are. But most of music lies in few coefficients,
-    and a small model is slow to find out that the others hold only eps (v-loss on one piece of music after 400 updates:
-    0.24, on samples 0.59).
+    Departure: inside, a frame's channels are the cosine coefficients of its mid and side, and each is preconditioned.
+    Most of music lies in few coefficients; a small model is slow to find out that the others hold little but eps, and
+    never exact about it: what it leaves of eps is heard as hiss.
 
-    The buffer `scale` is the standard deviation of the training audio: the diffusion assumes unit variance, so what the
-    model sees is audio / scale. It is kept here to travel with the weights; who calls the model divides before and
-    multiplies after.
+    Two buffers travel with the weights: `scale`, the standard deviation of the training audio (the diffusion assumes
+    unit variance: who calls the model divides before, and multiplies after), and `spectrum` (64,), that of each
+    coefficient of audio / scale.
     """
 
     def __init__(self, config):
@@ -200,7 +201,9 @@ class UNet1D(nn.Module):
         widths = [config.width * m for m in config.multipliers]
         attends = [len(widths) - level <= config.attention for level in range(len(widths))]
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("basis", torch.block_diag(cosines(), cosines()), persistent=False)
+        self.register_buffer("spectrum", torch.ones(CHANNELS))
+        mid_side = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2)
+        self.register_buffer("basis", torch.kron(mid_side, cosines()), persistent=False)
         self.embed = nn.Sequential(nn.Linear(config.width, config.emb_width), nn.SiLU(),
                                    nn.Linear(config.emb_width, config.emb_width), nn.SiLU())
 
@@ -226,19 +229,50 @@ class UNet1D(nn.Module):
             self.up.append(nn.ModuleList(stages))
             if level > 0:
                 self.leave.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv1d(width, width, 3, padding=1)))
-        head = zero(nn.Conv1d(channels, CHANNELS, 3, padding=1))            # v = 0 before training
+        head = zero(nn.Conv1d(channels, CHANNELS, 3, padding=1))            # v = c_skip x_t before training
         self.leave.append(nn.Sequential(nn.GroupNorm(config.groups, channels), nn.SiLU(), head))
+
+    def coefficients(self, x):
+        """Audio x (B, 2, n) -> cosine coefficients of its frames' mid and side, (B, 64, ceil(n / 16)): orthonormal."""
+        with torch.autocast(x.device.type, enabled=False):                  # half precision would hiss too
+            return self.basis.to(x) @ fold(x)
+
+    def measure_spectrum(self, deviations):
+        """Set both buffers, from the standard deviations (64,) of the coefficients of training audio."""
+        self.scale.copy_(deviations.square().mean().sqrt())                 # coefficients have the power of samples
+        self.spectrum.copy_(deviations / self.scale)
+
+    def preconditioning(self, t):
+        """c_skip, c_in, c_out, (B, 64, 1) each: v = c_skip x_t + c_out F(c_in x_t), where F is the network proper.
+
+        As in EDM (Karras et al., 2022), for each coefficient: were they Gaussians of standard deviation s, c_skip x_t
+        would be the mean of v given x_t, c_out its deviation from it, and c_in x_t of variance 1.
+        """
+        angle, s = math.pi / 2 * t[:, None, None], self.spectrum[:, None]
+        alpha_t, sigma_t = angle.cos(), angle.sin()
+        c_in = ((alpha_t * s).square() + sigma_t.square()).rsqrt()          # (B, 64, 1)
+        return alpha_t * sigma_t * (1 - s.square()) * c_in.square(), c_in, s * c_in
+
+    def weigh(self, error, t):
+        """What the training loss squares of an error of v (B, 2, n): its coefficients over the roots of their c_out.
+
+        The minimum stays where it is; unweighted, the loud coefficients near t = 1, of which nothing can be known,
+        drown what can be learned of the others.
+        """
+        return self.coefficients(error) / self.preconditioning(t.to(error))[2].sqrt()
 
     def forward(self, x_t, t):
         """x_t (B, 2, n), t (B,) in (0, 1] -> v (B, 2, n), in x_t's type. ValueError if n is beyond config.samples."""
         n = x_t.shape[-1]
         if n > self.config.samples:
             raise ValueError(f"x_t has {n} samples, more than this U-Net's window of {self.config.samples}: shorten it")
-        emb = self.embed(time_features(t.to(x_t), self.config.width))       # (B, emb_width)
+        t = t.to(x_t)
+        emb = self.embed(time_features(t, self.config.width))               # (B, emb_width)
         # Every level halves the frames: fill up with zeros to a whole number of the lowest level's.
         step = HOP * 2 ** (len(self.config.multipliers) - 1)
-        h = self.basis @ fold(F.pad(x_t, (0, -n % step)))                   # (B, 64, K), frequencies instead of samples
-        skips = []
+        c = self.coefficients(F.pad(x_t, (0, -n % step)))                   # (B, 64, K)
+        c_skip, c_in, c_out = self.preconditioning(t)
+        h, skips = c_in * c, []
         for enter, stages in zip(self.enter, self.down):
             h = enter(h)
             skips.append(h)
@@ -251,7 +285,8 @@ class UNet1D(nn.Module):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             h = leave(h)
-        return unfold((self.basis.T @ h).to(x_t.dtype), n)
+        with torch.autocast(x_t.device.type, enabled=False):
+            return unfold(self.basis.T @ (c_skip * c + c_out * h.to(c)), n)
 
 
 # ------------------------------------------------------------------------------------------------ the table of presets
@@ -263,7 +298,8 @@ def parameters(module):
 
 def forward_flops(model, n):
     """Operations of the matrix products in one forward over n samples, a multiply-add counted as two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    no_autocast = patch("torch.autocast", lambda *_, **__: nullcontext())   # it does not know the meta device
+    with no_autocast, FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 2, n, device=model.scale.device), torch.ones(1, device=model.scale.device))
     return counter.get_total_flops()
 
@@ -283,30 +319,6 @@ def print_shapes(model):
         print(f"  {name + ' frames':22}{size / 1e6:8.2f} M   {shapes}{attends}")
 
 
-def image_level(window, hop, draws=8):
-    """What App. C.1 overlaps and windows for: the level in dB of all images of a 1 kHz tone, relative to the tone.
-
-    A network never treats the 32 samples of a frame quite alike. Stand-in: every frame's channels are mixed by I + M, M
-    a random matrix of 1% norm a row. Whatever leaves the tone's own frequency is an image, at 44.1 k / hop +- 1 kHz.
-    M is white, so what lowers the images here is the averaging of two frames, not the shape of the window.
-    """
-    n = SAMPLE_RATE                                                         # one second: 1 kHz is exactly bin 1000
-    tone = torch.sin(2 * math.pi * 1000 * torch.arange(2 * n) / SAMPLE_RATE).expand(1, 2, -1)
-    generator = torch.Generator().manual_seed(0)
-    power = torch.zeros(n // 2 + 1)
-    for _ in range(draws):
-        M = 0.01 / math.sqrt(CHANNELS) * torch.randn(CHANNELS, CHANNELS, generator=generator)
-        if hop == HOP:
-            mixed = unfold(fold(tone) + M @ fold(tone), 2 * n, window)
-        else:                                                               # frames side by side, no overlap
-            frames = tone[..., :2 * n - 2 * n % FRAME].reshape(1, 2, -1, FRAME).transpose(2, 3).reshape(1, CHANNELS, -1)
-            mixed = (frames + M @ frames).reshape(1, 2, FRAME, -1).transpose(2, 3).flatten(2)
-        spectrum = torch.fft.rfft(mixed[0, 0, n // 2:n // 2 + n].double())
-        power += spectrum.abs().square() / draws
-    images = power.sum() - power[1000]
-    return 10 * math.log10(images / power[1000])
-
-
 def main():
     print(f"{'preset':8}{'parameters':>12}{'frames':>9}{'frames/s':>10}{'window':>11}{'one forward':>14}")
     with torch.device("meta"):
@@ -317,10 +329,6 @@ def main():
                   f"{n / SAMPLE_RATE:9.2f} s{forward_flops(model, n) / 1e9:11.1f} GF")
     print("\npaper: channels in -> out of the stages; attention on the two levels of the lowest resolution")
     print_shapes(models["paper"])
-    print("\nimages of a 1 kHz tone after 1% random mixing of a frame's channels, relative to the tone")
-    print(f"  Hamming frames, hop 16        {image_level(hamming(), HOP):6.1f} dB")
-    print(f"  rectangular frames, hop 16    {image_level(torch.ones(FRAME), HOP):6.1f} dB")
-    print(f"  rectangular frames, hop 32    {image_level(None, FRAME):6.1f} dB")
 
 
 if __name__ == "__main__":

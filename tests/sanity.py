@@ -131,17 +131,19 @@ def about_memory(made, real, listener, folders):
 # ---- guidance by example and by class -------------------------------------------------------------------------------
 
 def guided_pairs(checkpoint, cases, settings, seconds, seed):
-    """For each case (a function z -> Task): audio (2, samples) without and with it, from the same random numbers."""
+    """For each case (a function z -> Task): audio (2, samples) without and with it, from the same random numbers; and
+    how large the steps of guidance were on average, as a share of the sampler's own."""
     frames = round(seconds * SAMPLE_RATE / checkpoint.hop)
     x_bar = torch.zeros(1, checkpoint.channels, frames)
-    plain, guided = [], []
+    plain, guided, shares = [], [], []
     for j, guide in enumerate(train.progress(cases, "guidance", unit="case")):
         for out, guides in ((plain, ()), (guided, (guide,))):
             generator = torch.Generator().manual_seed(int(train.random(seed, j).integers(2**62)))
             with torch.no_grad():
-                x_0 = sample.generate(checkpoint, x_bar, 0, 0, settings, generator, guides=guides)
+                x_0 = sample.generate(checkpoint, x_bar, 0, 0, settings, generator, guides=guides,
+                                      callback=lambda step: shares.append(step.share))
                 out.append(checkpoint.decode(x_0)[0])
-    return plain, guided
+    return plain, guided, 2 * sum(shares) / len(shares)                 # half of the steps were without, and of share 0
 
 
 def changed(plain, guided, judge, heard):
@@ -160,9 +162,9 @@ def about_examples(checkpoint, listener, references, settings, options, heard):
     hear = lambda x: listener.listen(checkpoint.decode(x), SAMPLE_RATE)[1]
     aims = embed(listener, references)
     guides = [lambda z, y=y[None]: tasks.embedder_guidance(hear, y, z, 1.0) for y in aims]
-    plain, guided = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
+    plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
     before, after = ((embed(listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
-    print(f"by example, step {settings.xi:g}: distance to the example, median {before.median():.3f} -> "
+    print(f"by example, step {settings.xi:g}, share {share:.2f}: distance to the example, median {before.median():.3f} -> "
           f"{after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), nearer in "
           f"{(after < before).sum()} of {len(aims)}; {changed(plain, guided, listener, heard)}")
 
@@ -171,14 +173,14 @@ def about_classes(checkpoint, listener, second, classes, settings, options, hear
     wanted = [j % len(classes) for j in range(options.cases)]
     hear = lambda x, i: listener.listen(checkpoint.decode(x), SAMPLE_RATE)[0][:, i:i + 1]
     guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), torch.ones(1, 1), z, 1.0) for i in wanted]
-    plain, guided = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
+    plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
 
     def gain(judge):
         logits = lambda clip, i: judge.listen(clip[None], SAMPLE_RATE)[0][0, i]
         with torch.no_grad():
             return torch.stack([logits(b, i) - logits(a, i) for a, b, i in zip(plain, guided, wanted)])
     own = gain(listener)
-    text = (f"by class, step {settings.xi:g}: log-odds {own.mean():+.2f} on average, "
+    text = (f"by class, step {settings.xi:g}, share {share:.2f}: log-odds {own.mean():+.2f} on average, "
             f"up in {(own > 0).sum()} of {len(own)}")
     if second:
         text += f"; the second classifier's {gain(second).mean():+.2f}, up in {(gain(second) > 0).sum()}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import unet1d
-from diffusion import v_loss
+from diffusion import add_noise, alpha_sigma, v_loss
 from unet1d import CHANNELS, FRAME, HOP, PRESETS, UNet1D, fold, hamming, unfold
 
 TINY = PRESETS["tiny"]
@@ -74,9 +74,62 @@ def test_paper_preset_has_the_papers_size():
     assert counts["tiny"] < 0.3e6
 
 
+def test_the_table_of_presets_needs_no_memory(capsys):
+    """`python unet1d.py` prints a line for each preset, and the paper's levels down to 2048 frames."""
+    unet1d.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == list(PRESETS)
+    assert any("down 2048 frames" in line for line in lines)
+
+
 def test_output_starts_at_zero():
-    """Before training v = 0, so that the first loss is E v^2 = 1."""
+    """Before training, and with no spectrum measured, v = 0, so that the first loss is E v^2 = 1."""
     assert UNet1D(TINY)(torch.randn(1, 2, 512), torch.ones(1)).abs().max() == 0
+
+
+@pytest.mark.parametrize("t", [0.03, 0.5, 1.0])
+def test_preconditioning_is_optimal_for_gaussian_coefficients(t, generator):
+    """Of Gaussians of any deviation s: c_in x_t has variance 1, v - c_skip x_t deviation c_out and nothing of x_t."""
+    model = UNet1D(TINY)
+    model.spectrum.copy_(torch.logspace(-2, 1, CHANNELS))
+    x_0 = model.spectrum[:, None] * torch.randn(CHANNELS, 20000, generator=generator)
+    eps = torch.randn(CHANNELS, 20000, generator=generator)
+    x_t, v_t = add_noise(x_0, eps, t)
+    c_skip, c_in, c_out = (c[0] for c in model.preconditioning(torch.tensor([t])))
+    rest = v_t - c_skip * x_t
+    assert ((c_in * x_t).std(1) - 1).abs().max() < 0.03
+    assert (rest.std(1, keepdim=True) / c_out - 1).abs().max() < 0.03
+    assert (rest / c_out * c_in * x_t).mean(1).abs().max() < 0.03
+
+
+def test_v_is_the_gaussian_estimate_before_training(generator):
+    """With a spectrum, v before training is c_skip x_t in each coefficient: x_t = a cosine of one is scaled by it."""
+    model, t = UNet1D(TINY), torch.tensor([0.4])
+    model.measure_spectrum(torch.linspace(3, 0.1, CHANNELS))
+    x_t = torch.ones(1, 2, 512)                             # mid, coefficient 0: deviation 3 / scale
+    s = 3 / torch.linspace(3, 0.1, CHANNELS).square().mean().sqrt()
+    alpha_t, sigma_t = alpha_sigma(0.4)
+    expected = alpha_t * sigma_t * (1 - s**2) / (alpha_t**2 * s**2 + sigma_t**2)
+    assert torch.allclose(model(x_t, t)[..., 64:-64], expected.float().expand(1, 2, 384), atol=1e-5)
+
+
+def test_errors_weigh_by_what_is_expected_of_their_coefficient(generator):
+    """With no spectrum the loss is the plain one; else a coefficient's squared error is divided by its c_out."""
+    model, error, t = UNet1D(TINY), torch.randn(1, 2, 2**14, generator=generator), torch.tensor([0.5])
+    assert abs(model.weigh(error, t).square().mean() / error.square().mean() - 1) < 0.02
+    model.measure_spectrum(torch.logspace(0, -2, CHANNELS))
+    power, c_out = model.weigh(error, t).square().mean(-1)[0], model.preconditioning(t)[2][0, :, 0]
+    assert ((power * c_out - 1).abs() < 0.2).all() and power[-1] > 25 * power[0]
+
+
+def test_coefficients_are_orthonormal_and_exact_in_half_precision(generator):
+    """Energy is kept, a mono clip has no side, and autocast leaves them as they are: no hiss from the loud lows."""
+    model, x = UNet1D(TINY), torch.randn(2, 2, 512, generator=generator)
+    c = model.coefficients(x)
+    assert torch.allclose(c.square().sum(1), fold(x).square().sum(1), rtol=1e-5)
+    assert model.coefficients(x[:, :1].expand(-1, 2, -1))[:, FRAME:].abs().max() < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.coefficients(x), c)
 
 
 @pytest.mark.parametrize("n", [1, 15, 33, 1000, TINY.samples])
@@ -153,14 +206,15 @@ def test_silence_and_full_scale_noise_stay_finite(dtype, generator):
         assert v.isfinite().all() and gradient.isfinite().all()
 
 
-def test_scale_travels_with_the_weights():
-    """The training audio's standard deviation is part of the state dict; the constant basis is not."""
-    model = UNet1D(TINY)
-    assert model.scale == 1
-    state = model.state_dict()
-    state["scale"] = torch.tensor(0.15)
-    model.load_state_dict(state)
-    assert model.scale == torch.tensor(0.15) and "basis" not in state
+def test_scale_and_spectrum_travel_with_the_weights(generator):
+    """What was measured of the training audio is part of the state dict; the constant basis is not."""
+    x = 0.15 * torch.randn(4, 2, 2**14, generator=generator)
+    one, two = UNet1D(TINY), UNet1D(TINY)
+    assert one.scale == 1
+    one.measure_spectrum(one.coefficients(x).std((0, 2)))
+    assert abs(one.scale - 0.15) < 0.002 and (one.spectrum - 1).abs().max() < 0.1
+    two.load_state_dict(one.state_dict())
+    assert two.scale == one.scale and torch.equal(two.spectrum, one.spectrum) and "basis" not in one.state_dict()
 
 
 def test_attention_equals_its_definition(generator):
@@ -208,3 +262,35 @@ def test_learns_one_clip():
     t = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
     with torch.no_grad():
         assert v_loss(model, x_0.expand(16, -1, -1), t, torch.randn(16, 2, n)).mean() < 0.25
+
+
+def image_level(window, hop, draws=8):
+    """Level in dB of all images of a 1 kHz tone, relative to the tone.
+
+    A network never treats the 32 samples of a frame quite alike. Stand-in: every frame's channels are mixed by I + M, M
+    a random matrix of 1% norm a row. Whatever leaves the tone's own frequency is an image, at 44.1 k / hop +- 1 kHz.
+    """
+    n = unet1d.SAMPLE_RATE                                                  # one second: 1 kHz is exactly bin 1000
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(2 * n) / unet1d.SAMPLE_RATE).expand(1, 2, -1)
+    generator = torch.Generator().manual_seed(0)
+    power = torch.zeros(n // 2 + 1)
+    for _ in range(draws):
+        M = 0.01 / math.sqrt(CHANNELS) * torch.randn(CHANNELS, CHANNELS, generator=generator)
+        if hop == HOP:
+            mixed = unfold(fold(tone) + M @ fold(tone), 2 * n, window)
+        else:                                                               # frames side by side, no overlap
+            frames = tone[..., :2 * n - 2 * n % FRAME].reshape(1, 2, -1, FRAME).transpose(2, 3).reshape(1, CHANNELS, -1)
+            mixed = (frames + M @ frames).reshape(1, 2, FRAME, -1).transpose(2, 3).flatten(2)
+        spectrum = torch.fft.rfft(mixed[0, 0, n // 2:n // 2 + n].double())
+        power += spectrum.abs().square() / draws
+    images = power.sum() - power[1000]
+    return 10 * math.log10(images / power[1000])
+
+
+def test_overlapping_frames_lower_images():
+    """What App. C.1 overlaps for: 2 dB and more. M is white, so it is the averaging that helps here, not the window."""
+    side_by_side = image_level(None, FRAME)
+    for name, window in (("Hamming", hamming()), ("rectangular", torch.ones(FRAME))):
+        level = image_level(window, HOP)
+        print(f"images with overlapping {name} frames {level:.1f} dB, without overlap {side_by_side:.1f} dB")
+        assert level < side_by_side - 1
