@@ -718,9 +718,8 @@ def main(argv=None):
     elif not options.data:
         raise UserError("--data is missing: give a folder of test music (or both --generated and --originals)")
     else:
-        path = train.find_checkpoint(options.model, options.checkpoint)
-        checkpoint = train.load_checkpoint(path, device)
-        kept |= {"checkpoint": sample.digest(path)[:8], "kind": checkpoint.kind, "step": checkpoint.step}
+        checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
+        kept |= {"checkpoint": sample.digest(checkpoint.path)[:8], "kind": checkpoint.kind, "step": checkpoint.step}
         pairs, spans = plan_tasks(options, checkpoint)
     out = options.out or Path("runs") / f"evaluate-{checkpoint.kind if checkpoint else 'files'}"
     lengths = sorted({span.d - span.c for task, span in spans.items() if task in pairs})

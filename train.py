@@ -487,7 +487,8 @@ def open_checkpoint(kind, path=None, device="cpu"):
     """The checkpoint of that kind that find_checkpoint finds. UserError if what it finds is of another kind."""
     found = load_checkpoint(find_checkpoint(kind, path), device)
     if found.kind != kind:
-        raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: choose another file or --model")
+        raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: give a file that train.py "
+                        f"--model {kind} wrote")
     return found
 
 

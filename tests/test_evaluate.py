@@ -347,6 +347,8 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
         evaluate.main(command[:at + 1] + [str(tmp_path)] + command[at + 2:])
     with pytest.raises(train.UserError, match="holds a latent model, not a classifier"):
         evaluate.main([*command, "--listener", str(studio / "latent.pt")])
+    with pytest.raises(train.UserError, match="holds a latent model, not a waveform"):
+        evaluate.main([*command, "--model", "waveform", "--checkpoint", str(studio / "latent.pt")])
     with pytest.raises(train.UserError, match="passt-s-f128"):
         evaluate.main([*command, "--passt", str(studio / "latent.pt")])
     with pytest.raises(SystemExit):

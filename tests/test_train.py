@@ -453,6 +453,9 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
         train.main([str(a) for a in [*args, "--init", first / "model.pt", "--window", 1, "--out", tmp_path / "third"]])
     with pytest.raises(train.UserError, match="vae model"):
         train.main([str(a) for a in [*args, "--init", tmp_path / "vae/model.pt", "--out", tmp_path / "third"]])
+    with pytest.raises(train.UserError, match="--vae does not go with --init"):
+        train.main([str(a) for a in [*args, "--init", first / "model.pt", "--vae", first / "model.pt",
+                                     "--out", tmp_path / "third"]])
 
 
 @pytest.mark.parametrize("model", ["vae", "latent", "waveform", "classifier"])
