@@ -101,6 +101,8 @@ def about_continuations(made, prompts, real, listener):
     print("mean distance among the clips' embeddings: generated "
           f"{torch.pdist(heard).mean():.3f}, real {torch.pdist(embed(listener, real)).mean():.3f}")
     difference = torch.stack([band_levels(a) - band_levels(b) for a, b in zip(made, real)])           # (clips, bands)
+    distance = torch.stack([evaluate.mel_distance(a, b, SAMPLE_RATE) for a, b in zip(made, real)]).mean()
+    print(f"mel distance to the real continuation: {distance:.2f}")
     mean, each = difference.mean(0), torch.stack([level(a) - level(b) for a, b in zip(made, real)])
     print(f"level against the real continuation: {each.mean():+.1f} dB on average, {each.abs().mean():.1f} dB in size")
     print("third-octave bands against the real continuation, on average, dB:")
@@ -203,6 +205,7 @@ def main(argv=None):
     add("--seconds", type=float, default=2.0, help="length of the guided samples")
     add("--samplers", nargs=1, type=evaluate.sampler_and_steps, default=[("ddpm", 50)])
     add("--precision", choices=sample.PRECISIONS, default="float32")
+    add("--xi", type=float, help="default 0.03 latent, 0.003 waveform")
     add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
         metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")
     add("--seed", type=int, default=0)
@@ -211,7 +214,8 @@ def main(argv=None):
     classifier = train.open_checkpoint("classifier", options.listener)
     listener, second = classifier.net, options.second and train.open_checkpoint("classifier", options.second).net
     (sampler, steps), = options.samplers
-    settings = sample.Settings(sampler, steps, sample.XI[checkpoint.kind], k=1.0, precision=options.precision)
+    xi = sample.XI[checkpoint.kind] if options.xi is None else options.xi
+    settings = sample.Settings(sampler, steps, xi, k=1.0, precision=options.precision)
     window = checkpoint.window * checkpoint.hop
     excerpts = evaluate.find_excerpts(options.data, window, max(options.clips, options.cases), options.seed)
     clips = [evaluate.read_excerpt(*excerpt) for excerpt in excerpts]
