@@ -556,7 +556,7 @@ class Denoising(nn.Module):
         super().__init__()
         self.net, self.autocast = net, autocast
         self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
-        self.weigh = None if vae else net.weigh
+        self.weigh = getattr(net, "weigh", None)                                # the U-Net has one
 
     def draw(self, rng, window):
         n = window // self.space.hop

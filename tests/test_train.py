@@ -175,7 +175,7 @@ def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
     assert all(same(whole[part], parts[part]) for part in ("objective", "ema", "optimizers"))
     net = train.rebuild("latent", whole["config"], whole["ema"]).requires_grad_(True)
     rest, matrices = train.make_optimizers(train.Denoising(net, None), train.argparse.Namespace(
-        muon=True, lr=1.0, device=torch.device("cpu")))
+        muon=True, lr=1.0, beta2=0.99, device=torch.device("cpu")))
     taken = [p for group in matrices.param_groups for p in group["params"]]
     assert len(taken) == 4 * net.config.depth and all(p.dim() == 2 for p in taken)
     assert len(taken) + len(rest.param_groups[0]["params"]) == len(list(net.parameters()))
