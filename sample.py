@@ -31,7 +31,7 @@ from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
 XI = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3, for the L1 sum of the reconstruction tasks
-XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE: see the README
+XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE, by measurement (README)
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 PCM_BITS = {"PCM_16": 16, "PCM_24": 24}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1097,7 +1097,7 @@ def train(given):
         standardise(vae, clips, MEASURED)
     elif o.model == "waveform" and not known:
         net = objective.net
-        net.measure_spectrum(moments(clips, lambda x: net.coefficients(x.to(o.device)), MEASURED)[1])
+        net.set_spectrum(moments(clips, lambda x: net.coefficients(x.to(o.device)), MEASURED)[1])
     if o.force:
         (Path(o.out) / "model.pt").unlink(missing_ok=True)
     before = state.get("before", 0) if state else steps_made(known) if known else 0

@@ -237,7 +237,7 @@ class UNet1D(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                  # half precision would hiss too
             return self.basis.to(x) @ fold(x)
 
-    def measure_spectrum(self, deviations):
+    def set_spectrum(self, deviations):
         """Set both buffers, from the standard deviations (64,) of the coefficients of training audio."""
         self.scale.copy_(deviations.square().mean().sqrt())                 # coefficients have the power of samples
         self.spectrum.copy_(deviations / self.scale)

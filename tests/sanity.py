@@ -141,11 +141,11 @@ def guided_pairs(checkpoint, cases, settings, seconds, seed):
     for j, guide in enumerate(train.progress(cases, "guidance", unit="case")):
         for out, guides in ((plain, ()), (guided, (guide,))):
             generator = torch.Generator().manual_seed(int(train.random(seed, j).integers(2**62)))
+            listening = (lambda step: shares.append(step.share)) if guides else None
             with torch.no_grad():
-                x_0 = sample.generate(checkpoint, x_bar, 0, 0, settings, generator, guides=guides,
-                                      callback=lambda step: shares.append(step.share))
+                x_0 = sample.generate(checkpoint, x_bar, 0, 0, settings, generator, guides=guides, callback=listening)
                 out.append(checkpoint.decode(x_0)[0])
-    return plain, guided, 2 * sum(shares) / len(shares)                 # half of the steps were without, and of share 0
+    return plain, guided, sum(shares) / len(shares)
 
 
 def changed(plain, guided, judge, heard):
@@ -166,8 +166,8 @@ def about_examples(checkpoint, listener, references, settings, options, heard):
     guides = [lambda z, y=y[None]: tasks.embedder_guidance(hear, y, z, 1.0) for y in aims]
     plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
     before, after = ((embed(listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
-    print(f"by example, step {settings.xi:g}, share {share:.2f}: distance to the example, median {before.median():.3f} -> "
-          f"{after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), nearer in "
+    print(f"by example, step {settings.xi:g}, share {share:.2f}: distance to the example, median "
+          f"{before.median():.3f} -> {after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), nearer in "
           f"{(after < before).sum()} of {len(aims)}; {changed(plain, guided, listener, heard)}")
 
 
@@ -214,8 +214,7 @@ def main(argv=None):
     classifier = train.open_checkpoint("classifier", options.listener)
     listener, second = classifier.net, options.second and train.open_checkpoint("classifier", options.second).net
     (sampler, steps), = options.samplers
-    xi = sample.XI[checkpoint.kind] if options.xi is None else options.xi
-    settings = sample.Settings(sampler, steps, xi, k=1.0, precision=options.precision)
+    settings = sample.Settings(sampler, steps, options.xi, k=1.0, precision=options.precision)
     window = checkpoint.window * checkpoint.hop
     excerpts = evaluate.find_excerpts(options.data, window, max(options.clips, options.cases), options.seed)
     clips = [evaluate.read_excerpt(*excerpt) for excerpt in excerpts]

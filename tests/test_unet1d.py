@@ -102,10 +102,10 @@ def test_preconditioning_is_optimal_for_gaussian_coefficients(t, generator):
     assert (rest / c_out * c_in * x_t).mean(1).abs().max() < 0.03
 
 
-def test_v_is_the_gaussian_estimate_before_training(generator):
+def test_v_is_the_gaussian_estimate_before_training():
     """With a spectrum, v before training is c_skip x_t in each coefficient: x_t = a cosine of one is scaled by it."""
     model, t = UNet1D(TINY), torch.tensor([0.4])
-    model.measure_spectrum(torch.linspace(3, 0.1, CHANNELS))
+    model.set_spectrum(torch.linspace(3, 0.1, CHANNELS))
     x_t = torch.ones(1, 2, 512)                             # mid, coefficient 0: deviation 3 / scale
     s = 3 / torch.linspace(3, 0.1, CHANNELS).square().mean().sqrt()
     alpha_t, sigma_t = alpha_sigma(0.4)
@@ -117,7 +117,7 @@ def test_errors_weigh_by_what_is_expected_of_their_coefficient(generator):
     """With no spectrum the loss is the plain one; else a coefficient's squared error is divided by its c_out."""
     model, error, t = UNet1D(TINY), torch.randn(1, 2, 2**14, generator=generator), torch.tensor([0.5])
     assert abs(model.weigh(error, t).square().mean() / error.square().mean() - 1) < 0.02
-    model.measure_spectrum(torch.logspace(0, -2, CHANNELS))
+    model.set_spectrum(torch.logspace(0, -2, CHANNELS))
     power, c_out = model.weigh(error, t).square().mean(-1)[0], model.preconditioning(t)[2][0, :, 0]
     assert ((power * c_out - 1).abs() < 0.2).all() and power[-1] > 25 * power[0]
 
@@ -211,7 +211,7 @@ def test_scale_and_spectrum_travel_with_the_weights(generator):
     x = 0.15 * torch.randn(4, 2, 2**14, generator=generator)
     one, two = UNet1D(TINY), UNet1D(TINY)
     assert one.scale == 1
-    one.measure_spectrum(one.coefficients(x).std((0, 2)))
+    one.set_spectrum(one.coefficients(x).std((0, 2)))
     assert abs(one.scale - 0.15) < 0.002 and (one.spectrum - 1).abs().max() < 0.1
     two.load_state_dict(one.state_dict())
     assert two.scale == one.scale and torch.equal(two.spectrum, one.spectrum) and "basis" not in one.state_dict()
