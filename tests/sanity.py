@@ -167,8 +167,8 @@ def about_examples(checkpoint, listener, references, settings, options, heard):
     plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
     before, after = ((embed(listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
     print(f"by example, step {settings.xi:g}, share {share:.2f}: distance to the example, median "
-          f"{before.median():.3f} -> {after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), nearer in "
-          f"{(after < before).sum()} of {len(aims)}; {changed(plain, guided, listener, heard)}")
+          f"{before.median():.3f} -> {after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), "
+          f"nearer in {(after < before).sum()} of {len(aims)}; {changed(plain, guided, listener, heard)}")
 
 
 def about_classes(checkpoint, listener, second, classes, settings, options, heard):
