@@ -370,21 +370,17 @@ def edit(checkpoint, task, x, span, passt, settings, generators, callback):
     hop, window, guides = checkpoint.hop, checkpoint.window, ()
     C_L, C_R = span.a // hop, window - span.b // hop
     if task in ("regenerate", "transition"):
-        x_bar = checkpoint.encode(x)
+        x_bar = sample.encode_known(checkpoint, x, window, 0)
     else:
-        x_bar = torch.zeros(len(x), checkpoint.channels, window, device=x.device)
+        x_bar = sample.encode_known(checkpoint, x, C_L, C_R)
         settings = replace(settings, k=1.0)              # from noise alone
-    if task in ("infill", "continuation"):             # each side is encoded by itself, so that nothing leaks
-        x_bar[..., :C_L] = sample.encode_known(checkpoint, x[..., :span.a])
-        if C_R:
-            x_bar[..., window - C_R:] = sample.encode_known(checkpoint, x[..., span.b:])
-    elif task == "embedding":
+    if task == "embedding":
         def listen(audio):
             return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
         y, weight = listen(x), sample.XI_GUIDE["embedding"] / settings.xi
         guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, weight),)
     x_0 = sample.generate(checkpoint, x_bar, C_L, C_R, settings, generators, guides=guides, callback=callback)
-    return checkpoint.decode(x_0)
+    return sample.decode(checkpoint, x_0, x, C_L, C_R, settings.equalise)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -439,7 +435,8 @@ def model_rows(evaluation, checkpoint):
         rows.append(Row("VAE", EVERY, lambda task, x, *_: checkpoint.decode(checkpoint.encode(x))))
     for sampler, steps in options.samplers:
         xi = sample.XI[checkpoint.kind] if options.xi is None else options.xi
-        settings = sample.Settings(sampler, steps, xi, options.k, options.start_from, precision=options.precision)
+        same = {name: getattr(options, name) for name in ("gamma", "k", "start_from", "precision", "equalise")}
+        settings = sample.Settings(sampler, steps, xi, **same)
 
         def produce(task, x, other, js, tick, settings=settings):
             return edit(checkpoint, task, x, evaluation.spans[task], evaluation.listeners.passt, settings,
@@ -651,6 +648,8 @@ def parse(argv):
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
     add("--xi", type=float, help="guidance step size; default 0.03 latent, 0.003 waveform")
+    add("--gamma", type=float, help="of ddpm's noise; default 0.6 latent, 0 (the paper's) waveform")
+    add("--equalise", action=argparse.BooleanOptionalAction, default=True, help="undo the VAE's colour in edits")
     add("--k", type=float, default=0.85, help="share of noise, regenerate and transition")
     add("--start-from", choices=("matched", "paper"), default="matched")
     add("--precision", choices=sample.PRECISIONS, default="float32", help="of the diffusion network")
@@ -710,8 +709,9 @@ def main(argv=None):
     train.join(device)
     torch.backends.cudnn.allow_tf32 = False              # its 10 bits would show in the resampler and in embeddings
     listeners = load_listeners(options, device)
-    kept = {name: getattr(options, name) for name in ("seed", "xi", "k", "start_from", "precision", "clips",
-                                                      "transitions", "data", "generated", "originals", "region")}
+    kept = {name: getattr(options, name) for name in ("seed", "xi", "gamma", "k", "start_from", "precision",
+                                                      "equalise", "clips", "transitions", "data", "generated",
+                                                      "originals", "region")}
     kept |= {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER}
     if options.generated and options.originals:
         pairs, spans = plan_files(options)

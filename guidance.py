@@ -111,11 +111,12 @@ def guided_estimate(model, x_t, t, terms):
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None, callback=None):
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.0, generator=None, callback=None):
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0 leaves projection alone, and builds no graph
+    gamma      more noise in the steps of Algorithm 1, in [0, 1): see ddpm_step
     generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
     callback   called with a Step after each iteration
     Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
@@ -130,7 +131,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
             t, s = times[i], times[i + 1]
             x0_hat, distances, gradient = guided_estimate(model, x_t, t, terms if xi else ())
             if sampler == "ddpm":
-                x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
+                x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient, gamma)
             else:
                 x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
             if callback:

@@ -31,7 +31,9 @@ from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
 XI = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3, for the L1 sum of the reconstruction tasks
+GAMMA = {"latent": 0.6, "waveform": 0.0}                     # of ddpm_step, by measurement (README)
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE, by measurement (README)
+FFT = 2048                                                   # samples, in `spectrum`
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 PCM_BITS = {"PCM_16": 16, "PCM_24": 24}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,16 +45,18 @@ PER_CALL = ("output", "force", "replay", "num", "first")     # options that do n
 
 @dataclass
 class Settings:
-    """How to sample. xi None is the paper's for the kind of model; k is the share of noise that the region starts from,
-    in Table 2's Regenerate and Transition. k = 1 is Infill and Continuation."""
+    """How to sample. xi and gamma, where None, are those for the kind of model; k is the share of noise that the region
+    starts from, in Table 2's Regenerate and Transition, and 1 in the others."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float | None = None
+    gamma: float | None = None
     k: float = 0.85
     start_from: str = "matched"
     project: bool = True
     on: str = "x0_hat"
     precision: str = "float32"
+    equalise: bool = True
 
 
 def windows(C_L, gap, C_R, window, overlap):
@@ -76,6 +80,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     guides      functions z -> Task: their terms join the reconstruction's in every window
     """
     xi = XI[checkpoint.kind] if settings.xi is None else settings.xi
+    gamma = GAMMA[checkpoint.kind] if settings.gamma is None else settings.gamma
     dtype = PRECISIONS[settings.precision]
 
     def model(x_t, t):
@@ -93,7 +98,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
                                     on=settings.on, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
-                                    generator=generator, callback=callback)
+                                    gamma=gamma, generator=generator, callback=callback)
         done = last
     return x
 
@@ -106,12 +111,19 @@ def excerpt(x, first, last, lo, hi):
     return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
 
 
-def encode_known(checkpoint, audio):
-    """Known audio (B, 2, n), n a multiple of the hop -> model space; the encoder sees it mirrored beyond its ends."""
-    hop, n = checkpoint.hop, audio.shape[-1]
+def encode_known(checkpoint, audio, C_L, C_R):
+    """The first C_L and the last C_R frames of audio (B, 2, n) -> model space (B, C, n / hop), zeros in between.
+
+    Each side is encoded by itself, so that nothing in between leaks; the encoder sees it mirrored beyond its ends.
+    """
+    hop, frames = checkpoint.hop, audio.shape[-1] // checkpoint.hop
     reach = math.ceil(checkpoint.vae.encoder_field / hop) if checkpoint.vae else 0     # frames
-    wide = excerpt(audio, -reach * hop, n + reach * hop, 0, n)
-    return checkpoint.encode(wide)[..., reach:reach + n // hop]
+    x = torch.zeros(len(audio), checkpoint.channels, frames, device=audio.device)
+    for first, last in ((0, C_L), (frames - C_R, frames)):
+        if first < last:
+            wide = excerpt(audio, (first - reach) * hop, (last + reach) * hop, first * hop, last * hop)
+            x[..., first:last] = checkpoint.encode(wide)[..., reach:reach + last - first]
+    return x
 
 
 def convert(x, rate_in, rate_out, anchor, first, last, lo, hi):
@@ -125,6 +137,32 @@ def convert(x, rate_in, rate_out, anchor, first, last, lo, hi):
     block, end = first // up - reach, math.ceil(last / up) + reach
     wide = excerpt(x, anchor + block * down, anchor + end * down, lo, hi)
     return tasks.resample(wide, rate_in, rate_out)[:, first - block * up:last - block * up]
+
+
+def spectrum(audio):
+    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
+    frames = F.pad(audio, (FFT, FFT)).unfold(-1, FFT, FFT // 2) * torch.hann_window(FFT, device=audio.device)
+    power = torch.fft.rfft(frames).abs().square().sum((1, 2))                          # (B, 1025)
+    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
+    weights = torch.exp(-18 * (octave[:, None] - octave).square())
+    return power @ (weights / weights.sum(1, keepdim=True)).T
+
+
+def decode(checkpoint, x_0, known, C_L, C_R, equalise=True):
+    """x_0 (B, C, frames) -> audio (B, 2, n), filtered so that its first C_L and last C_R frames, together, have the
+    spectrum of the audio `known` (B, 2, n) that they were encoded from; of this, only they are read.
+
+    A VAE leaves out some of what it cannot predict: the shipped one, 9 dB at 2.5 kHz. What is missing where the answer
+    is known is missing in between, too. Gains are within 12 dB, and phases stay.
+    """
+    audio, n, left, right = checkpoint.decode(x_0), known.shape[-1], C_L * checkpoint.hop, C_R * checkpoint.hop
+    if checkpoint.vae is None or not equalise:
+        return audio
+    wanted, found = (spectrum(x[..., :left]) + spectrum(x[..., n - right:]) + 1e-9 for x in (known, audio))
+    gain = (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20))
+    size = n + FFT                                                                     # the filter's tails do not wrap
+    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
+    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 
 
 @dataclass
@@ -153,7 +191,7 @@ class Edit:
 
     def __init__(self, checkpoint, track, a, b, context=None):
         self.checkpoint, self.track, self.a, self.b = checkpoint, track, a, b
-        self.device, window = next(checkpoint.net.parameters()).device, checkpoint.window
+        window = checkpoint.window
         self.frame = checkpoint.hop * track.rate / SAMPLE_RATE                         # native samples per frame
         self.gap = math.ceil((b - a) / self.frame - 1e-6)
         before, behind = int(a / self.frame), max(0, int((track.n - a) / self.frame) - self.gap)
@@ -164,32 +202,22 @@ class Edit:
         self.C_R = min(behind, each, spare - self.C_L)
         self.spans = windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
 
-    def known(self, first, last, lo, hi):
-        """Frames [first, last) from the anchor in the model's space (1, C, frames), made from native [lo, hi) alone."""
-        hop, track = self.checkpoint.hop, self.track
-        audio = convert(spread(track.audio, 2), track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
-        return encode_known(self.checkpoint, audio[None].to(self.device))
+    def known(self, whole):
+        """What the model may know, as audio (1, 2, samples) at 44.1 kHz: each side made by itself, so that nothing of
+        the region leaks, and zeros in the gap; or, if `whole`, the region too."""
+        hop, (C_L, gap, C_R), track = self.checkpoint.hop, (self.C_L, self.gap, self.C_R), self.track
+        audio = torch.zeros(2, (C_L + gap + C_R) * hop)
+        parts = ((-C_L, gap + C_R, 0, track.n),) if whole else ((-C_L, 0, 0, self.a), (gap, gap + C_R, self.b, track.n))
+        for first, last, lo, hi in parts:
+            if first < last:
+                audio[:, (C_L + first) * hop:(C_L + last) * hop] = convert(
+                    spread(track.audio, 2), track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
+        return audio[None]
 
-    def x_bar(self, whole):
-        """What sampling starts from and measures: (1, C, C_L + gap + C_R).
-
-        Unless `whole`, each side is encoded by itself, so that nothing of the region leaks; the gap holds zeros.
-        """
-        end = self.gap + self.C_R
-        if whole:
-            return self.known(-self.C_L, end, 0, self.track.n)
-        x_bar = torch.zeros(1, self.checkpoint.channels, self.C_L + end, device=self.device)
-        if self.C_L:
-            x_bar[..., :self.C_L] = self.known(-self.C_L, 0, 0, self.a)
-        if self.C_R:
-            x_bar[..., -self.C_R:] = self.known(self.gap, end, self.b, self.track.n)
-        return x_bar
-
-    def splice(self, x_0, seconds):
-        """x_0 decoded and laid into the track: (channels, n). Cross-fades of `seconds` lie outside [a, b); with 0 all
-        that the model returned, contexts included, stands as it is."""
+    def splice(self, decoded, seconds):
+        """Decoded audio (2, hop * frames) laid into the track: (channels, n). Cross-fades of `seconds` lie outside
+        [a, b); with 0 all of it, contexts included, stands as it is."""
         audio, (a, b) = self.track.audio, (self.a, self.b)
-        decoded = self.checkpoint.decode(x_0)[0].cpu()                                 # (2, hop * frames)
         fade = round(seconds * self.track.rate) if seconds else self.track.n
         before, behind = min(fade, int(self.C_L * self.frame)), min(fade, int(self.C_R * self.frame))
         new = spread(convert(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop,
@@ -327,12 +355,14 @@ def parse(argv):
     add("--sampler", choices=("ddpm", "ddim"), default=Settings.sampler)
     add("--steps", type=within(1, 100000, int), default=Settings.steps)
     add("--xi", type=within(0, math.inf), help="gradient step size (App. C.3: 3e-2 latent, 3e-3 waveform)")
+    add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than App. B.1's, 0 (0.6 latent, 0 waveform)")
     add("--xi-ref-steps", type=within(1, 100000, int), help="multiply xi by this over --steps")
     add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
     add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
     add("--project", action=argparse.BooleanOptionalAction, default=Settings.project, help="data consistency step")
     add("--on", choices=("x_t", "x0_hat"), default=Settings.on, help="what the measurements see")
     add("--precision", choices=PRECISIONS, default=Settings.precision)
+    add("--equalise", action=argparse.BooleanOptionalAction, default=Settings.equalise, help="undo the VAE's colour")
     add("--splice", type=within(0, 50), default=30.0, help="cross-fade in ms; 0: the model's output as it is")
     add("--num", type=within(1, 1000, int), default=1, help="variations")
     add("--seed", type=within(0, 2**63, int), default=0)
@@ -466,13 +496,17 @@ def main(argv=None):
     o.k = o.k if from_x_bar else 1.0
     fade = o.splice / 1000                                                             # seconds
     print(edit.times(fade))
+    known = edit.known(whole=from_x_bar).to(device)
+    frames = known.shape[-1] // checkpoint.hop
+    x_bar = encode_known(checkpoint, known, *((frames, 0) if from_x_bar else (edit.C_L, edit.C_R)))
     for i, path in enumerate(paths, start=o.first):
         began, generator = time.time(), torch.Generator().manual_seed(int(random(o.seed, i).integers(2**63)))
         listening = Listening(o.steps * len(edit.spans), o.explain)
-        x_0 = generate(checkpoint, edit.x_bar(whole=from_x_bar), edit.C_L, edit.C_R, o, generator, spans=edit.spans,
-                       guides=guides, callback=listening)
+        x_0 = generate(checkpoint, x_bar, edit.C_L, edit.C_R, o, generator, spans=edit.spans, guides=guides,
+                       callback=listening)
         listening.close()
-        track = Track(edit.splice(x_0, fade), edit.track.rate, edit.track.subtype)
+        audio = decode(checkpoint, x_0, known, edit.C_L, edit.C_R, o.equalise)
+        track = Track(edit.splice(audio[0].cpu(), fade), edit.track.rate, edit.track.subtype)
         subtype = write_track(path, track, o.subtype)
         used = [str(p) for p in (o.input, o.input2, o.reference, checkpoint.path) if p]
         record = {"options": options, "variation": i, "output": str(path), "times": edit.times(fade),

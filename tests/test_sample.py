@@ -2,6 +2,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,30 @@ def test_unspliced_output_is_the_models_own(folder):
     region = slice(round(1.5 * 44100), round(1.7 * 44100))
     assert np.allclose(spliced[region], raw[region], atol=1e-6) and spliced.shape == raw.shape
     assert not np.allclose(spliced[64000:66000], raw[64000:66000], atol=1e-3)
+
+
+def dull(x):
+    """A decoder that takes 9 dB off everything above 2 kHz."""
+    X = torch.fft.rfft(x)
+    kept = torch.linspace(0, 22050, X.shape[-1]) < 2000
+    return torch.fft.irfft(X * torch.where(kept, 1.0, 10 ** (-9 / 20)), x.shape[-1])
+
+
+def test_what_decoding_takes_off_known_audio_is_given_back_everywhere():
+    """The region gets its level back below and above 2 kHz; at most 12 dB; of the known audio only the ends are read."""
+    x, n = 0.1 * torch.randn(2, 2, 2**17, generator=torch.Generator().manual_seed(0)), 2**17
+    vae = SimpleNamespace(vae=True, hop=128, decode=dull)
+    known, C_L, C_R = x.clone(), 200, 100
+    known[..., 200 * 128:n - 100 * 128] = math.nan
+    made = sample.decode(vae, x, known, C_L, C_R)
+    change = 10 * torch.log10(sample.spectrum(made[..., 2**15:2**16]) / sample.spectrum(x[..., 2**15:2**16]))     # (2, 1025)
+    assert change[:, 5:70].abs().max() < 1 and change[:, 120:].abs().max() < 1 and made.shape == x.shape
+    faint = sample.decode(SimpleNamespace(vae=True, hop=128, decode=lambda x: x / 100), x, known, C_L, C_R)
+    assert torch.allclose(faint, x / 100 * 10 ** (12 / 20), atol=1e-5)
+    assert torch.allclose(made[:1], sample.decode(vae, x[:1], known[:1], C_L, C_R), atol=1e-6)
+    untouched = [sample.decode(vae, x, known, 0, 0), sample.decode(vae, x, known, C_L, C_R, equalise=False),
+                 sample.decode(SimpleNamespace(vae=None, hop=128, decode=dull), x, known, C_L, C_R)]
+    assert all(torch.allclose(audio, dull(x), atol=1e-5) for audio in untouched)
 
 
 def test_silence_and_short_clips_work(folder):
