@@ -14,7 +14,7 @@ import io
 import json
 import math
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -377,7 +377,8 @@ def edit(checkpoint, task, x, span, passt, settings, generators, callback):
     if task == "embedding":
         def listen(audio):
             return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
-        y, weight = listen(x), sample.XI_GUIDE["embedding"] / settings.xi
+        xi = sample.XI[checkpoint.kind] if settings.xi is None else settings.xi
+        y, weight = listen(x), sample.XI_GUIDE["embedding"] / xi
         guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, weight),)
     x_0 = sample.generate(checkpoint, x_bar, C_L, C_R, settings, generators, guides=guides, callback=callback)
     return sample.decode(checkpoint, x_0, x, C_L, C_R, settings.equalise)
@@ -434,9 +435,7 @@ def model_rows(evaluation, checkpoint):
     if checkpoint.kind == "latent":
         rows.append(Row("VAE", EVERY, lambda task, x, *_: checkpoint.decode(checkpoint.encode(x))))
     for sampler, steps in options.samplers:
-        xi = sample.XI[checkpoint.kind] if options.xi is None else options.xi
-        same = {name: getattr(options, name) for name in ("gamma", "k", "start_from", "precision", "equalise")}
-        settings = sample.Settings(sampler, steps, xi, **same)
+        settings = sample.Settings.of(options, sampler, steps)
 
         def produce(task, x, other, js, tick, settings=settings):
             return edit(checkpoint, task, x, evaluation.spans[task], evaluation.listeners.passt, settings,
@@ -647,12 +646,7 @@ def parse(argv):
     add("--listener", help="checkpoint of train.py --model classifier, who judges by default")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
-    add("--xi", type=float, help="guidance step size; default 0.03 latent, 0.003 waveform")
-    add("--gamma", type=float, help="of ddpm's noise; default 0.6 latent, 0 (the paper's) waveform")
-    add("--equalise", action=argparse.BooleanOptionalAction, default=True, help="undo the VAE's colour in edits")
-    add("--k", type=float, default=0.85, help="share of noise, regenerate and transition")
-    add("--start-from", choices=("matched", "paper"), default="matched")
-    add("--precision", choices=sample.PRECISIONS, default="float32", help="of the diffusion network")
+    sample.Settings.add_flags(add)
     add("--reference-clips", type=int, default=10_000, help="at most so many excerpts of the training music")
     add("--batch", type=int, default=8)
     add("--seed", type=int, default=0)
@@ -709,9 +703,9 @@ def main(argv=None):
     train.join(device)
     torch.backends.cudnn.allow_tf32 = False              # its 10 bits would show in the resampler and in embeddings
     listeners = load_listeners(options, device)
-    kept = {name: getattr(options, name) for name in ("seed", "xi", "gamma", "k", "start_from", "precision",
-                                                      "equalise", "clips", "transitions", "data", "generated",
-                                                      "originals", "region")}
+    kept = {name: getattr(options, name) for name in ("seed", "clips", "transitions", "data", "generated", "originals",
+                                                      "region")}
+    kept |= asdict(sample.Settings.of(options, None, None))                  # samplers and steps are the rows' own
     kept |= {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER}
     if options.generated and options.originals:
         pairs, spans = plan_files(options)

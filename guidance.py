@@ -25,20 +25,24 @@ class Term:
     y       the measurement, in the shape of A(x)
     weight  its effective step is xi * weight; a number, or (B,)
     on      what A sees: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first printed there
-    project whether each iteration ends with the data consistency step on y
+    project what meets y exactly, by the data consistency step: "x_t" at the end of each iteration, as in Sect. 3, or
+            "x0_hat" before the update, which adds the noise that x_s should have (as in DDNM, Wang et al., 2022);
+            "none", nothing
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
     y: Tensor
     weight: float | Tensor = 1.0
     on: str = "x0_hat"
-    project: bool = False
+    project: str = "none"
 
     def __post_init__(self):
         if self.on not in ("x0_hat", "x_t"):
             raise ValueError(f'on must be "x0_hat" or "x_t", not {self.on!r}')
-        if self.project and not is_linear(self.A):
-            raise ValueError("project needs a linear operator A with T and solve; this one has none: use project=False")
+        if self.project not in ("x0_hat", "x_t", "none"):
+            raise ValueError(f'project must be "x0_hat", "x_t" or "none", not {self.project!r}')
+        if self.project != "none" and not is_linear(self.A):
+            raise ValueError('project needs a linear operator A with T and solve; this one has none: use "none"')
 
     def distance(self, x):
         """d(y, A(x)), (B,)."""
@@ -56,7 +60,7 @@ class Task:
     t_T: float | Tensor = 1.0
 
     def __post_init__(self):
-        if sum(term.project for term in self.terms) > 1:
+        if sum(term.project != "none" for term in self.terms) > 1:
             raise ValueError("project can be set for one term at most: two projections would undo each other")
 
 
@@ -130,6 +134,11 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.
         for i in range(steps):                                                # the paper's i = N .. 1
             t, s = times[i], times[i + 1]
             x0_hat, distances, gradient = guided_estimate(model, x_t, t, terms if xi else ())
+            context_error = _context_error(x0_hat, terms)
+            for term in terms:
+                if term.project == "x0_hat":                                  # what y determines is left to y
+                    x0_hat = data_consistency(x0_hat, term.y, term.A)
+                    gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
             if sampler == "ddpm":
                 x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient, gamma)
             else:
@@ -137,9 +146,9 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.
             if callback:
                 x_s_free = x_s + xi * gradient if sampler == "ddpm" else ddim_step(x_t, x0_hat, t, s)
                 callback(Step(i + 1, steps, t, distances, _norm(gradient), _norm(x_s - x_s_free),
-                              _norm(x_s_free - x_t), _context_error(x0_hat, terms)))
+                              _norm(x_s_free - x_t), context_error))
             for term in terms:
-                if term.project:
+                if term.project == "x_t":
                     x_s = data_consistency(x_s, term.y, term.A)
             x_t = x_s
     return x_t

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import soundfile as sf
@@ -30,8 +30,8 @@ from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, 
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
-XI = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3, for the L1 sum of the reconstruction tasks
-GAMMA = {"latent": 0.6, "waveform": 0.0}                     # of ddpm_step, by measurement (README)
+XI = {"latent": 0.2, "waveform": 0.03}                       # for the L1 sum, by measurement (README); App. C.3 has
+GAMMA = {"latent": 0.6, "waveform": 0.0}                     # 0.03 and 0.003, and no gamma
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE, by measurement (README)
 FFT = 2048                                                   # samples, in `spectrum`
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
@@ -53,10 +53,27 @@ class Settings:
     gamma: float | None = None
     k: float = 0.85
     start_from: str = "matched"
-    project: bool = True
+    project: str = "x0_hat"
     on: str = "x0_hat"
     precision: str = "float32"
     equalise: bool = True
+
+    @staticmethod
+    def add_flags(add):
+        """The flags for all fields but sampler and steps; add is a parser's add_argument."""
+        add("--xi", type=within(0, math.inf), help="gradient step size (0.2 latent, 0.03 waveform)")
+        add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than the paper's, 0 (0.6 latent)")
+        add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
+        add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
+        add("--project", choices=("x0_hat", "x_t", "none"), default=Settings.project, help="what is made to meet y")
+        add("--on", choices=("x0_hat", "x_t"), default=Settings.on, help="what the measurements see")
+        add("--precision", choices=PRECISIONS, default=Settings.precision, help="of the diffusion network")
+        add("--equalise", action=argparse.BooleanOptionalAction, default=True, help="undo the VAE's colour")
+
+    @classmethod
+    def of(cls, options, sampler, steps):
+        """The settings that those flags gave."""
+        return cls(sampler, steps, **{field.name: getattr(options, field.name) for field in fields(cls)[2:]})
 
 
 def windows(C_L, gap, C_R, window, overlap):
@@ -354,15 +371,8 @@ def parse(argv):
     add("--listener", help="checkpoint of the classifier that --reference and --classes use")
     add("--sampler", choices=("ddpm", "ddim"), default=Settings.sampler)
     add("--steps", type=within(1, 100000, int), default=Settings.steps)
-    add("--xi", type=within(0, math.inf), help="gradient step size (App. C.3: 3e-2 latent, 3e-3 waveform)")
-    add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than App. B.1's, 0 (0.6 latent, 0 waveform)")
     add("--xi-ref-steps", type=within(1, 100000, int), help="multiply xi by this over --steps")
-    add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
-    add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
-    add("--project", action=argparse.BooleanOptionalAction, default=Settings.project, help="data consistency step")
-    add("--on", choices=("x_t", "x0_hat"), default=Settings.on, help="what the measurements see")
-    add("--precision", choices=PRECISIONS, default=Settings.precision)
-    add("--equalise", action=argparse.BooleanOptionalAction, default=Settings.equalise, help="undo the VAE's colour")
+    Settings.add_flags(add)
     add("--splice", type=within(0, 50), default=30.0, help="cross-fade in ms; 0: the model's output as it is")
     add("--num", type=within(1, 1000, int), default=1, help="variations")
     add("--seed", type=within(0, 2**63, int), default=0)

@@ -115,15 +115,16 @@ def bce(y, logits):
 
 # ---- the rows of Table 2 --------------------------------------------------------------------------------------------
 
-def reconstruct(x_bar, A, z, weight=1.0, on="x0_hat", project=True):
+def reconstruct(x_bar, A, z, weight=1.0, on="x0_hat", project="x0_hat"):
     """The first rows of Table 2 for any linear A: y = A x_bar, d = L1, and x_T = A^T y + (I - A^T A) z.
 
-    With A = KeepMask(mask): several gaps at once. project=False leaves the data consistency step out.
+    With A = KeepMask(mask): several gaps at once. project: see Term; with "x0_hat", x_T is z alone, as noisy in the
+    context as elsewhere.
     """
     if x_bar.shape != z.shape:
         raise ValueError(f"x_bar and z must have the same shape, not {tuple(x_bar.shape)} and {tuple(z.shape)}")
     y = A(x_bar)
-    x_T = data_consistency(z, y, A)          # the form of x_T that holds for A A^T != I as well
+    x_T = z if project == "x0_hat" else data_consistency(z, y, A)       # the form that holds for A A^T != I as well
     return Task(x_T, (Term(A, l1, y, weight, on, project),))
 
 
@@ -156,8 +157,10 @@ def regenerate(x_bar, C_L, C_R, z, k=0.85, start_from="matched", **term):
             raise ValueError("k must be above 0 with start_from='matched': 0 leaves no noise to remove")
         scale, t_T = torch.hypot(k, 1 - k), 2 / math.pi * torch.atan2(k, 1 - k)
     of_z, of_x_bar = (share.to(z.dtype).to(z.device).reshape(-1, 1, 1) for share in (k / scale, (1 - k) / scale))
-    mixed = of_z * z + of_x_bar * x_bar
-    return replace(reconstruct(x_bar, KeepEnds(z.shape[-1], C_L, C_R), mixed, **term), t_T=t_T)
+    A, mixed = KeepEnds(z.shape[-1], C_L, C_R), of_z * z + of_x_bar * x_bar
+    if start_from == "paper":
+        mixed = data_consistency(mixed, A(z), A)                        # the context is noise at t = 1, or else y
+    return replace(reconstruct(x_bar, A, mixed, **term), t_T=t_T)
 
 
 def crossfade(x_bar_L, x_bar_R, C_L, C_R):

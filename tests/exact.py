@@ -87,7 +87,7 @@ def infill_posterior(source, x_bar):
     return x_bar[..., known] @ gain, covariance.diagonal().clamp(min=0).sqrt()
 
 
-def infill_errors(x_bar, sampler="ddpm", steps=50, project=True, xi=3e-2, draws=2000, seed=0, gamma=0.0):
+def infill_errors(x_bar, sampler="ddpm", steps=50, project="x_t", xi=3e-2, draws=2000, seed=0, gamma=0.0):
     """Infill of the middle third of each clip of x_bar (clips, 1, N), sampled `draws` times, against the posterior.
 
     Returns the error of the mean over the posterior sd (rms over clips and positions, both over the middle third),
@@ -113,7 +113,7 @@ def regenerate_correlation(start_from, sampler, k=0.85, draws=2000, seed=0):
     source = Gaussian(covariance())
     x_bar = source.draw(draws, g)
     z = torch.randn(x_bar.shape, dtype=x_bar.dtype, generator=g)
-    task = tasks.regenerate(x_bar, 1, 1, z, k=k, start_from=start_from, project=False)
+    task = tasks.regenerate(x_bar, 1, 1, z, k=k, start_from=start_from, project="none")
     x_0 = guidance.sample(source, task.x_T, task, steps=50, sampler=sampler, xi=0, generator=g)
     middle = slice(C, N - C)
     return torch.corrcoef(torch.stack([x_0[..., middle].flatten(), x_bar[..., middle].flatten()]))[0, 1].item()
@@ -126,15 +126,16 @@ def main():
           "| variance ratio | context error |")
     print("|---|---|---|---|---|---|---|---|")
     for sampler, steps in (("ddpm", 50), ("ddpm", 500), ("ddim", 50), ("ddim", 500)):
-        for project, xi in ((True, 0), (True, 3e-3), (True, 3e-2), (True, 3e-1), (False, 3e-2), (False, 0)):
+        for project, xi in (("x_t", 0), ("x_t", 3e-3), ("x_t", 3e-2), ("x_t", 3e-1), ("x0_hat", 0), ("x0_hat", 3e-2),
+                            ("x0_hat", 0.2), ("none", 3e-2), ("none", 0)):
             error, ratio, context = infill_errors(sine(), sampler, steps, project, xi, draws=500)
             typical = infill_errors(random, sampler, steps, project, xi, draws=50)[0]
-            print(f"| {sampler.upper()} | {steps} | {'yes' if project else 'no'} | {xi:g} | {error:.2f} | {typical:.2f} "
+            print(f"| {sampler.upper()} | {steps} | {project} | {xi:g} | {error:.2f} | {typical:.2f} "
                   f"| {ratio:.2f} | {context:.0e} |", flush=True)
     print()
     for gamma in (0, 0.3, 0.6, 0.9):
-        error, ratio, _ = infill_errors(sine(), draws=500, gamma=gamma)
-        print(f"gamma {gamma}: mean error / sd {error:.2f}, variance ratio {ratio:.2f} (DDPM-50, projection, xi 0.03)")
+        error, ratio, _ = infill_errors(sine(), project="x0_hat", xi=0.2, draws=500, gamma=gamma)
+        print(f"DDPM 50, x0_hat, xi 0.2, gamma {gamma}: mean error / sd {error:.2f}, variance ratio {ratio:.2f}")
     print()
     for start_from in ("paper", "matched"):
         row = ", ".join(f"{s.upper()} {regenerate_correlation(start_from, s):.2f}" for s in ("ddpm", "ddim"))

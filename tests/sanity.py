@@ -204,10 +204,7 @@ def main(argv=None):
     add("--cases", type=int, default=0, help="of guidance by example, and by class")
     add("--seconds", type=float, default=2.0, help="length of the guided samples")
     add("--samplers", nargs=1, type=evaluate.sampler_and_steps, default=[("ddpm", 50)])
-    add("--precision", choices=sample.PRECISIONS, default="float32")
-    add("--xi", type=float, help="default 0.03 latent, 0.003 waveform")
-    add("--gamma", type=float, help="default 0.6 latent, 0 waveform")
-    add("--equalise", action=argparse.BooleanOptionalAction, default=True, help="undo the VAE's colour")
+    sample.Settings.add_flags(add)
     add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
         metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")
     add("--seed", type=int, default=0)
@@ -216,8 +213,7 @@ def main(argv=None):
     classifier = train.open_checkpoint("classifier", options.listener)
     listener, second = classifier.net, options.second and train.open_checkpoint("classifier", options.second).net
     (sampler, steps), = options.samplers
-    settings = sample.Settings(sampler, steps, options.xi, options.gamma, k=1.0, precision=options.precision,
-                               equalise=options.equalise)
+    settings = sample.Settings.of(options, sampler, steps)
     window = checkpoint.window * checkpoint.hop
     excerpts = evaluate.find_excerpts(options.data, window, max(options.clips, options.cases), options.seed)
     clips = [evaluate.read_excerpt(*excerpt) for excerpt in excerpts]

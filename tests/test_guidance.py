@@ -124,7 +124,7 @@ def test_no_graph_without_guidance_and_no_parameter_gradient_with_it():
 def test_two_terms_with_half_of_the_context_each_equal_one_with_all_of_it():
     """All terms share one backward pass through the summed distances: bit for bit the same, with the same noise."""
     source, z, x_bar = Gaussian(covariance()), noise(3, 1, N, seed=9), noise(3, 1, N, seed=10)
-    whole = tasks.infill(x_bar, C, C, z, project=False)
+    whole = tasks.infill(x_bar, C, C, z, project="none")
     left, right = tasks.KeepEnds(N, C, 0), tasks.KeepEnds(N, 0, C)
     halves = Task(z, tuple(Term(A, tasks.l1, A(x_bar)) for A in (left, right)))
     one, two = (sample(source, z, task, steps=10, xi=3e-2, generator=generators(0)[0]) for task in (whole, halves))
@@ -191,10 +191,34 @@ def test_unguided_samples_have_the_covariance_of_the_source(sampler):
 
 def test_infill_with_the_papers_settings_matches_the_posterior():
     """DDPM, 50 steps, xi = 3e-2, L1 through x0_hat and projection; each figure is better than with projection alone."""
-    error, ratio, context = infill_errors(sine(), "ddpm", 50, project=True, xi=3e-2)
-    alone = infill_errors(sine(), "ddpm", 50, project=True, xi=0)
+    error, ratio, context = infill_errors(sine(), "ddpm", 50, project="x_t", xi=3e-2)
+    alone = infill_errors(sine(), "ddpm", 50, project="x_t", xi=0)
     assert error < 0.2 and 0.9 < ratio < 1.1 and context < 1e-6
     assert error < alone[0] and abs(ratio - 1) < abs(alone[1] - 1)
+
+
+def test_infill_by_projecting_x0_hat_matches_the_posterior():
+    """Its step size at 50 steps is 0.1; the context comes out exactly, gradient or not; DDIM hears it as well."""
+    error, ratio, context = infill_errors(sine(), "ddpm", 50, project="x0_hat", xi=0.1)
+    alone = infill_errors(sine(), "ddpm", 50, project="x0_hat", xi=0)
+    assert error < 0.15 and 0.85 < ratio < 1.1 and context < 1e-6 and alone[2] < 1e-6
+    assert error < alone[0] and infill_errors(sine(), "ddim", 50, project="x0_hat", xi=0.1, draws=500)[0] < 0.25
+
+
+def test_projecting_x0_hat_keeps_the_context_on_the_forward_process():
+    """Whatever the model says, the context of x_s is y noised to the time s: mean alpha_s y, standard deviation sigma_s."""
+    y = torch.full((4000, 1, 4), 3.0, dtype=torch.float64)
+    task, seen = tasks.continuation(y, 2, noise(4000, 1, 4, seed=20)), {}
+
+    def model(x_t, t):
+        seen[t[0].item()] = x_t[..., :2]
+        return 10 * x_t
+
+    for sampler in ("ddpm", "ddim"):
+        sample(model, task.x_T, task, steps=5, sampler=sampler, xi=1e-3, generator=generators(3)[0])
+        for t, context in seen.items():
+            alpha_t, sigma_t = (c.item() for c in guidance.alpha_sigma(t))
+            assert abs(context.mean().item() - 3 * alpha_t) < 0.05 and abs(context.std().item() - sigma_t) < 0.05
 
 
 def test_class_guidance_moves_samples_to_the_class_and_keeps_its_variance():
@@ -221,11 +245,11 @@ def test_bad_arguments_are_named():
                             ("generator", {"xi": 0.1, "generator": generators(0)})):
         with pytest.raises(ValueError, match=word):
             sample(flat_model, task.x_T, task, **arguments)
-    wrong_y = replace(task, terms=(replace(task.terms[0], y=z[..., :3], project=False),))
+    wrong_y = replace(task, terms=(replace(task.terms[0], y=z[..., :3], project="none"),))
     with pytest.raises(ValueError, match="y has the shape"):
         sample(flat_model, z, wrong_y, xi=0.1)
     with pytest.raises(ValueError, match="project"):
-        Term(lambda x: x, tasks.l1, z, project=True)
+        Term(lambda x: x, tasks.l1, z, project="x_t")
     with pytest.raises(ValueError, match="project"):
         Task(z, task.terms + task.terms)
     with pytest.raises(ValueError, match="on must"):

@@ -14,16 +14,18 @@ def signals(count, seed=0):
 
 
 def test_continuation_and_infill_keep_their_context_and_start_from_noise_elsewhere():
-    """y = A x_bar and x_T = A^T y + (I - A^T A) z; the region to be generated is never read."""
+    """y = A x_bar and x_T = A^T y + (I - A^T A) z, or z alone if x0_hat is projected; the region is never read."""
     x_bar, z = signals(2)
-    for task, right in ((tasks.continuation(x_bar, C_L, z), 0), (tasks.infill(x_bar, C_L, C_R, z), C_R)):
+    assert torch.equal(tasks.infill(x_bar, C_L, C_R, z).x_T, z)
+    for task, right in ((tasks.continuation(x_bar, C_L, z, project="x_t"), 0),
+                        (tasks.infill(x_bar, C_L, C_R, z, project="x_t"), C_R)):
         kept = torch.cat([x_bar[..., :C_L], x_bar[..., n - right:]], dim=-1)
         assert torch.equal(task.terms[0].y, kept) and task.t_T == 1
         assert torch.equal(task.x_T[..., C_L:n - right], z[..., C_L:n - right])
         assert torch.allclose(task.terms[0].A(task.x_T), kept, atol=1e-12)
         hidden = x_bar.clone()
         hidden[..., C_L:n - right] = 1e6
-        again = tasks.infill(hidden, C_L, right, z)
+        again = tasks.infill(hidden, C_L, right, z, project="x_t")
         assert torch.equal(again.x_T, task.x_T) and torch.equal(again.terms[0].y, task.terms[0].y)
 
 
@@ -31,29 +33,32 @@ def test_a_mask_keeps_several_gaps_open_per_clip():
     """KeepMask is the general case: x_T is x_bar where the mask is set and z elsewhere, for each clip its own."""
     x_bar, z = signals(2)
     mask = torch.rand(3, 1, n, generator=torch.Generator().manual_seed(1)) < 0.5
-    task = tasks.reconstruct(x_bar, tasks.KeepMask(mask), z)
+    task = tasks.reconstruct(x_bar, tasks.KeepMask(mask), z, project="x_t")
     assert torch.allclose(task.x_T, torch.where(mask, x_bar, z), atol=1e-12)
 
 
 def test_regenerate_starts_as_table_2_prints_it():
-    """start_from="paper": k z + (1 - k) x_bar in the middle at t = 1, with one k or one per clip; k = 1 is infill."""
+    """start_from="paper": k z + (1 - k) x_bar in the middle at t = 1, with one k or one per clip; k = 1 is infill. The
+    context is y if x_t is projected, noise if x0_hat is."""
     x_bar, z = signals(2)
     k = torch.tensor([0.0, 0.85, 1.0], dtype=torch.float64)
-    task = tasks.regenerate(x_bar, C_L, C_R, z, k, start_from="paper")
+    task = tasks.regenerate(x_bar, C_L, C_R, z, k, start_from="paper", project="x_t")
     middle = slice(C_L, n - C_R)
     mixed = k[:, None, None] * z + (1 - k[:, None, None]) * x_bar
     assert task.t_T == 1 and torch.allclose(task.x_T[..., middle], mixed[..., middle])
     assert torch.allclose(task.x_T[..., :C_L], x_bar[..., :C_L]) and torch.allclose(task.x_T[..., -C_R:], x_bar[..., -C_R:])
     assert torch.allclose(tasks.regenerate(x_bar, C_L, C_R, z, 1.0).x_T, tasks.infill(x_bar, C_L, C_R, z).x_T)
+    noisy = tasks.regenerate(x_bar, C_L, C_R, z, k, start_from="paper").x_T
+    assert torch.equal(noisy[..., middle], mixed[..., middle]) and torch.allclose(noisy[..., :C_L], z[..., :C_L])
 
 
 def test_matched_start_lies_on_the_forward_process():
-    """start_from="matched": the middle of x_T is alpha_t x_bar + sigma_t z at t = t_T, in the proportion (1 - k) : k."""
+    """start_from="matched": x_T is alpha_t x_bar + sigma_t z at t = t_T, in the proportion (1 - k) : k."""
     x_bar, z = signals(2)
     for k in (0.85, torch.tensor([0.1, 0.5, 1.0])):
         task = tasks.regenerate(x_bar, C_L, C_R, z, k, start_from="matched")
         x_t, _ = add_noise(x_bar, z, task.t_T)
-        assert torch.allclose(task.x_T[..., C_L:n - C_R], x_t[..., C_L:n - C_R], atol=1e-12)
+        assert torch.allclose(task.x_T, x_t, atol=1e-12)
     assert task.t_T[1].item() == pytest.approx(0.5) and task.t_T[2] == 1
 
 
@@ -91,7 +96,7 @@ def test_combination_takes_its_start_from_the_reconstruction_and_all_terms():
     embed = tasks.embedder_guidance(lambda x: x.mean(-1), torch.zeros(3, 2, dtype=torch.float64), z, weight=2.0)
     both = tasks.combine(embed, edit, weights=[3.0, 0.5])
     assert both.x_T is edit.x_T and both.t_T is edit.t_T
-    assert [term.weight for term in both.terms] == [6.0, 0.5] and [term.project for term in both.terms] == [False, True]
+    assert [term.weight for term in both.terms] == [6.0, 0.5] and [term.project for term in both.terms] == ["none", "x0_hat"]
     x_0 = guidance.sample(lambda x_t, t: 0.1 * x_t, both.x_T, both, steps=3, xi=1e-2)
     assert torch.allclose(x_0[..., :C_L], x_bar[..., :C_L], atol=1e-12) and x_0.isfinite().all()
 
