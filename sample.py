@@ -30,7 +30,7 @@ from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, 
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
-XI = {"latent": 0.2, "waveform": 0.03}                       # for the L1 sum, by measurement (README); App. C.3 has
+XI = {"latent": 0.2, "waveform": 0.05}                       # for the L1 sum, by measurement (README); App. C.3 has
 GAMMA = {"latent": 0.6, "waveform": 0.0}                     # 0.03 and 0.003, and no gamma
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE, by measurement (README)
 FFT = 2048                                                   # samples, in `spectrum`
@@ -61,7 +61,7 @@ class Settings:
     @staticmethod
     def add_flags(add):
         """The flags for all fields but sampler and steps; add is a parser's add_argument."""
-        add("--xi", type=within(0, math.inf), help="gradient step size (0.2 latent, 0.03 waveform)")
+        add("--xi", type=within(0, math.inf), help="gradient step size (0.2 latent, 0.05 waveform)")
         add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than the paper's, 0 (0.6 latent)")
         add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
         add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
