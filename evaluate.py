@@ -14,7 +14,7 @@ import io
 import json
 import math
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -377,8 +377,7 @@ def edit(checkpoint, task, x, span, passt, settings, generators, callback):
     if task == "embedding":
         def listen(audio):
             return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
-        xi = sample.XI[checkpoint.kind] if settings.xi is None else settings.xi
-        y, weight = listen(x), sample.XI_GUIDE["embedding"] / xi
+        y, weight = listen(x), sample.XI_GUIDE["embedding"] / sample.XI[checkpoint.kind]
         guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, weight),)
     x_0 = sample.generate(checkpoint, x_bar, C_L, C_R, settings, generators, guides=guides, callback=callback)
     return sample.decode(checkpoint, x_0, x, C_L, C_R, settings.equalise)
@@ -435,7 +434,7 @@ def model_rows(evaluation, checkpoint):
     if checkpoint.kind == "latent":
         rows.append(Row("VAE", EVERY, lambda task, x, *_: checkpoint.decode(checkpoint.encode(x))))
     for sampler, steps in options.samplers:
-        settings = sample.Settings.of(options, sampler, steps)
+        settings = sample.Settings(sampler, steps, **sample.Settings.given(options, checkpoint.kind))
 
         def produce(task, x, other, js, tick, settings=settings):
             return edit(checkpoint, task, x, evaluation.spans[task], evaluation.listeners.passt, settings,
@@ -705,7 +704,6 @@ def main(argv=None):
     listeners = load_listeners(options, device)
     kept = {name: getattr(options, name) for name in ("seed", "clips", "transitions", "data", "generated", "originals",
                                                       "region")}
-    kept |= asdict(sample.Settings.of(options, None, None))                  # samplers and steps are the rows' own
     kept |= {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER}
     if options.generated and options.originals:
         pairs, spans = plan_files(options)
@@ -714,6 +712,7 @@ def main(argv=None):
     else:
         checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
         kept |= {"checkpoint": sample.digest(checkpoint.path)[:8], "kind": checkpoint.kind, "step": checkpoint.step}
+        kept |= sample.Settings.given(options, checkpoint.kind)
         pairs, spans = plan_tasks(options, checkpoint)
     out = options.out or Path("runs") / f"evaluate-{checkpoint.kind if checkpoint else 'files'}"
     lengths = sorted({span.d - span.c for task, span in spans.items() if task in pairs})

@@ -126,7 +126,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.
     Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
     """
     terms = task.terms if task else ()
-    _check(x_T, terms, sampler, xi, generator)
+    _check(x_T, terms, sampler, xi, gamma, generator)
     xi = xi or 0.0
     times = time_steps(steps, task.t_T if task else 1.0)
     x_t = x_T
@@ -178,13 +178,15 @@ def frozen(*modules):
             p.requires_grad_(True)
 
 
-def _check(x_T, terms, sampler, xi, generator):
+def _check(x_T, terms, sampler, xi, gamma, generator):
     if sampler not in ("ddpm", "ddim"):
         raise ValueError(f'sampler must be "ddpm" or "ddim", not {sampler!r}')
     if terms and xi is None:
         raise ValueError("xi is missing: a task with guidance terms needs a step size (0 for projection alone)")
     if xi is not None and not xi >= 0:
         raise ValueError(f"xi must not be negative, not {xi}")
+    if not 0 <= gamma < 1:
+        raise ValueError(f"gamma must lie in [0, 1), not {gamma}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
         raise ValueError(f"generator must be one or one per clip: {len(generator)} for {len(x_T)} clips")
 

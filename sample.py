@@ -30,8 +30,8 @@ from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, 
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
-XI = {"latent": 0.2, "waveform": 0.05}                       # for the L1 sum, by measurement (README); App. C.3 has
-GAMMA = {"latent": 0.6, "waveform": 0.0}                     # 0.03 and 0.003, and no gamma
+XI = {"latent": 0.2, "waveform": 0.05}                       # for the L1 sum, by measurement; App. C.3: 0.03, 0.003
+GAMMA = {"latent": 0.6, "waveform": 0.0}                     # of ddpm_step, by measurement; the paper's is 0
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE, by measurement (README)
 FFT = 2048                                                   # samples, in `spectrum`
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
@@ -45,12 +45,12 @@ PER_CALL = ("output", "force", "replay", "num", "first")     # options that do n
 
 @dataclass
 class Settings:
-    """How to sample. xi and gamma, where None, are those for the kind of model; k is the share of noise that the region
-    starts from, in Table 2's Regenerate and Transition, and 1 in the others."""
+    """How to sample. k is the share of noise that the region starts from, in Table 2's Regenerate and Transition, and 1
+    in the others."""
     sampler: str = "ddpm"
     steps: int = 50
-    xi: float | None = None
-    gamma: float | None = None
+    xi: float = XI["latent"]
+    gamma: float = GAMMA["latent"]
     k: float = 0.85
     start_from: str = "matched"
     project: str = "x0_hat"
@@ -71,9 +71,11 @@ class Settings:
         add("--equalise", action=argparse.BooleanOptionalAction, default=True, help="undo the VAE's colour")
 
     @classmethod
-    def of(cls, options, sampler, steps):
-        """The settings that those flags gave."""
-        return cls(sampler, steps, **{field.name: getattr(options, field.name) for field in fields(cls)[2:]})
+    def given(cls, options, kind):
+        """What those flags gave, {field: value}; xi and gamma are else those for the kind of model."""
+        values = {field.name: getattr(options, field.name) for field in fields(cls)[2:]}
+        defaults = {"xi": XI[kind], "gamma": GAMMA[kind]}
+        return values | {name: default for name, default in defaults.items() if values[name] is None}
 
 
 def windows(C_L, gap, C_R, window, overlap):
@@ -92,12 +94,9 @@ def windows(C_L, gap, C_R, window, overlap):
 def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, guides=(), callback=None):
     """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
 
-    settings    a Settings, or anything with its fields
     spans       see windows(); default: one window for all
     guides      functions z -> Task: their terms join the reconstruction's in every window
     """
-    xi = XI[checkpoint.kind] if settings.xi is None else settings.xi
-    gamma = GAMMA[checkpoint.kind] if settings.gamma is None else settings.gamma
     dtype = PRECISIONS[settings.precision]
 
     def model(x_t, t):
@@ -114,8 +113,8 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     on=settings.on, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
-        x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
-                                    gamma=gamma, generator=generator, callback=callback)
+        x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
+                                    xi=settings.xi, gamma=settings.gamma, generator=generator, callback=callback)
         done = last
     return x
 
@@ -501,9 +500,10 @@ def main(argv=None):
     options = {name: value for name, value in vars(o).items() if name not in PER_CALL}
     edit = Edit(checkpoint, *region(o, checkpoint), o.context)
     base = XI_GUIDE.get(o.task, XI[o.model])
-    o.xi = (base if o.xi is None else o.xi) * (o.xi_ref_steps or o.steps) / o.steps
+    xi = (base if o.xi is None else o.xi) * (o.xi_ref_steps or o.steps) / o.steps
     guides, from_x_bar = guide_terms(o, checkpoint, device, base), o.task in ("regenerate", "transition")
-    o.k = o.k if from_x_bar else 1.0
+    own = {"xi": xi, "k": o.k if from_x_bar else 1.0}
+    settings = Settings(o.sampler, o.steps, **Settings.given(o, checkpoint.kind) | own)
     fade = o.splice / 1000                                                             # seconds
     print(edit.times(fade))
     known = edit.known(whole=from_x_bar).to(device)
@@ -512,10 +512,10 @@ def main(argv=None):
     for i, path in enumerate(paths, start=o.first):
         began, generator = time.time(), torch.Generator().manual_seed(int(random(o.seed, i).integers(2**63)))
         listening = Listening(o.steps * len(edit.spans), o.explain)
-        x_0 = generate(checkpoint, x_bar, edit.C_L, edit.C_R, o, generator, spans=edit.spans, guides=guides,
-                       callback=listening)
+        x_0 = generate(checkpoint, x_bar, edit.C_L, edit.C_R, settings, generator, spans=edit.spans,
+                       guides=guides, callback=listening)
         listening.close()
-        audio = decode(checkpoint, x_0, known, edit.C_L, edit.C_R, o.equalise)
+        audio = decode(checkpoint, x_0, known, edit.C_L, edit.C_R, settings.equalise)
         track = Track(edit.splice(audio[0].cpu(), fade), edit.track.rate, edit.track.subtype)
         subtype = write_track(path, track, o.subtype)
         used = [str(p) for p in (o.input, o.input2, o.reference, checkpoint.path) if p]
