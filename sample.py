@@ -45,11 +45,12 @@ PER_CALL = ("output", "force", "replay", "num", "first")     # options that do n
 
 @dataclass
 class Settings:
-    """How to sample. k is the share of noise that the region starts from, in Table 2's Regenerate and Transition, and 1
-    in the others."""
+    """How to sample. xi is meant for xi_ref_steps steps: more and smaller steps of guidance lead as far. k is the share
+    of noise that the region starts from, in Table 2's Regenerate and Transition, and 1 in the others."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float = XI["latent"]
+    xi_ref_steps: int = 50
     gamma: float = GAMMA["latent"]
     k: float = 0.85
     start_from: str = "matched"
@@ -62,6 +63,8 @@ class Settings:
     def add_flags(add):
         """The flags for all fields but sampler and steps; add is a parser's add_argument."""
         add("--xi", type=within(0, math.inf), help="gradient step size (0.2 latent, 0.05 waveform)")
+        add("--xi-ref-steps", type=within(1, 100000, int), default=Settings.xi_ref_steps,
+            help="the number of steps that xi is meant for; with others it is scaled by this over --steps")
         add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than the paper's, 0 (0.6 latent)")
         add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
         add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
@@ -97,7 +100,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     spans       see windows(); default: one window for all
     guides      functions z -> Task: their terms join the reconstruction's in every window
     """
-    dtype = PRECISIONS[settings.precision]
+    dtype, xi = PRECISIONS[settings.precision], settings.xi * (settings.xi_ref_steps / settings.steps)
 
     def model(x_t, t):
         with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
@@ -113,8 +116,8 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     on=settings.on, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
-        x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
-                                    xi=settings.xi, gamma=settings.gamma, generator=generator, callback=callback)
+        x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
+                                    gamma=settings.gamma, generator=generator, callback=callback)
         done = last
     return x
 
@@ -370,7 +373,6 @@ def parse(argv):
     add("--listener", help="checkpoint of the classifier that --reference and --classes use")
     add("--sampler", choices=("ddpm", "ddim"), default=Settings.sampler)
     add("--steps", type=within(1, 100000, int), default=Settings.steps)
-    add("--xi-ref-steps", type=within(1, 100000, int), help="multiply xi by this over --steps")
     Settings.add_flags(add)
     add("--splice", type=within(0, 50), default=30.0, help="cross-fade in ms; 0: the model's output as it is")
     add("--num", type=within(1, 1000, int), default=1, help="variations")
@@ -500,9 +502,8 @@ def main(argv=None):
     options = {name: value for name, value in vars(o).items() if name not in PER_CALL}
     edit = Edit(checkpoint, *region(o, checkpoint), o.context)
     base = XI_GUIDE.get(o.task, XI[o.model])
-    xi = (base if o.xi is None else o.xi) * (o.xi_ref_steps or o.steps) / o.steps
     guides, from_x_bar = guide_terms(o, checkpoint, device, base), o.task in ("regenerate", "transition")
-    own = {"xi": xi, "k": o.k if from_x_bar else 1.0}
+    own = {"xi": base if o.xi is None else o.xi, "k": o.k if from_x_bar else 1.0}
     settings = Settings(o.sampler, o.steps, **Settings.given(o, checkpoint.kind) | own)
     fade = o.splice / 1000                                                             # seconds
     print(edit.times(fade))

@@ -374,7 +374,7 @@ def moments(clips, encode, count):
     short = Clips(clips.source, min(clips.window, 2**15), lambda rng: {}, [], clips.seed, MEASURE, count)
     batches = prefetch(short, [[k] for k in range(count)], workers=2)
     for batch in progress(batches, "statistics", count, unit="clip", leave=False):
-        z = encode(batch["x"]).double().cpu()
+        z = encode(batch["x"]).cpu().double()            # MPS has no float64
         n, total, squares = n + z[:, 0].numel(), total + z.sum((0, 2)), squares + z.square().sum((0, 2))
     return (total / n).float(), (squares / n - (total / n).square()).clamp(min=1e-8).sqrt().float()
 

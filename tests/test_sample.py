@@ -137,6 +137,14 @@ def test_windows_cover_the_gap_in_order():
         assert done == C_L + gap
 
 
+def test_xi_is_scaled_to_the_number_of_steps(folder):
+    """What counts is xi times the steps: the default xi is meant for 50 steps, and --xi-ref-steps names another number."""
+    infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1.4, "--end", 1.6)
+    scaled = call(folder, *infill, steps=4)
+    assert np.array_equal(scaled, call(folder, *infill, "--xi", 0.2 * 50 / 4, "--xi-ref-steps", 4, steps=4))
+    assert not np.array_equal(scaled, call(folder, *infill, "--xi-ref-steps", 4, steps=4))
+
+
 def test_guidance_by_example_and_by_class(folder):
     """Both kinds of guidance run alone and beside a reconstruction, and change the result."""
     free = call(folder, "--task", "unconditional", "--length", 0.3)
