@@ -62,7 +62,8 @@ def v_loss(model, x_0, t, eps, weigh=None):
     weigh(error, t), linear in the error, goes before the square.
     """
     x_t, v = add_noise(x_0, eps, t)
-    error = v - model(x_t, t.to(x_t.dtype).to(x_t.device))
+    t = t.to(x_t.dtype).to(x_t.device)
+    error = v - model(x_t, t)
     return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
 
 

@@ -259,7 +259,7 @@ class UNet1D(nn.Module):
         The minimum stays where it is; unweighted, the loud coefficients near t = 1, of which nothing can be known,
         drown what can be learned of the others.
         """
-        return self.coefficients(error) / self.preconditioning(t.to(error))[2].sqrt()
+        return self.coefficients(error) / self.preconditioning(t)[2].sqrt()
 
     def forward(self, x_t, t):
         """x_t (B, 2, n), t (B,) in (0, 1] -> v (B, 2, n), in x_t's type. ValueError if n is beyond config.samples."""
