@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import tasks
 from guidance import Task, draw_noise, sample
-from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, read_audio, run, write_atomic
+from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, read_audio, run, within, write_atomic
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
@@ -339,16 +339,6 @@ def pairs(text):
     return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
 
 
-def within(low, high, kind=float):
-    """A type for argparse: a number in [low, high]."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-    return number
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (all flags: python sample.py --help)")
@@ -530,4 +520,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "choose a shorter --length or --context, or --device cpu")

@@ -102,7 +102,7 @@ class UserError(Exception):
         self.status = status
 
 
-def run(main):
+def run(main, need_memory="lower --batch (or, when training, raise --accumulate)"):
     """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
     try:
         return main()
@@ -113,7 +113,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(error):
             raise
-        message, status = "out of memory: lower --batch (or, when training, raise --accumulate)", 1
+        message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -122,6 +122,16 @@ def run(main):
         status = 1
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def within(low, high, kind=float):
+    """A type for argparse: a number in [low, high]."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    return number
 
 
 def say(text):
