@@ -13,8 +13,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -256,8 +257,9 @@ def prepare_reference(source, out, lengths, listeners, options, device):
     """`source` is a .npz file, or the folder of which such a file is made, once, in `out`."""
     if not Path(source).is_dir():
         return load_reference(source, lengths, listeners)
-    made_with = json.dumps([str(source), lengths, listeners.fad_name, listeners.passt_name, options.reference_clips])
-    path = out / f"reference-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}.npz"
+    path = out / "reference-{}.npz".format(short_hash(
+        lengths, listeners.fad_name, listeners.passt_name, options.reference_clips, options.seed,
+        [(path, os.stat(path).st_mtime_ns) for path in train.find_files([source])]))
     if train.RANK == 0 and not path.exists():
         buffer = io.BytesIO()
         np.savez(buffer, **hear_reference(source, lengths, listeners, options, device))
@@ -275,9 +277,13 @@ def say_once(text):
     train.say(text)
 
 
+def short_hash(*facts):
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+
+
 def find_excerpts(folder, n, limit, seed):
     """Up to `limit` excerpts of n samples that do not overlap, in the order of the files: one at random of every file,
-    then a second of every file that has one, and so on."""
+    then a second of every file that has one, and so on; where the limit falls within a turn, of files at random."""
     drawn = []
     for i, path in enumerate(train.find_files([folder])):
         facts = train.inspect(path)
@@ -285,10 +291,11 @@ def find_excerpts(folder, n, limit, seed):
         if not whole:
             reason = facts if isinstance(facts, str) else f"shorter than {n / SAMPLE_RATE:.2f} s"
             say_once(f"skipped {train.show(path)}: {reason}")
-        drawn += [(turn, (path, int(k) * n, n)) for turn, k in enumerate(train.random(seed, i).permutation(whole))]
+        rng = train.random(seed, i)
+        drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
     if not drawn:
         raise UserError(f"{folder} has no audio file of {n / SAMPLE_RATE:.2f} s or more")
-    return sorted(excerpt for _, excerpt in sorted(drawn)[:limit])
+    return sorted(excerpt for *_, excerpt in sorted(drawn)[:limit])
 
 
 @functools.lru_cache(maxsize=1)
@@ -367,20 +374,14 @@ def layout(window, hop):
 
 def edit(checkpoint, task, x, span, passt, settings, generators, callback):
     """The model's own, unspliced audio (B, 2, window) for x (B, 2, window); a transition's x is the raw cross-fade."""
-    hop, window, guides = checkpoint.hop, checkpoint.window, ()
-    C_L, C_R = span.a // hop, window - span.b // hop
-    if task in ("regenerate", "transition"):
-        x_bar = sample.encode_known(checkpoint, x, window, 0)
-    else:
-        x_bar = sample.encode_known(checkpoint, x, C_L, C_R)
-        settings = replace(settings, k=1.0)              # from noise alone
+    guides = ()
     if task == "embedding":
         def listen(audio):
             return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
-        y, weight = listen(x), sample.XI_GUIDE["embedding"] / sample.XI[checkpoint.kind]
-        guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, weight),)
-    x_0 = sample.generate(checkpoint, x_bar, C_L, C_R, settings, generators, guides=guides, callback=callback)
-    return sample.decode(checkpoint, x_0, x, C_L, C_R, settings.equalise)
+        y, step = listen(x), sample.XI_GUIDE["embedding"]
+        guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, step),)
+    return sample.fill(checkpoint, x, span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop, settings,
+                       generators, from_x_bar=task in sample.FROM_X_BAR, guides=guides, callback=callback)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -452,12 +453,14 @@ class Evaluation:
     def __init__(self, out, settings, pairs, spans, listeners, reference, options, device):
         """settings: all that a record depends on, besides its row and task; pairs: {task: [(excerpt, excerpt of another
         track)]}; spans: {task: Span}; reference: see load_reference."""
-        self.folder = out / "records" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        self.folder = out / "records" / short_hash(settings)
+        self.names = {task: [f"{j:06d}-{short_hash(pair, [os.stat(path).st_mtime_ns for path, *_ in pair])}.pt"
+                             for j, pair in enumerate(clips)] for task, clips in pairs.items()}
         self.pairs, self.spans, self.listeners = pairs, spans, listeners
         self.reference, self.options, self.device = reference, options, device
 
     def file(self, row, task, j):
-        return self.folder / row.lower().replace(" ", "-") / task / f"{j:06d}.pt"
+        return self.folder / row.lower().replace(" ", "-") / task / self.names[task][j]
 
     def generator(self, j, stream=0):
         """The random numbers of clip j, the same for every row."""
@@ -465,12 +468,13 @@ class Evaluation:
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
-        jobs = [(row, task, chunk) for row in rows for task in row.tasks if task in self.pairs
-                for chunk in chunks([j for j in range(train.RANK, len(self.pairs[task]), train.WORLD)
-                                     if not self.file(row.name, task, j).exists()], self.options.batch)]
+        jobs = [(row, task, [j for j in chunk if not self.file(row.name, task, j).exists()])
+                for task, pairs in self.pairs.items()
+                for chunk in chunks(range(train.RANK, len(pairs), train.WORLD), self.options.batch)
+                for row in rows if task in row.tasks]    # innermost: each clip is decoded for all rows at once
         total = sum(row.cost * len(chunk) for row, _, chunk in jobs)
         with train.progress(total=total, unit="step") as bar:
-            for row, task, chunk in jobs:
+            for row, task, chunk in filter(lambda job: job[2], jobs):
                 bar.set_description(f"{row.name}, {task}")
                 target = bar.n + row.cost * len(chunk)
                 self.measure(row, task, chunk, lambda: bar.update(len(chunk)))
@@ -628,7 +632,7 @@ def plot(seconds, curves):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
+    add, whole = parser.add_argument, train.within(1, 2**31, int)
     add("--model", choices=("latent", "waveform"), default="latent")
     add("--checkpoint", help="default: the shipped one, else that of the default training run")
     add("--data", help="folder of test music")
@@ -639,16 +643,16 @@ def parse(argv):
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--samplers", nargs="*", type=sampler_and_steps, default=[("ddpm", 50)],
         help="for instance ddim-50 ddpm-500; none: only the rows that need no sampling")
-    add("--clips", type=int, default=100, help="excerpts of the test music for each task")
-    add("--transitions", type=int, default=100)
+    add("--clips", type=whole, default=100, help="excerpts of the test music for each task")
+    add("--transitions", type=whole, default=100)
     add("--figure1", action="store_true", help="write figure1.csv and figure1.svg")
     add("--listener", help="checkpoint of train.py --model classifier, who judges by default")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
     sample.Settings.add_flags(add)
-    add("--reference-clips", type=int, default=10_000, help="at most so many excerpts of the training music")
-    add("--batch", type=int, default=8)
-    add("--seed", type=int, default=0)
+    add("--reference-clips", type=whole, default=10_000, help="at most so many excerpts of the training music")
+    add("--batch", type=whole, default=8)
+    add("--seed", type=train.within(0, 2**63, int), default=0)
     add("--device", default="auto")
     add("--out", type=Path, help="default runs/evaluate-MODEL; what is measured there already is kept")
     return parser.parse_args(argv)
@@ -705,6 +709,8 @@ def main(argv=None):
     kept = {name: getattr(options, name) for name in ("seed", "clips", "transitions", "data", "generated", "originals",
                                                       "region")}
     kept |= {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER}
+    if options.figure1 and (options.generated or "transition" not in options.tasks):
+        raise UserError("--figure1 draws transitions: give it --data and a --tasks with transition")
     if options.generated and options.originals:
         pairs, spans = plan_files(options)
     elif not options.data:

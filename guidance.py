@@ -134,7 +134,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.
         for i in range(steps):                                                # the paper's i = N .. 1
             t, s = times[i], times[i + 1]
             x0_hat, distances, gradient = guided_estimate(model, x_t, t, terms if xi else ())
-            context_error = _context_error(x0_hat, terms)
+            context_error = _context_error(x0_hat, terms) if callback else None
             for term in terms:
                 if term.project == "x0_hat":                                  # what y determines is left to y
                     x0_hat = data_consistency(x0_hat, term.y, term.A)

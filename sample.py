@@ -16,7 +16,7 @@ import io
 import json
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import soundfile as sf
@@ -30,6 +30,7 @@ from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, 
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
+FROM_X_BAR = ("regenerate", "transition")                    # those that start from what is there
 XI = {"latent": 0.2, "waveform": 0.05}                       # for the L1 sum, by measurement; App. C.3: 0.03, 0.003
 GAMMA = {"latent": 0.6, "waveform": 0.0}                     # of ddpm_step, by measurement; the paper's is 0
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE, by measurement (README)
@@ -38,15 +39,15 @@ CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.
 PCM_BITS = {"PCM_16": 16, "PCM_24": 24}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BARELY_TRAINED = 2000                                        # steps
-PER_CALL = ("output", "force", "replay", "num", "first")     # options that do not enter a result
+PER_CALL = ("output", "force", "replay", "num", "first", "device")           # options that do not enter a result
 
 
 # ---- in the model's space: generate between known contexts, window after window -------------------------------------
 
 @dataclass
 class Settings:
-    """How to sample. xi is meant for xi_ref_steps steps: more and smaller steps of guidance lead as far. k is the share
-    of noise that the region starts from, in Table 2's Regenerate and Transition, and 1 in the others."""
+    """How to sample. xi, the step size towards the context, is meant for xi_ref_steps steps: more and smaller steps of
+    guidance lead as far. k and start_from: see tasks.regenerate."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float = XI["latent"]
@@ -66,7 +67,7 @@ class Settings:
         add("--xi-ref-steps", type=within(1, 100000, int), default=Settings.xi_ref_steps,
             help="the number of steps that xi is meant for; with others it is scaled by this over --steps")
         add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than the paper's, 0 (0.6 latent)")
-        add("--k", type=within(0, 1), default=Settings.k, help="regenerate, transition: share of noise")
+        add("--k", type=within(0.01, 1), default=Settings.k, help="regenerate, transition: share of noise")
         add("--start-from", choices=("paper", "matched"), default=Settings.start_from, help="regenerate, transition")
         add("--project", choices=("x0_hat", "x_t", "none"), default=Settings.project, help="what is made to meet y")
         add("--on", choices=("x0_hat", "x_t"), default=Settings.on, help="what the measurements see")
@@ -98,9 +99,10 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
 
     spans       see windows(); default: one window for all
-    guides      functions z -> Task: their terms join the reconstruction's in every window
+    guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in every window
     """
-    dtype, xi = PRECISIONS[settings.precision], settings.xi * (settings.xi_ref_steps / settings.steps)
+    dtype = PRECISIONS[settings.precision]
+    xi = settings.xi_ref_steps / settings.steps if settings.xi or guides else 0.0        # each term brings its own size
 
     def model(x_t, t):
         with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
@@ -114,7 +116,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
             task = Task(z, ())
         else:
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
-                                    on=settings.on, project=settings.project)
+                                    weight=settings.xi, on=settings.on, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = sample(model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
                                     gamma=settings.gamma, generator=generator, callback=callback)
@@ -182,6 +184,20 @@ def decode(checkpoint, x_0, known, C_L, C_R, equalise=True):
     size = n + FFT                                                                     # the filter's tails do not wrap
     gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
     return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
+
+
+def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):
+    """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
+
+    from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
+    how         spans, guides, callback: see generate
+    """
+    if from_x_bar:
+        x_bar = encode_known(checkpoint, known, known.shape[-1] // checkpoint.hop, 0)
+    else:
+        x_bar, settings = encode_known(checkpoint, known, C_L, C_R), replace(settings, k=1.0)
+    x_0 = generate(checkpoint, x_bar, C_L, C_R, settings, generator, **how)
+    return decode(checkpoint, x_0, known, C_L, C_R, settings.equalise)
 
 
 @dataclass
@@ -297,7 +313,8 @@ def write_track(path, track, subtype=None):
 
 
 def digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def output_paths(o):
@@ -310,7 +327,7 @@ def output_paths(o):
     if first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
         raise UserError("--subtype FLOAT does not fit into flac; use PCM_16 or PCM_24, or write wav")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
-    for path in paths:
+    for path in (path for audio in paths for path in (audio, audio.with_suffix(".json"))):
         if path.exists() and not o.force:
             raise UserError(f"{path} exists; choose another --output, or overwrite it with --force")
     try:
@@ -334,6 +351,12 @@ def seconds(text):
     return value
 
 
+def duration(text):
+    if seconds(text) < 0.01:
+        raise argparse.ArgumentTypeError(f"{text} is under 0.01 s")
+    return seconds(text)
+
+
 def pairs(text):
     """"drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
     return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
@@ -352,9 +375,9 @@ def parse(argv):
     add("--input2", help="transition: the track to go over to")
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
     add("--end", type=seconds, help="infill, regenerate: where it ends (with neither flag: the middle 2 s)")
-    add("--length", type=seconds, help="continuation, or without --input: how much to make (what the window holds)")
-    add("--context", type=seconds, help="how much to hear on each side (continuation: 2.4; else what the window holds)")
-    add("--fade", type=seconds, default=FADE, help="transition: length of the cross-fade in seconds")
+    add("--length", type=duration, help="continuation, or without --input: how much to make (what the window holds)")
+    add("--context", type=duration, help="how much to hear on each side (continuation: 2.4; else what fits)")
+    add("--fade", type=duration, default=FADE, help="transition: length of the cross-fade in seconds")
     add("--reference", help="audio whose style to approach: embedder guidance, for every task")
     add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
     add("--weights", type=pairs, default={}, help="embedding=2,classifier=0.5: more or less of a guiding term")
@@ -428,16 +451,10 @@ def join(one, two, fade):
     return Track(audio, one.rate, one.subtype if one.subtype == two.subtype else "FLOAT"), C_L, C_L + fade
 
 
-def guide_terms(o, checkpoint, device, base):
-    """Functions z -> Task for --reference and --classes. An embedder hears audio: A(x) = PaSST(resample(decode(x))).
-
-    base is the xi by which the terms' own step sizes are stated.
-    """
-    if not o.reference and not o.classes:
-        return []
-    listener = open_checkpoint("classifier", o.listener, device)
+def guide_terms(o, checkpoint, listener, device):
+    """Functions z -> Task for --reference and --classes. An embedder hears audio: A(x) = PaSST(resample(decode(x)))."""
     hear = lambda x: listener.net.listen(checkpoint.decode(x), SAMPLE_RATE)            # logits, embedding
-    weight = {name: XI_GUIDE[name] * o.weights.get(name, 1.0) / base for name in XI_GUIDE}
+    weight = {name: XI_GUIDE[name] * o.weights.get(name, 1.0) for name in XI_GUIDE}
     guides = []
     if o.reference:
         example = Track.read(o.reference)
@@ -447,6 +464,8 @@ def guide_terms(o, checkpoint, device, base):
         unknown, known = [name for name in o.classes if name not in listener.classes], ", ".join(listener.classes)
         if unknown:
             raise UserError(f"--classes {', '.join(unknown)}: unknown; the listener knows {known}")
+        if not all(0 <= label <= 1 for label in o.classes.values()):
+            raise UserError("--classes: the number after a name is 1 for wanted, 0 for unwanted, or between them")
         logits = lambda x: hear(x)[0][:, [listener.classes.index(name) for name in o.classes]]
         labels = torch.tensor([list(o.classes.values())], device=device)
         guides.append(lambda z: tasks.classifier_guidance(logits, labels, z, weight["classifier"]))
@@ -477,43 +496,53 @@ class Listening:
             print(f"guidance was {verdict} (its step was {share:.3f} of the sampler's, on average)")
 
 
-def main(argv=None):
-    o = parse(argv)
+def check(o):
+    """UserError for flags that are missing, or would be ignored."""
     if not o.task:
         raise UserError(f"--task is missing: {', '.join(TASKS)}")
-    needs = {"input": EDITS, "input2": ("transition",), "reference": ("embedding",), "classes": ("classifier",)}
-    for flag, needed in needs.items():
+    for flag, needed in {"input": EDITS, "input2": ("transition",), "reference": ("embedding",),
+                         "classes": ("classifier",)}.items():
         if o.task in needed and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
+    for flag, taken in {"input": EDITS, "input2": ("transition",), "start": ("continuation", "infill", "regenerate"),
+                        "end": ("infill", "regenerate"), "context": EDITS,
+                        "length": ("continuation", "unconditional", "embedding", "classifier")}.items():
+        if o.task not in taken and getattr(o, flag) is not None:
+            raise UserError(f"--{flag} says nothing to --task {o.task}: leave it out")
+    unknown = o.weights.keys() - XI_GUIDE.keys()
+    if unknown:
+        raise UserError(f"--weights {', '.join(unknown)}: unknown; there are {', '.join(XI_GUIDE)}")
+
+
+def main(argv=None):
+    o = parse(argv)
+    check(o)
     paths, device = output_paths(o), pick_device(o.device)
     checkpoint = open_checkpoint(o.model, o.checkpoint, device)
-    if checkpoint.step < BARELY_TRAINED:
-        print(f"note: {checkpoint.path} was trained for only {checkpoint.step} steps: expect noise rather than music")
-    options = {name: value for name, value in vars(o).items() if name not in PER_CALL}
-    edit = Edit(checkpoint, *region(o, checkpoint), o.context)
-    base = XI_GUIDE.get(o.task, XI[o.model])
-    guides, from_x_bar = guide_terms(o, checkpoint, device, base), o.task in ("regenerate", "transition")
-    own = {"xi": base if o.xi is None else o.xi, "k": o.k if from_x_bar else 1.0}
-    settings = Settings(o.sampler, o.steps, **Settings.given(o, checkpoint.kind) | own)
-    fade = o.splice / 1000                                                             # seconds
+    print(f"model: {checkpoint.path}, trained for {checkpoint.step} steps"
+          + (": expect noise rather than music" if checkpoint.step < BARELY_TRAINED else ""))
+    edit, fade = Edit(checkpoint, *region(o, checkpoint), o.context), o.splice / 1000               # seconds
     print(edit.times(fade))
+    settings, guides = Settings(o.sampler, o.steps, **Settings.given(o, checkpoint.kind)), []
+    used = [path for path in (o.input, o.input2, o.reference, checkpoint.path) if path]
+    if o.reference or o.classes:
+        listener = open_checkpoint("classifier", o.listener, device)
+        guides, used = guide_terms(o, checkpoint, listener, device), [*used, listener.path]
+    record = {"options": {name: value for name, value in (vars(o) | asdict(settings)).items() if name not in PER_CALL},
+              "times": edit.times(fade), "sha256": {path: digest(path) for path in used},
+              "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
+    from_x_bar = o.task in FROM_X_BAR
     known = edit.known(whole=from_x_bar).to(device)
-    frames = known.shape[-1] // checkpoint.hop
-    x_bar = encode_known(checkpoint, known, *((frames, 0) if from_x_bar else (edit.C_L, edit.C_R)))
     for i, path in enumerate(paths, start=o.first):
         began, generator = time.time(), torch.Generator().manual_seed(int(random(o.seed, i).integers(2**63)))
         listening = Listening(o.steps * len(edit.spans), o.explain)
-        x_0 = generate(checkpoint, x_bar, edit.C_L, edit.C_R, settings, generator, spans=edit.spans,
-                       guides=guides, callback=listening)
+        audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
+                     spans=edit.spans, guides=guides, callback=listening)
         listening.close()
-        audio = decode(checkpoint, x_0, known, edit.C_L, edit.C_R, settings.equalise)
         track = Track(edit.splice(audio[0].cpu(), fade), edit.track.rate, edit.track.subtype)
         subtype = write_track(path, track, o.subtype)
-        used = [str(p) for p in (o.input, o.input2, o.reference, checkpoint.path) if p]
-        record = {"options": options, "variation": i, "output": str(path), "times": edit.times(fade),
-                  "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
-                  "sha256": {p: digest(p) for p in used}}
-        write_atomic(path.with_suffix(".json"), lambda file: file.write(json.dumps(record, indent=1).encode()))
+        text = json.dumps(record | {"variation": i, "output": str(path)}, indent=1)
+        write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
         took, made = time.time() - began, (edit.b - edit.a) / track.rate
         print(f"wrote {path}: {clock(track.n / track.rate)} at {track.rate} Hz, {subtype}, of which {made:.2f} s are "
               f"new; {took:.1f} s, {took / made:.1f} times real time")

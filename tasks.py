@@ -2,7 +2,7 @@
 the resampler and PaSST [30], through which embedder and classifier hear.
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.85)
-    task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 30))
+    task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 5))
     x_0 = guidance.sample(model, task.x_T, task, xi=0.2)
 
 Signals are (B, C, n) in the model's own space (samples or latent frames); C_L and C_R count positions along n; z is

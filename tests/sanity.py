@@ -162,19 +162,19 @@ def changed(plain, guided, judge, heard):
 
 def about_examples(checkpoint, listener, references, settings, options, heard):
     hear = lambda x: listener.listen(checkpoint.decode(x), SAMPLE_RATE)[1]
-    aims = embed(listener, references)
-    guides = [lambda z, y=y[None]: tasks.embedder_guidance(hear, y, z, 1.0) for y in aims]
+    aims, step = embed(listener, references), options.steps_of[0]
+    guides = [lambda z, y=y[None]: tasks.embedder_guidance(hear, y, z, step) for y in aims]
     plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
     before, after = ((embed(listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
-    print(f"by example, step {settings.xi:g}, share {share:.2f}: distance to the example, median "
+    print(f"by example, step {step:g}, share {share:.2f}: distance to the example, median "
           f"{before.median():.3f} -> {after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), "
           f"nearer in {(after < before).sum()} of {len(aims)}; {changed(plain, guided, listener, heard)}")
 
 
 def about_classes(checkpoint, listener, second, classes, settings, options, heard):
-    wanted = [j % len(classes) for j in range(options.cases)]
+    wanted, step = [j % len(classes) for j in range(options.cases)], options.steps_of[1]
     hear = lambda x, i: listener.listen(checkpoint.decode(x), SAMPLE_RATE)[0][:, i:i + 1]
-    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), torch.ones(1, 1), z, 1.0) for i in wanted]
+    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), torch.ones(1, 1), z, step) for i in wanted]
     plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
 
     def gain(judge):
@@ -182,7 +182,7 @@ def about_classes(checkpoint, listener, second, classes, settings, options, hear
         with torch.no_grad():
             return torch.stack([logits(b, i) - logits(a, i) for a, b, i in zip(plain, guided, wanted)])
     own = gain(listener)
-    text = (f"by class, step {settings.xi:g}, share {share:.2f}: log-odds {own.mean():+.2f} on average, "
+    text = (f"by class, step {step:g}, share {share:.2f}: log-odds {own.mean():+.2f} on average, "
             f"up in {(own > 0).sum()} of {len(own)}")
     if second:
         text += f"; the second classifier's {gain(second).mean():+.2f}, up in {(gain(second) > 0).sum()}"
@@ -224,9 +224,8 @@ def main(argv=None):
         if options.train:
             heard = about_memory(made, real, listener, options.train)
     if options.cases:
-        step = lambda i: evaluate.replace(settings, xi=options.steps_of[i])
-        about_examples(checkpoint, listener, clips[:options.cases], step(0), options, heard)
-        about_classes(checkpoint, listener, second, classifier.classes, step(1), options, heard)
+        about_examples(checkpoint, listener, clips[:options.cases], settings, options, heard)
+        about_classes(checkpoint, listener, second, classifier.classes, settings, options, heard)
 
 
 if __name__ == "__main__":

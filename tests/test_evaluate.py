@@ -301,6 +301,38 @@ def test_files_of_another_system_are_scored_the_same_way(studio, tmp_path):
     assert [f["value"] for f in found if (f["row"], f["metric"]) == ("Test set", "MR")] == [0]
 
 
+def test_a_file_that_changed_is_measured_again(studio, tmp_path):
+    """New audio under the old name gives new figures, of generated clips and of the training music alike."""
+    for folder in ("made", "music"):
+        (tmp_path / folder).mkdir()
+        for path in (studio / "train").glob("[0-9].wav"):
+            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+
+    def measured():
+        evaluate.read_excerpt.cache_clear(), evaluate.read_track.cache_clear()             # as in a new process
+        evaluate.main(["--generated", str(tmp_path / "made"), "--originals", str(studio / "train"), "--reference",
+                       str(tmp_path / "music"), "--listener", str(studio / "classifier.pt"), "--device", "cpu", "--out",
+                       str(tmp_path / "out")])
+        found = figures(tmp_path / "out")
+        return found["Generated", "files", "MR"], found["Test set", "files", "FAD"]
+    mel, fad = measured()
+    soundfile.write(tmp_path / "made" / "0.wav", np.zeros((44100, 2)), 44100)
+    assert mel == 0 and measured()[0] > 0.5 and measured()[1] == fad
+    soundfile.write(tmp_path / "music" / "0.wav", np.zeros((44100, 2)), 44100)
+    assert measured()[1] != fad
+
+
+def test_a_part_of_the_music_is_a_part_of_every_folder(tmp_path):
+    """Fewer excerpts than files: they come from files at random, not from those whose names sort first."""
+    for name in ("ambient", "rock"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            soundfile.write(tmp_path / name / f"{i:02}.wav", np.zeros((5000, 2)), 44100)
+    drawn = evaluate.find_excerpts(tmp_path, 2000, 20, seed=0)
+    assert len({path for path, *_ in drawn}) == 20 and 4 < sum("rock" in path for path, *_ in drawn) < 16
+    assert set(drawn) < set(evaluate.find_excerpts(tmp_path, 2000, 30, seed=0))
+
+
 def test_statistics_that_do_not_fit_are_refused(studio, tmp_path):
     """Made with another listener or length, or no statistics at all: one sentence that says which."""
     device, options = torch.device("cpu"), evaluate.parse(arguments(studio, tmp_path))
@@ -351,5 +383,8 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
         evaluate.main([*command, "--model", "waveform", "--checkpoint", str(studio / "latent.pt")])
     with pytest.raises(train.UserError, match="passt-s-f128"):
         evaluate.main([*command, "--passt", str(studio / "latent.pt")])
-    with pytest.raises(SystemExit):
-        evaluate.main([*command, "--samplers", "euler-50"])
+    with pytest.raises(train.UserError, match="--figure1 draws transitions"):
+        evaluate.main([*command, "--tasks", "infill", "--figure1"])
+    for wrong in (["--samplers", "euler-50"], ["--transitions", "0"]):
+        with pytest.raises(SystemExit):
+            evaluate.main([*command, *wrong])

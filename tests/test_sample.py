@@ -138,11 +138,19 @@ def test_windows_cover_the_gap_in_order():
 
 
 def test_xi_is_scaled_to_the_number_of_steps(folder):
-    """What counts is xi times the steps: the default xi is meant for 50 steps, and --xi-ref-steps names another number."""
+    """xi is meant for --xi-ref-steps steps, 50 by default: meant for twice as many, it is twice as large in each."""
     infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1.4, "--end", 1.6)
-    scaled = call(folder, *infill, steps=4)
-    assert np.array_equal(scaled, call(folder, *infill, "--xi", 0.2 * 50 / 4, "--xi-ref-steps", 4, steps=4))
-    assert not np.array_equal(scaled, call(folder, *infill, "--xi-ref-steps", 4, steps=4))
+    plain = call(folder, *infill, "--xi", 0.1)
+    assert np.array_equal(plain, call(folder, *infill, "--xi", 0.05, "--xi-ref-steps", 100))
+    assert not np.array_equal(plain, call(folder, *infill, "--xi", 0.1, "--xi-ref-steps", 100))
+
+
+def test_xi_is_the_step_towards_the_context_alone(folder):
+    """Guidance by example has its own step: --xi changes nothing where no context is given, and 0 does not end it."""
+    styled = ("--task", "embedding", "--reference", folder / "other.wav", "--length", 0.3)
+    assert np.array_equal(call(folder, *styled), call(folder, *styled, "--xi", 3))
+    infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 1.2, "--xi", 0)
+    assert not np.array_equal(call(folder, *infill), call(folder, *infill, "--reference", folder / "other.wav"))
 
 
 def test_guidance_by_example_and_by_class(folder):
@@ -167,15 +175,26 @@ def test_variations_seeds_and_replay(folder):
     assert np.array_equal(once, again) and not np.array_equal(once, second)
     sample.main(["--replay", str(folder / "out-2.json"), "--output", str(folder / "replayed.wav"), "--force"])
     assert (folder / "replayed.wav").read_bytes() == (folder / "out-2.wav").read_bytes()
-    assert json.loads((folder / "out-2.json").read_text())["variation"] == 1
+    stored = json.loads((folder / "out-2.json").read_text())
+    assert stored["variation"] == 1 and stored["options"]["xi"] == sample.XI["latent"]
 
 
-@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
-@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_replay_wants_the_same_listener(folder, capsys):
+    """A result that a listener guided is not made again with another one: one sentence, nothing written."""
+    call(folder, "--task", "embedding", "--reference", folder / "other.wav", "--length", 0.3)
+    listener = folder / "classifier.pt"
+    before = listener.read_bytes()
+    save_checkpoint(listener, "classifier", tasks.PaSST(tasks.PASST_PRESETS["tiny"]), classes=list("abcdefghi"))
+    with pytest.raises(SystemExit):
+        run(lambda: sample.main(["--replay", str(folder / "out.json"), "--output", str(folder / "other-ear.wav")]))
+    listener.write_bytes(before)
+    assert "classifier.pt" in capsys.readouterr().err and not (folder / "other-ear.wav").exists()
+
+
+@pytest.mark.parametrize("suffix, subtype", [("wav", "PCM_16"), ("wav", "PCM_24"), ("wav", "FLOAT"),
+                                             ("flac", "PCM_16"), ("flac", "PCM_24")])
 def test_files_keep_every_sample(folder, subtype, suffix):
     """What was read from a 16-bit, 24-bit or float file is written back with the same values, full scale included."""
-    if suffix == "flac" and subtype == "FLOAT":
-        return
     rng, source = np.random.default_rng(0), folder / f"deep.{suffix}"
     audio = rng.uniform(-1, 1, (44100, 2))
     audio[0] = -1
@@ -246,6 +265,8 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
     (folder / "cut.pt").write_bytes((folder / "latent.pt").read_bytes()[:5000])
     torch.save({"format": 1, "kind": "latent", "trick": Path("x")}, folder / "pickled.pt")
     (folder / "there.wav").write_text("mine")
+    (folder / "session.json").write_text("mine")
+    (folder / "session.wav").unlink(missing_ok=True)
     edit = ["--task", "infill", "--input", clip, "--checkpoint", latent, "--steps", "1", "--output", str(tmp_path / "no.wav")]
     for culprit, arguments in (
             ("--task", ["--input", clip]), ("unknown", ["--task", "unknown"]), ("--input", ["--task", "infill"]),
@@ -256,12 +277,17 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("latent", [*edit, "--model", "waveform"]), ("cut.pt", [*edit, "--checkpoint", str(folder / "cut.pt")]),
             ("pickled.pt", [*edit, "--checkpoint", str(folder / "pickled.pt")]), ("there.wav", [*edit, "--output", str(folder / "there.wav")]),
             ("long.wav", [*edit, "--output", str(folder / "long.wav" / "deep.wav"), "--force"]), (".mp3", [*edit, "--output", "a.mp3"]),
+            ("session.json", [*edit, "--output", str(folder / "session.wav")]), ("embeding", [*edit, "--weights", "embeding=3"]),
+            ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
+            ("--length", ["--task", "unconditional", "--length", "0.00001"]), ("--context", [*edit, "--context", "0"]),
+            ("--classes", [*edit, "--classes", "a=2", "--listener", str(folder / "classifier.pt")]), ("--k", [*edit, "--k", "0"]),
             ("--k", [*edit, "--k", "2"]), ("--steps", [*edit, "--steps", "0"]), ("none.json", ["--replay", "none.json"])):
         with pytest.raises(SystemExit) as end:
             run(lambda: sample.main(arguments))
         said = capsys.readouterr().err.strip()
         assert end.value.code == 2 and culprit in said and "\n" not in said and "Traceback" not in said
-    assert (folder / "there.wav").read_text() == "mine" and not list(tmp_path.iterdir())
+    assert (folder / "there.wav").read_text() == (folder / "session.json").read_text() == "mine"
+    assert not list(tmp_path.iterdir()) and not (folder / "session.wav").exists()
 
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "checkpoints").glob("*.pt"))
