@@ -115,7 +115,8 @@ def run(main, need_memory="lower --batch (or, when training, raise --accumulate)
             raise
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS,
+                               errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise
         message = (f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free some space, or write "
                    "elsewhere; what was saved before is whole")
@@ -270,7 +271,7 @@ class Tracks:
         self.paths, self.rates = list(facts), [rate for _, rate, _ in facts.values()]
         self.lengths = np.array([frames * SAMPLE_RATE // rate for frames, rate, _ in facts.values()], dtype=np.int64)
         self.names = [Path(path).resolve().parent.name for path in facts]
-        self.broken = {}                        # what was readable when indexed, and not any more
+        self.broken = {}                        # what could be opened when indexed, but not read
 
     def crop(self, rng, window, place=None):
         """(clip (C, window / unit) float32, track number). place: where in all the music, 0 to 1; None: anywhere."""
@@ -318,9 +319,17 @@ class Cached(Tracks):
         self.files = [folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.npy" for version in versions]
         for path, file in progress(list(zip(self.paths, self.files))[RANK::WORLD], "cache", unit="track"):
             if not file.exists():
-                rows = self.prepare(to_stereo_44k(*read_audio(path)), vae)
+                try:
+                    rows = self.prepare(to_stereo_44k(*read_audio(path)), vae)
+                except UserError:
+                    continue                    # damaged in its middle, where `inspect` did not look
                 write_atomic(file, lambda out: np.save(out, rows))
         barrier()
+        self.broken = {path: "damaged" for path, file in zip(self.paths, self.files) if not file.exists()}
+        kept = [track for track in zip(self.paths, self.rates, self.names, self.files) if track[-1].exists()]
+        if not kept:
+            raise UserError(f"none of the {len(self.files)} files of --data can be decoded: give others")
+        self.paths, self.rates, self.names, self.files = zip(*kept)
         self.lengths = np.array([len(np.load(file, mmap_mode="r")) for file in self.files], dtype=np.int64)
 
     def prepare(self, audio, vae):
@@ -511,6 +520,7 @@ def export(run_folder, file):
     small["ema"] = halve(state["ema"])
     if small["vae"]:
         small["vae"] = {**small["vae"], "weights": halve(small["vae"]["weights"])}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_atomic(file, small)
     say(f"{show(file)}: {small['kind']} model, {os.path.getsize(file) / 1e6:.1f} MB")
 
@@ -672,12 +682,6 @@ class Trainer:
         parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         self.model = parallel(objective) if WORLD > 1 else objective
 
-    def begin_finetuning(self):
-        """The VAE's second stage starts from the averaged weights: their encoder, with its statistics, is final."""
-        standardise(self.ema, self.clips, MEASURED // 5)         # the latent model's training measures again, with more
-        self.objective.net.load_state_dict(self.ema.state_dict())
-        self.begin_stage(adversarial=True)
-
     def schedule(self):
         """For each step, and each part of it, the clips that this process takes."""
         o = self.options
@@ -718,25 +722,25 @@ class Trainer:
         loss, lr = self.gradients(stream), self.learning_rate()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = max(nn.utils.clip_grad_norm_(group, 1.0).item() for group in self.groups)
-        # In fp16 gradients may overflow now and then: the loss scaler skips the step by itself, and halves its scale.
-        usable = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
+        norm = torch.stack([nn.utils.clip_grad_norm_(group, 1.0) for group in self.groups]).max().item()
+        usable = math.isfinite(loss) and math.isfinite(norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if usable or self.scaler.is_enabled():
-                self.scaler.step(optimizer)
+            if usable:                      # scaler.step would decide for each optimizer by itself
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if usable or self.scaler.is_enabled():
-            self.scaler.update()
+        self.scaler.update()                # halves its scale where unscale_ met an overflow
         if usable:
             decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.objective.net.parameters()), 1 - decay)
-        self.bad_in_a_row, self.skipped = (0 if usable else self.bad_in_a_row + 1), self.skipped + (not usable)
+        overflow = math.isfinite(loss) and self.scaler.get_scale() > 1     # fp16: the next scale may do; else it is 1
+        self.bad_in_a_row = 0 if usable or overflow else self.bad_in_a_row + 1
+        self.skipped += not usable
         if self.bad_in_a_row == 10:
-            raise UserError(f"ten losses in a row were not finite, up to step {self.step}: lower --lr, or take "
-                            "--precision bf16 or fp32. The last checkpoint is whole", status=1)
+            raise UserError(f"ten losses or gradients in a row were not finite, up to step {self.step}: lower --lr, or "
+                            "take --precision bf16 or fp32. The last checkpoint is whole", status=1)
         self.step += 1
         return {"step": self.step, "loss": loss, "lr": lr, "gradient_norm": norm}
 
@@ -749,7 +753,8 @@ class Trainer:
                 total=self.total, initial=first, desc=o.model, unit="step") as bar:
             while self.step < self.total and not self.stopping():
                 if self.step >= o.steps and not self.adversarial:
-                    self.begin_finetuning()
+                    self.objective.net.load_state_dict(self.ema.state_dict())       # whose encoder is final
+                    self.begin_stage(adversarial=True)
                 row = self.update(stream)
                 if self.step == first + 1:
                     began, self.waited = time.perf_counter(), 0.0       # the first clips had no time to be ready
@@ -760,8 +765,6 @@ class Trainer:
                 bar.update()
                 log(row | {"clips_per_s": round(rate, 3)})
         stream.close()
-        if o.model == "vae" and not self.adversarial and self.step == self.total:
-            standardise(self.ema, self.clips, MEASURED // 5)
         self.save()
         self.farewell(time.perf_counter() - began)
         return self.step == self.total
@@ -838,7 +841,7 @@ class Trainer:
             say(f"  {name}: {value:.4g}")
         say(f"  healthy if {HEALTHY[self.options.model]}")
         for path, why in self.clips.source.broken.items():
-            say(f"  could not be read any more: {show(path)} ({why})")
+            say(f"  could not be read: {show(path)} ({why})")
         if self.stop:
             words = [word for word in sys.argv if word not in ("--resume", "--force")]
             say(f"stopped by {self.stop}; to go on: python {' '.join(words)} --resume")
@@ -887,11 +890,8 @@ FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae", "init",
 
 
 def clip_length(seconds):
-    """Samples in so many seconds, a multiple of a latent frame; ValueError unless that is one or more."""
-    frames = round(float(seconds) * SAMPLE_RATE / VAE.hop)
-    if frames < 1:
-        raise ValueError
-    return frames * VAE.hop
+    """A type for argparse: samples in so many seconds, a multiple of a latent frame. PaSST needs 0.15 s."""
+    return round(within(0.16, 3600)(seconds) * SAMPLE_RATE / VAE.hop) * VAE.hop
 
 
 def parse(argv):
@@ -900,25 +900,27 @@ def parse(argv):
     add = parser.add_argument
     add("--model", choices=NETS, default="latent")
     add("--size", choices=("tiny", "small", "paper"), help="default: small")
+    count, steps = within(1, 10**9, int), within(0, 10**9, int)
     folders = {"nargs": "+", "metavar": "FOLDER", "type": os.path.realpath}
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
-    add("--vae", metavar="FILE", help="latent: the VAE's checkpoint; default: the shipped one, or else a new one")
+    add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: of the same size, that of runs/vae, "
+        "else the shipped one, else one that is trained first")
     add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
     add("--window", type=clip_length, metavar="SECONDS", help="length of a clip; default: the recipe's")
-    add("--steps", type=int)
-    add("--finetune-steps", type=int, help="vae: steps of the second stage")
-    add("--batch", type=int, help="clips in a step, all processes together")
-    add("--accumulate", type=int, help="parts that a process does its clips in, to save memory")
-    add("--lr", type=float)
-    add("--seed", type=int)
+    add("--steps", type=steps)
+    add("--finetune-steps", type=steps, help="vae: steps of the second stage")
+    add("--batch", type=count, help="clips in a step, all processes together")
+    add("--accumulate", type=count, help="parts that a process does its clips in, to save memory")
+    add("--lr", type=within(1e-9, 1))
+    add("--seed", type=within(0, 2**63, int))
     add("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp16 on CUDA, else fp32")
     add("--device", help="auto, cpu, cuda, mps")
-    add("--workers", type=int, help="threads that prepare clips")
+    add("--workers", type=count, help="threads that prepare clips")
     add("--cache", action="store_true", help="decode (latent: encode) all music once, into the run's folder")
-    add("--minutes", type=float, help="save and stop after so long; --resume goes on")
-    add("--save-every", type=int, metavar="STEPS")
+    add("--minutes", type=within(0, math.inf), help="save and stop after so long; --resume goes on")
+    add("--save-every", type=count, metavar="STEPS")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="begin again in an --out that holds a run")
     add("--export", metavar="FILE", help="write the run's small checkpoint, for sampling, and end")
@@ -934,6 +936,10 @@ def settle(given):
     file, state = out / "model.pt", None
     if given.get("resume") and file.exists():
         state = load_state(file)
+        if state["kind"] != given["model"]:
+            raise UserError(f"the run in {show(out)} is of --model {state['kind']}: add that, or choose another --out")
+        if "settings" not in state:
+            raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
         for name in FIXED:
             if name in given and given[name] != state["settings"][name]:
                 raise UserError(f"the run in {show(out)} has another --{name}: leave it out, or choose another --out")
@@ -991,23 +997,25 @@ def music(o):
 
 
 def vae_for(o, given):
-    """The VAE of a latent run: the one given (a latent model's will do), else the shipped one, else one of the same
-    size trained now; None if that was interrupted."""
-    try:
-        path = find_checkpoint("vae", o.vae)
-    except UserError:
-        if o.vae:
-            raise
-        say(f"there is no VAE yet: training one of size {o.size} first")
+    """The VAE of a latent run: that of --vae (a latent model's will do), else, if of the run's size, that of runs/vae,
+    else the shipped latent model's; else one trained now, None if that was interrupted."""
+    places = [Path("runs") / "vae" / "model.pt", Path(__file__).parent / "checkpoints" / "latent.pt"]
+    path = o.vae or next((place for place in places if place.exists() and load_state(place)["size"] == o.size), None)
+    if not path:
+        say(f"there is no VAE of size {o.size} yet: training one first")
         path = Path(o.out) / "vae" / "model.pt"
         same = ("data", "valid", "seed", "device", "workers", "minutes", "force")
         passed_on = {name: given[name] for name in same if name in given}
         if not train({"model": "vae", "size": o.size, "out": str(path.parent), "resume": not o.force, **passed_on}):
             return None
-    found = load_checkpoint(path)
+    found, state = load_checkpoint(path), load_state(path)
     if found.kind not in ("vae", "latent"):
         raise UserError(f"--vae {show(path)} holds a {found.kind} model; a VAE's or a latent model's is needed")
     say(f"VAE: from {show(path)}, a {found.kind} checkpoint of size {found.size}")
+    if found.kind == "vae" and "settings" in state:            # an export has none
+        total = state["settings"]["steps"] + state["settings"]["finetune_steps"]
+        if state["step"] < total:
+            say(f"  its own training is at step {state['step']} of {total} only")
     return found.vae or found.net
 
 
@@ -1016,8 +1024,8 @@ def dry_run(o, net_class, config):
     with torch.device("meta"):
         net = net_class(config)
         inputs = {"vae": lambda: (torch.empty(1, 2, o.window),),
-                  "latent": lambda: (torch.empty(1, config.channels, config.frames), torch.empty(1)),
-                  "waveform": lambda: (torch.empty(1, 2, config.samples), torch.empty(1)),
+                  "latent": lambda: (torch.empty(1, config.channels, o.window // VAE.hop), torch.empty(1)),
+                  "waveform": lambda: (torch.empty(1, 2, o.window), torch.empty(1)),
                   "classifier": lambda: (torch.empty(1, 128, o.window * PASST_RATE // SAMPLE_RATE // 320),)}[o.model]()
     kept = {}
 
@@ -1092,8 +1100,14 @@ def train(given):
     source, held_out = music(o)
     if o.model == "classifier":
         classes = known["classes"] if known else sorted(set(source.names))
+        unknown = set(source.names) - set(classes)
+        if unknown == set(source.names):
+            raise UserError("no folder of the music has the name of one of the model's classes: rename the folders, or "
+                            f"leave out --init; the classes are {', '.join(map(show, classes))}")
+        if unknown:
+            say(f"not among the model's classes, and trained as none of them: {', '.join(map(show, sorted(unknown)))}")
         config = replace(config, classes=len(classes))
-    o.valid_clips = 4 * len(held_out.names) if classes else 16
+    o.valid_clips = min(4 * len(held_out.names), 400) if classes else 16
     if o.cache and o.data:
         source = Cached(source, Path(o.out) / "cache", vae)
 

@@ -113,7 +113,7 @@ class Up(Isometry):
 
 class VAE(nn.Module):
     """Gaussian posterior over C channels at 1/128 of the sample rate. The buffers latent_mean and latent_std (C,) are
-    the training set's, 0 and 1 until training sets them: encode's latents have mean 0 and variance 1."""
+    the training set's, 0 and 1 until a latent model's training sets them: encode's latents have mean 0, variance 1."""
     hop = 128                                                       # samples per latent frame
 
     def __init__(self, config):

@@ -108,6 +108,31 @@ def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
     assert [file.stat().st_mtime_ns for file in train.Cached(tracks, tmp_path / "cache").files] == stamps
 
 
+def damaged_flac(path):
+    """A file that opens, at its beginning and its end, and cannot be decoded in between."""
+    sf.write(path, synthetic.clip(7, 9, 3.0)[0].T, RATE)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2] + bytes(4000) + data[len(data) // 2 + 4000:])
+    return {str(path): train.inspect(str(path))}
+
+
+def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
+    """The other tracks keep their names and clips, as if it had not been there; with nothing else, that is an error."""
+    whole = {str(p): train.inspect(str(p)) for p in train.find_files([music])}
+    damaged = damaged_flac(music / "loud" / "1.5.flac")
+    assert damaged == {str(music / "loud" / "1.5.flac"): [3 * RATE, RATE, 2]}
+    expected, every = train.Tracks(whole), train.Tracks(dict(sorted((whole | damaged).items())))
+    cached = train.Cached(every, tmp_path)
+    assert cached.broken == dict.fromkeys(damaged, "damaged")
+    for name in ("paths", "rates", "names", "lengths"):
+        assert list(getattr(cached, name)) == list(getattr(expected, name)), name
+    for place in (0.1, 0.3, 0.5, 0.7, 0.9):
+        (a, i), (b, j) = (source.crop(train.random(0), 4096, place) for source in (cached, expected))
+        assert i == j and np.abs(a - b).max() < 1e-4
+    with pytest.raises(train.UserError, match="none of the 1 files"):
+        train.Cached(train.Tracks(damaged), tmp_path)
+
+
 def test_files_are_found_once_through_links_and_loops(music):
     """A folder that links to itself ends, and each file is found once; names need not be ASCII."""
     (music / "loop").symlink_to(music, target_is_directory=True)
@@ -153,7 +178,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
         train.main(vae_args(tmp_path / "parts", *more, "--workers", 3, *(["--resume"] if stop != 2 else [])))
     whole, parts = (train.load_state(tmp_path / name / "model.pt") for name in ("whole", "parts"))
     assert whole["step"] == 6 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert (whole["ema"]["latent_std"] != 1).all()              # measured between the stages
+    assert (whole["ema"]["latent_std"] == 1).all()              # measured by a latent run
     for part in ("objective", "ema", "optimizers", "config"):
         assert same(whole[part], parts[part]), part
 
@@ -238,6 +263,17 @@ def test_a_run_is_not_overwritten_by_mistake(tmp_path):
     assert (tmp_path / "model.pt").stat().st_mtime_ns == stamp
     train.main(args + ["--force"])
     assert (tmp_path / "model.pt").stat().st_mtime_ns != stamp and len(losses(tmp_path)) == 2
+
+
+def test_what_cannot_be_resumed_is_named(tmp_path):
+    """--resume in the folder of another kind of model, or with an export in the run's place."""
+    args = vae_args(tmp_path, "--steps", 1, "--finetune-steps", 0)
+    train.main(args)
+    with pytest.raises(train.UserError, match=f"{tmp_path} is of --model vae: .* another --out"):
+        train.main(["--model", "classifier", "--device", "cpu", "--out", str(tmp_path), "--resume"])
+    train.main(args + ["--export", str(tmp_path / "model.pt")])
+    with pytest.raises(train.UserError, match=f"{tmp_path}/model.pt is an export.* --init"):
+        train.main(args + ["--resume"])
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
@@ -369,6 +405,51 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
     assert error.value.status == 1
 
 
+def test_an_overflow_in_fp16_skips_the_step_of_both_optimizers(tmp_path, monkeypatch):
+    """One gradient of AdamW's is infinite: Muon and the averages wait, too, and the next step has half the scale. Ten
+    such steps in a row do not end the run, but ten at the smallest scale do."""
+    save_checkpoint(tmp_path / "vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
+    gradients, update, seen, last = train.Trainer.gradients, train.Trainer.update, [], 17
+
+    def poisoned(self, stream):
+        loss = gradients(self, stream)
+        if 6 <= self.step < last:                               # blocks begin as nothing: Muon has nothing to do
+            self.optimizers[0].param_groups[0]["params"][0].grad[0] = float("inf")
+        return loss
+
+    def spy(self, stream):
+        row, matrices = update(self, stream), self.optimizers[1].param_groups[0]["params"]
+        groups = matrices, self.optimizers[0].param_groups[0]["params"], self.ema.parameters()
+        seen.append((self.scaler.get_scale(), *([p.detach().clone() for p in group] for group in groups)))
+        return row
+
+    monkeypatch.setattr(train.Trainer, "gradients", poisoned)
+    monkeypatch.setattr(train.Trainer, "update", spy)
+    monkeypatch.setattr(train.Trainer, "now_and_then", lambda self, row: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: train.nullcontext())        # it is slow on a CPU
+    arguments = ["--model", "latent", "--size", "tiny", "--vae", str(tmp_path / "vae.pt"), "--out", str(tmp_path),
+                 "--batch", "1", "--window", "0.3", "--device", "cpu", "--precision", "fp16", "--steps"]
+    train.main([*arguments, "19"])
+    assert [scale for scale, *_ in seen] == 6 * [2**13] + [2.0**(12 - k) for k in range(11)] + 2 * [4]
+    for kind in (1, 2, 3):
+        assert not same(seen[4][kind], seen[5][kind]) and not same(seen[16][kind], seen[17][kind])
+        assert same(seen[5][kind], seen[16][kind]) and all(p.isfinite().all() for p in seen[18][kind])
+    assert train.load_state(tmp_path / "model.pt")["skipped"] == 11
+    last = 100
+    with pytest.raises(train.UserError, match="up to step 27: lower --lr"):
+        train.main([*arguments, "100", "--force"])
+
+
+@pytest.mark.parametrize("words", ["--batch 0", "--accumulate 0", "--workers 0", "--save-every 0", "--steps -1",
+                                   "--lr 0", "--lr nan", "--seed -1", "--minutes -1", "--window 0.1", "--window inf"])
+def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
+    """Exit status 2, and a line that names the flag."""
+    monkeypatch.setattr(train, "train", lambda given: None)
+    with pytest.raises(SystemExit) as end:
+        train.main(words.split())
+    assert end.value.code == 2 and f"error: argument {words.split()[0]}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error, status, words", [
     (train.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
@@ -419,9 +500,9 @@ def test_each_model_trains_exports_and_loads(model, music, tmp_path, monkeypatch
     monkeypatch.setattr(train, "sample", lambda net, x_T, **_: x_T)             # the demo's 20 steps take long
     args = ["--model", model, "--size", "tiny", "--data", str(music), "--steps", "2", "--batch", "2", "--device", "cpu"]
     train.main(args + (["--cache"] if model == "latent" else []))
-    train.main(["--model", model, "--export", "small.pt"])
-    run, small = train.load_checkpoint(f"runs/{model}/model.pt"), train.load_checkpoint("small.pt")
-    assert os.path.getsize("small.pt") < os.path.getsize(f"runs/{model}/model.pt") / 4
+    train.main(["--model", model, "--export", "new/folder/small.pt"])
+    run, small = train.load_checkpoint(f"runs/{model}/model.pt"), train.load_checkpoint("new/folder/small.pt")
+    assert os.path.getsize(small.path) < os.path.getsize(f"runs/{model}/model.pt") / 4
     for a, b in zip(run.net.state_dict().values(), small.net.state_dict().values()):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     assert small.kind == model and small.classes == (["loud", "quiet"] if model == "classifier" else None)
@@ -430,6 +511,43 @@ def test_each_model_trains_exports_and_loads(model, music, tmp_path, monkeypatch
         x = small.encode(audio)
         assert x.shape == (1, small.channels, small.window) and small.decode(x).shape == audio.shape
         assert (tmp_path / "runs" / model / "demos" / "step_0000002.wav").exists()
+    if model == "latent":
+        assert (small.vae.latent_mean != 0).all() and (small.vae.latent_std != 1).all()
+
+
+def test_a_latent_run_takes_the_vae_of_its_size(tmp_path, monkeypatch, capsys):
+    """That of --vae; else the user's own, and says if it is unfinished; else the shipped one; else it trains one."""
+    def taken(size, given=None):
+        options = train.argparse.Namespace(size=size, vae=given, out="runs/latent", force=False)
+        return train.vae_for(options, {}), capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    own, shipped = Path("runs/vae/model.pt"), ROOT / "checkpoints" / "latent.pt"
+    train.main(vae_args(own.parent, "--steps", 3, "--finetune-steps", 2, "--minutes", 0))
+    vae, said = taken("tiny")
+    assert f"from {own}" in said and "is at step 0 of 5" in said
+    assert same(vae.state_dict(), train.load_state(own)["ema"])
+    assert f"from {shipped}" in taken("tiny", shipped)[1]
+    vae, said = taken("small")
+    assert same(vae.state_dict(), train.load_checkpoint(shipped).vae.state_dict()) and f"from {shipped}" in said
+    torch.save({**train.load_state(own), "size": "small"}, "small.pt")
+    os.replace("small.pt", own)
+    assert f"from {own}" in taken("small")[1]
+    monkeypatch.setattr(train, "train", lambda given: False)
+    assert taken("tiny") == (None, "there is no VAE of size tiny yet: training one first\n")
+
+
+def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_path, capsys):
+    """--init: folders that are none of its classes are named; if there are no others, the classes are."""
+    net = train.PaSST(train.replace(train.PASST_PRESETS["tiny"], classes=2))
+    args = ["--model", "classifier", "--init", tmp_path / "first.pt", "--data", music, "--steps", 0, "--device", "cpu"]
+    run = lambda out: train.main([str(word) for word in [*args, "--out", tmp_path / out]])
+    save_checkpoint(tmp_path / "first.pt", "classifier", net, classes=["fado", "loud"])
+    run("one known")
+    assert "trained as none of them: quiet\n" in capsys.readouterr().out
+    save_checkpoint(tmp_path / "first.pt", "classifier", net, classes=["fado", "jazz"])
+    with pytest.raises(train.UserError, match="the classes are fado, jazz"):
+        run("none known")
 
 
 def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatch):
@@ -459,15 +577,30 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("model", ["vae", "latent", "waveform", "classifier"])
-def test_dry_run_needs_no_memory(model, capsys):
+def test_dry_run_needs_no_memory(model, tmp_path, monkeypatch, capsys):
     """The paper's sizes are printed within seconds, nothing is written, and no parameter is allocated."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (net_class, *rest), nets = train.NETS[model], []
+    monkeypatch.setitem(train.NETS, model, (lambda config: nets.append(net_class(config)) or nets[0], *rest))
+    monkeypatch.chdir(tmp_path)
     train.main(["--model", model, "--size", "paper", "--dry-run", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400e3          # KiB
+    assert len(nets) == 1 and all(x.is_meta for x in (*nets[0].parameters(), *nets[0].buffers()))
+    assert not list(tmp_path.iterdir())
     millions = float(out.split(" M parameters")[0].split()[-1])
     expected = {"vae": (10, 30), "latent": (900, 1400), "waveform": (430, 445), "classifier": (85, 88)}[model]
     assert expected[0] < millions < expected[1] and "memory" in out and "steps" in out
+
+
+@pytest.mark.parametrize("model", ["vae", "latent", "waveform", "classifier"])
+def test_dry_run_counts_the_work_of_the_window(model, capsys):
+    """Half the window of which it is told is half the work or less: attention's grows with its square."""
+    def work(seconds):
+        train.main(["--model", model, "--size", "small", "--dry-run", "--device", "cpu", "--window", str(seconds)])
+        out = capsys.readouterr().out
+        assert f"clips of {seconds:.2f} s" in out
+        return float(out.split(" EFLOP")[0].split()[-1])
+
+    assert 0 < work(0.3715) < 0.55 * work(0.743) and work(0.743) < 0.55 * work(1.486)
 
 
 @real_music
