@@ -641,7 +641,7 @@ def parse(argv):
     add("--originals", help="this folder")
     add("--region", type=float, nargs=2, metavar=("START", "END"), help="seconds of --generated that were generated")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    add("--samplers", nargs="*", type=sampler_and_steps, default=[("ddpm", 50)],
+    add("--samplers", nargs="*", type=sampler_and_steps, default=[("ddim", 50)],
         help="for instance ddim-50 ddpm-500; none: only the rows that need no sampling")
     add("--clips", type=whole, default=100, help="excerpts of the test music for each task")
     add("--transitions", type=whole, default=100)

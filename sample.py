@@ -48,7 +48,7 @@ PER_CALL = ("output", "force", "replay", "num", "first", "device")           # o
 class Settings:
     """How to sample. xi, the step size towards the context, is meant for xi_ref_steps steps: more and smaller steps of
     guidance lead as far. k and start_from: see tasks.regenerate."""
-    sampler: str = "ddpm"
+    sampler: str = "ddim"
     steps: int = 50
     xi: float = XI["latent"]
     xi_ref_steps: int = 50

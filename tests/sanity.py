@@ -203,7 +203,7 @@ def main(argv=None):
     add("--clips", type=int, default=18)
     add("--cases", type=int, default=0, help="of guidance by example, and by class")
     add("--seconds", type=float, default=2.0, help="length of the guided samples")
-    add("--samplers", nargs=1, type=evaluate.sampler_and_steps, default=[("ddpm", 50)])
+    add("--samplers", nargs=1, type=evaluate.sampler_and_steps, default=[("ddim", 50)])
     sample.Settings.add_flags(add)
     add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
         metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")
