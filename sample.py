@@ -46,14 +46,14 @@ PER_CALL = ("output", "force", "replay", "num", "first", "device")           # o
 
 @dataclass
 class Settings:
-    """How to sample. xi, the step size towards the context, is meant for xi_ref_steps steps: more and smaller steps of
-    guidance lead as far. k and start_from: see tasks.regenerate."""
+    """How to sample; the defaults are the README's, by measurement. xi, the step size towards the context, is meant for
+    xi_ref_steps steps: more and smaller steps of guidance lead as far. k and start_from: see tasks.regenerate."""
     sampler: str = "ddim"
     steps: int = 50
     xi: float = XI["latent"]
     xi_ref_steps: int = 50
     gamma: float = GAMMA["latent"]
-    k: float = 0.85
+    k: float = 0.6
     start_from: str = "matched"
     project: str = "x0_hat"
     on: str = "x0_hat"
