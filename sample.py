@@ -63,7 +63,7 @@ class Settings:
     @staticmethod
     def add_flags(add):
         """The flags for all fields but sampler and steps; add is a parser's add_argument."""
-        add("--xi", type=within(0, math.inf), help="gradient step size (0.2 latent, 0.05 waveform)")
+        add("--xi", type=within(0, math.inf), help="step size towards the context (0.2 latent, 0.05 waveform)")
         add("--xi-ref-steps", type=within(1, 100000, int), default=Settings.xi_ref_steps,
             help="the number of steps that xi is meant for; with others it is scaled by this over --steps")
         add("--gamma", type=within(0, 0.99), help="ddpm: more noise in each step than the paper's, 0 (0.6 latent)")
@@ -352,9 +352,10 @@ def seconds(text):
 
 
 def duration(text):
-    if seconds(text) < 0.01:
+    value = seconds(text)
+    if value < 0.01:
         raise argparse.ArgumentTypeError(f"{text} is under 0.01 s")
-    return seconds(text)
+    return value
 
 
 def pairs(text):
