@@ -286,12 +286,12 @@ def find_excerpts(folder, n, limit, seed):
     then a second of every file that has one, and so on; where the limit falls within a turn, of files at random."""
     drawn = []
     for i, path in enumerate(train.find_files([folder])):
-        facts = train.inspect(path)
+        facts = train.probe(path)
         whole = 0 if isinstance(facts, str) else facts[0] * SAMPLE_RATE // facts[1] // n
         if not whole:
             reason = facts if isinstance(facts, str) else f"shorter than {n / SAMPLE_RATE:.2f} s"
             say_once(f"skipped {train.show(path)}: {reason}")
-        rng = train.random(seed, i)
+        rng = train.random_numbers(seed, i)
         drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
     if not drawn:
         raise UserError(f"{folder} has no audio file of {n / SAMPLE_RATE:.2f} s or more")
@@ -327,7 +327,7 @@ def draw_pairs(excerpts, seed, count=None):
     """[(excerpt, excerpt of another track)]: of each excerpt in turn, or of `count` drawn at random."""
     pairs = []
     for j in range(count or len(excerpts)):
-        rng = train.random(seed, j, 2)
+        rng = train.random_numbers(seed, j, 2)
         first = excerpts[rng.integers(len(excerpts))] if count else excerpts[j]
         others = [excerpt for excerpt in excerpts if excerpt[0] != first[0]] or excerpts
         pairs.append((first, others[rng.integers(len(others))]))
@@ -464,7 +464,7 @@ class Evaluation:
 
     def generator(self, j, stream=0):
         """The random numbers of clip j, the same for every row."""
-        return torch.Generator().manual_seed(int(train.random(self.options.seed, j, stream).integers(2**62)))
+        return torch.Generator().manual_seed(int(train.random_numbers(self.options.seed, j, stream).integers(2**62)))
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
@@ -670,7 +670,7 @@ def plan_files(options):
     originals = {Path(path).stem: path for path in train.find_files([options.originals])}
     lengths = {}
     for path in train.find_files([options.generated]):
-        facts = train.inspect(path) if Path(path).stem in originals else "--originals has no file of this name"
+        facts = train.probe(path) if Path(path).stem in originals else "--originals has no file of this name"
         if isinstance(facts, str):
             say_once(f"skipped {train.show(path)}: {facts}")
         else:
@@ -703,7 +703,7 @@ def plan_tasks(options, checkpoint):
 def main(argv=None):
     options = parse(argv)
     device, checkpoint = train.pick_device(options.device), None
-    train.join(device)
+    train.join_processes(device)
     torch.backends.cudnn.allow_tf32 = False              # its 10 bits would show in the resampler and in embeddings
     listeners = load_listeners(options, device)
     kept = {name: getattr(options, name) for name in ("seed", "clips", "transitions", "data", "generated", "originals",

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import tasks
 from guidance import Task, draw_noise, sample
-from train import SAMPLE_RATE, UserError, open_checkpoint, pick_device, random, read_audio, run, within, write_atomic
+from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, within,
+                   write_atomic)
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
@@ -535,7 +536,7 @@ def main(argv=None):
     from_x_bar = o.task in FROM_X_BAR
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths, start=o.first):
-        began, generator = time.time(), torch.Generator().manual_seed(int(random(o.seed, i).integers(2**63)))
+        began, generator = time.time(), torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
         listening = Listening(o.steps * len(edit.spans), o.explain)
         audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
                      spans=edit.spans, guides=guides, callback=listening)

@@ -166,7 +166,7 @@ def pick_device(name):
     return device
 
 
-def join(device):
+def join_processes(device):
     """Meet the other processes, if torchrun started any."""
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -176,7 +176,7 @@ def join(device):
 
 # ---- audio files ----------------------------------------------------------------------------------------------------
 
-def decode(file):
+def audio_blocks(file):
     """Blocks (n, channels) from the start to where decoding ends: SoundFile.blocks repeats the last block up to the
     length that the header of a cut mp3 promises, and seeking in ogg through libsndfile can land elsewhere."""
     while len(block := file.read(2**18, dtype="float32", always_2d=True)):
@@ -187,7 +187,7 @@ def read_audio(path):
     """The whole file: (audio (channels, n) float32, rate in Hz). UserError naming the file if it cannot be read."""
     try:
         with sf.SoundFile(path) as file:
-            blocks = list(decode(file))
+            blocks = list(audio_blocks(file))
     except (OSError, RuntimeError, UnicodeError) as error:
         raise UserError(f"{show(path)} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
     if not blocks:
@@ -220,7 +220,7 @@ def find_files(folders):
     return sorted(found)
 
 
-def inspect(path):
+def probe(path):
     """[frames, rate, channels] of a file, or the reason why it cannot be used."""
     try:
         if not os.path.isfile(path):            # opening a pipe would wait for ever
@@ -232,7 +232,7 @@ def inspect(path):
             whole, frames = len(file.read()) == min(file.frames, 2**15), file.frames
         if not whole:                           # the header promises more than there is
             with sf.SoundFile(path) as file:
-                frames = sum(map(len, decode(file)))
+                frames = sum(map(len, audio_blocks(file)))
         return [frames, file.samplerate, file.channels]
     except (OSError, RuntimeError, UnicodeError) as error:
         return reason(error)
@@ -248,7 +248,7 @@ def index(folders, store):
         stamps[path] = [stat.st_size, stat.st_mtime_ns] if stat else None
     new = [path for path, stamp in stamps.items() if path not in known or known[path][0] != stamp]
     with ThreadPoolExecutor(8) as pool:
-        facts = list(progress(pool.map(inspect, new), "index", len(new), unit="file")) if new else []
+        facts = list(progress(pool.map(probe, new), "index", len(new), unit="file")) if new else []
     known |= {path: [stamps[path], fact] for path, fact in zip(new, facts)}
     barrier()                                   # each process has read the store before one of them writes it
     if new and RANK == 0:
@@ -258,7 +258,7 @@ def index(folders, store):
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
-def random(seed, *counters):
+def random_numbers(seed, *counters):
     """The generator of random numbers that belongs to (seed, counters)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
 
@@ -322,7 +322,7 @@ class Cached(Tracks):
                 try:
                     rows = self.prepare(to_stereo_44k(*read_audio(path)), vae)
                 except UserError:
-                    continue                    # damaged in its middle, where `inspect` did not look
+                    continue                    # damaged in its middle, where `probe` did not look
                 write_atomic(file, lambda out: np.save(out, rows))
         barrier()
         self.broken = {path: "damaged" for path, file in zip(self.paths, self.files) if not file.exists()}
@@ -363,7 +363,7 @@ class Clips:
         self.labels = [classes.index(name) if name in classes else -1 for name in source.names]
 
     def clip(self, k):
-        rng = random(self.seed, self.stream, k)
+        rng = random_numbers(self.seed, self.stream, k)
         x, track = self.source.crop(rng, self.window, (k + 0.5) / self.count if self.count else None)
         return {"k": np.int64(k), "x": x, "label": np.int64(self.labels[track]), **self.draw(rng)}
 
@@ -1088,7 +1088,7 @@ def train(given):
                         f"{longest / SAMPLE_RATE:.2f} s")
     if given.get("dry_run"):
         return dry_run(o, net_class, config)
-    join(o.device)
+    join_processes(o.device)
     Path(o.out).mkdir(parents=True, exist_ok=True)
     vae, classes = None, None
     if o.model == "latent":

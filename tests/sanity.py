@@ -83,7 +83,7 @@ def continuations(checkpoint, clips, settings, seed):
     span = evaluate.layout(checkpoint.window * checkpoint.hop, checkpoint.hop)["continuation"]
     made = []
     for j, clip in enumerate(train.progress(clips, "continuations", unit="clip")):
-        generator = torch.Generator().manual_seed(int(train.random(seed, j).integers(2**62)))
+        generator = torch.Generator().manual_seed(int(train.random_numbers(seed, j).integers(2**62)))
         with torch.no_grad():
             made.append(evaluate.edit(checkpoint, "continuation", clip[None], span, None, settings, [generator],
                                       None)[0, :, span.a:span.b])
@@ -140,7 +140,7 @@ def guided_pairs(checkpoint, cases, settings, seconds, seed):
     plain, guided, shares = [], [], []
     for j, guide in enumerate(train.progress(cases, "guidance", unit="case")):
         for out, guides in ((plain, ()), (guided, (guide,))):
-            generator = torch.Generator().manual_seed(int(train.random(seed, j).integers(2**62)))
+            generator = torch.Generator().manual_seed(int(train.random_numbers(seed, j).integers(2**62)))
             listening = (lambda step: shares.append(step.share)) if guides else None
             with torch.no_grad():
                 x_0 = sample.generate(checkpoint, x_bar, 0, 0, settings, generator, guides=guides, callback=listening)

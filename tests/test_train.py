@@ -73,7 +73,7 @@ def same(a, b):
 
 def test_a_clip_is_a_function_of_seed_and_number(music):
     """Clip k is the same in any batch, after any other clip; another seed, stream or k gives another."""
-    tracks = train.Tracks({str(p): train.inspect(str(p)) for p in train.find_files([music])})
+    tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
     def make(seed, stream=train.TRAIN):
         return train.Clips(tracks, 2**12, lambda rng: {"u": rng.random()}, ["loud", "quiet"], seed, stream)
 
@@ -90,7 +90,7 @@ def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
         sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (3 * rate, channels)), rate, subtype="FLOAT")
         whole = train.to_stereo_44k(*train.read_audio(path)).numpy()
         assert whole.shape == (2, 3 * RATE)
-        tracks = train.Tracks({path: train.inspect(path)})
+        tracks = train.Tracks({path: train.probe(path)})
         for start in (0, 1, 54321, 3 * RATE - 5000):
             clip = tracks.read(0, start, 5000)
             assert clip.shape == (2, 5000) and np.abs(clip - whole[:, start:start + 5000]).max() < 1e-4
@@ -99,10 +99,10 @@ def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
 def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
     """--cache changes nothing but the rounding to 15 bits, keeps peaks beyond 1, and decodes each file once."""
     sf.write(music / "loud" / "over.wav", np.full((RATE, 2), 1.5), RATE, subtype="FLOAT")
-    tracks = train.Tracks({str(p): train.inspect(str(p)) for p in train.find_files([music])})
+    tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
     cached = train.Cached(tracks, tmp_path / "cache")
     for j in range(12):
-        a, b = (source.crop(train.random(0, j), 4096, (j + 0.5) / 12)[0] for source in (tracks, cached))
+        a, b = (source.crop(train.random_numbers(0, j), 4096, (j + 0.5) / 12)[0] for source in (tracks, cached))
         assert np.abs(a - b).max() < 1e-4
     stamps = [file.stat().st_mtime_ns for file in cached.files]
     assert [file.stat().st_mtime_ns for file in train.Cached(tracks, tmp_path / "cache").files] == stamps
@@ -113,12 +113,12 @@ def damaged_flac(path):
     sf.write(path, synthetic.clip(7, 9, 3.0)[0].T, RATE)
     data = path.read_bytes()
     path.write_bytes(data[:len(data) // 2] + bytes(4000) + data[len(data) // 2 + 4000:])
-    return {str(path): train.inspect(str(path))}
+    return {str(path): train.probe(str(path))}
 
 
 def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
     """The other tracks keep their names and clips, as if it had not been there; with nothing else, that is an error."""
-    whole = {str(p): train.inspect(str(p)) for p in train.find_files([music])}
+    whole = {str(p): train.probe(str(p)) for p in train.find_files([music])}
     damaged = damaged_flac(music / "loud" / "1.5.flac")
     assert damaged == {str(music / "loud" / "1.5.flac"): [3 * RATE, RATE, 2]}
     expected, every = train.Tracks(whole), train.Tracks(dict(sorted((whole | damaged).items())))
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
     for name in ("paths", "rates", "names", "lengths"):
         assert list(getattr(cached, name)) == list(getattr(expected, name)), name
     for place in (0.1, 0.3, 0.5, 0.7, 0.9):
-        (a, i), (b, j) = (source.crop(train.random(0), 4096, place) for source in (cached, expected))
+        (a, i), (b, j) = (source.crop(train.random_numbers(0), 4096, place) for source in (cached, expected))
         assert i == j and np.abs(a - b).max() < 1e-4
     with pytest.raises(train.UserError, match="none of the 1 files"):
         train.Cached(train.Tracks(damaged), tmp_path)
@@ -140,8 +140,8 @@ def test_files_are_found_once_through_links_and_loops(music):
     sf.write(music / "träck ♪.wav", np.zeros((RATE, 2)), RATE)
     found = train.find_files([music])
     assert len(found) == 7 and len({os.path.realpath(p) for p in found}) == 7
-    assert train.inspect(str(music / "self.wav")) == "no such file"
-    assert train.inspect(str(music / "träck ♪.wav")) == [RATE, RATE, 2]
+    assert train.probe(str(music / "self.wav")) == "no such file"
+    assert train.probe(str(music / "träck ♪.wav")) == [RATE, RATE, 2]
 
 
 def test_batches_arrive_in_order_whatever_the_workers():
@@ -344,7 +344,7 @@ def test_a_truncated_file_is_as_long_as_what_can_be_decoded(tmp_path):
         path = tmp_path / f"cut.{suffix}"
         sf.write(path, synthetic.clip(7, 9, 6.0)[0].T, RATE)
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-        frames, _, _ = train.inspect(str(path))
+        frames, _, _ = train.probe(str(path))
         assert frames == train.read_audio(path)[0].shape[1] and abs(frames / RATE - 3) < 0.3
 
 
