@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffusion import alpha_sigma
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -31,11 +33,12 @@ class DiTConfig:
     max_distance: int = 64  # relative positions further apart than this share one vector
     modulation: str = "shared"  # or "per-block"; see Block
     checkpointing: bool = False  # recompute each block in the backward pass: less memory, the same values
+    hops: tuple[int, ...] = ()  # frames between spectra, of each stage of a SpectralDiT; (): a DiT, as in the paper
 
 
 PRESETS = {
     "tiny": DiTConfig(channels=8, frames=256, width=96, depth=3, heads=3),
-    "small": DiTConfig(channels=16, frames=2048, width=192, depth=6, heads=3),
+    "small": DiTConfig(channels=16, frames=2048, width=160, depth=6, heads=5, hops=(64, 16)),
     "paper": DiTConfig(channels=32, frames=2048, width=1536, depth=32, heads=24),
 }
 
@@ -197,10 +200,22 @@ def zero_linear(n_in, n_out):
     return layer
 
 
+def time_mlp(width):
+    return nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+
+def time_features(t):
+    """(B,) -> (B, 256). [24] counts time in 1000 steps, and its frequencies are made for that range."""
+    return sincos(1000 * t.float(), 256)
+
+
+def check_length(n, config):
+    if n > config.frames:
+        raise ValueError(f"x_t has {n} frames, the model at most {config.frames}: give it a shorter sequence.")
+
+
 class DiT(nn.Module):
     """v = model(x_t, t): the diffusion transformer of App. C.1. Its output is zero until it is trained."""
-
-    time_features = 256
 
     def __init__(self, config):
         super().__init__()
@@ -212,7 +227,7 @@ class DiT(nn.Module):
         width = config.width
         self.embed = nn.Linear(config.channels, width)
         self.register_buffer("positions", sincos(torch.arange(config.frames), width), persistent=False)
-        self.time = nn.Sequential(nn.Linear(self.time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.time = time_mlp(width)
         self.modulation = zero_linear(width, 6 * width) if config.modulation == "shared" else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_modulation = zero_linear(width, 2 * width)
@@ -224,11 +239,8 @@ class DiT(nn.Module):
         start: (B,) where in the window each sequence begins, in frames; None: at 0. Training on short clips draws it,
         so that every position is learned."""
         n = x_t.shape[-1]
-        if n > self.config.frames:
-            raise ValueError(f"x_t has {n} frames, the model at most {self.config.frames}: give it a shorter sequence.")
-        # [24] counts time in 1000 steps, and its frequencies are made for that range.
-        features = sincos(1000 * t.float().to(x_t.device), self.time_features)
-        time = self.time(features.to(self.embed.weight.dtype))  # (B, width)
+        check_length(n, self.config)
+        time = self.time(time_features(t.to(x_t.device)).to(self.embed.weight.dtype))  # (B, width)
         condition = self.modulation(time)
         positions = self.positions[:n] if start is None else self.positions.unfold(0, n, 1)[start].mT
         h = self.embed(x_t.mT) + positions  # (B, n, width)
@@ -239,6 +251,141 @@ class DiT(nn.Module):
                 h = block(h, condition)
         shift, scale = self.final_modulation(time)[:, None].chunk(2, -1)
         return self.out(modulated_norm(h, shift, scale)).mT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer on spectra: ours, for small models
+
+
+def spectra(x, hop):
+    """x (B, C, n), n a multiple of hop -> spectra of frames of 2 hop under a sine window, (B, n / hop + 1, hop + 1, C).
+
+    Complex. A tight frame: from_spectra gives x back. White noise of variance 1 has variance 1 in each bin.
+    """
+    frames = F.pad(x, (hop, hop)).unfold(-1, 2 * hop, hop) * sine_window(hop, x.device)  # (B, C, n / hop + 1, 2 hop)
+    return math.sqrt(2) * torch.fft.rfft(frames, norm="ortho").permute(0, 2, 3, 1)
+
+
+def from_spectra(X, hop):
+    """The inverse of spectra: (B, T, hop + 1, C) complex -> (B, C, (T - 1) hop)."""
+    frames = torch.fft.irfft(X.permute(0, 3, 1, 2), 2 * hop, norm="ortho") / math.sqrt(2) * sine_window(hop, X.device)
+    first, second = frames.split(hop, -1)
+    return (second[:, :, :-1] + first[:, :, 1:]).flatten(2)  # a frame's second half lies over the next one's first
+
+
+def sine_window(hop, device):
+    return torch.sin(math.pi * (torch.arange(2 * hop, device=device) + 0.5) / (2 * hop))
+
+
+class SpectralBlock(nn.Module):
+    """Block on tokens with two axes: attention along one of them, then a convolution over both before the MLP."""
+
+    def __init__(self, config, hop, axis):
+        super().__init__()
+        width = config.width
+        self.heads, self.axis = config.heads, axis  # 1: time, 2: frequency
+        self.longest = (config.frames // hop, hop)[axis - 1]
+        self.qkv = nn.Linear(width, 3 * width)
+        self.relative = nn.Parameter(torch.zeros(config.heads, 2 * self.longest + 1))
+        self.proj = zero_linear(width, width)
+        self.conv = nn.Conv2d(width, width, (5, 7), padding=(2, 3), groups=width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), zero_linear(4 * width, width))
+        self.offset = nn.Parameter(torch.zeros(6 * width))
+
+    def forward(self, h, condition):
+        """h: (B, T, F, width); condition: (B, 6 width). The gates start at 1: here the last layers start at zero."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (condition + self.offset)[:, None, None].chunk(6, -1)
+        h = h + (1 + gate1) * self.attention(modulated_norm(h, shift1, scale1))
+        local = self.conv(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return h + (1 + gate2) * self.mlp(modulated_norm(local, shift2, scale2))
+
+    def attention(self, h):
+        """Along the axis. A relative position is one learned number for each head, added to the logit."""
+        h = h.transpose(1, 2) if self.axis == 1 else h  # (B, rows, L, width)
+        place = torch.arange(h.shape[2], device=h.device)
+        bias = self.relative[:, place - place[:, None] + self.longest]  # (heads, L, L)
+        q, k, v = self.qkv(h).flatten(0, 1).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))  # (B rows, heads, L, d)
+        out = self.proj(mixed.transpose(1, 2).reshape(h.shape))
+        return out.transpose(1, 2) if self.axis == 1 else out
+
+
+class SpectralStage(nn.Module):
+    """An estimate of v from the spectra of x_t: a Wiener filter whose gains a transformer decides.
+
+    A tone is a line in the spectra of the latents, above the noise of x_t where in single frames it is far below.
+    `modes` and `power` are the eigenvectors and eigenvalues of the latents' C x C cross-spectra in each bin, over all
+    music. X, the spectra in these coordinates, over the deviation that x_t has there, has variance 1 at every t. If all
+    music were one Gaussian, E[v | x_t] would be `linear` X, and its error would have the deviation `error`. The
+    transformer's gain and offset are in that unit.
+    """
+
+    def __init__(self, config, hop):
+        super().__init__()
+        width, C, self.hop = config.width, config.channels, hop
+        self.register_buffer("power", torch.ones(hop + 1, C))
+        self.register_buffer("modes", torch.view_as_real(torch.eye(C, dtype=torch.cfloat).repeat(hop + 1, 1, 1)))
+        self.embed = nn.Parameter(torch.randn(hop + 1, 6 * C, width) / math.sqrt(6 * C))
+        self.positions = nn.Parameter(torch.zeros(hop + 1, width))
+        self.time, self.modulation = time_mlp(width), zero_linear(width, 6 * width)
+        self.blocks = nn.ModuleList(SpectralBlock(config, hop, axis=1 + i % 2) for i in range(config.depth))
+        self.out = nn.Parameter(torch.zeros(hop + 1, width, 4 * C))
+
+    def forward(self, x_t, t, v=None):
+        """x_t (B, C, n), n a multiple of the hop; v: the estimate to improve, or None. Returns v (B, C, n)."""
+        modes = torch.view_as_complex(self.modes)  # (F, C, C)
+        alpha_t, sigma_t = (c.to(x_t.dtype).to(x_t.device)[:, None, None, None] for c in alpha_sigma(t))
+        over_deviation = (alpha_t**2 * self.power + sigma_t**2).rsqrt()  # (B, 1, F, C)
+        linear, error = alpha_t * sigma_t * (1 - self.power) * over_deviation, self.power.sqrt() * over_deviation
+        to_modes = lambda x: torch.einsum("btfc,fcd->btfd", spectra(x, self.hop), modes.conj())  # (B, T, F, C)
+        X = over_deviation * to_modes(x_t)
+        known = linear * X if v is None else to_modes(v)
+        beyond = (known - linear * X) / (error + 0.1)
+        gain, again, real, imaginary = self.transformer(X, beyond, t)
+        V = known + error * (gain * X + again * beyond + torch.complex(real, imaginary))
+        return from_spectra(torch.einsum("btfd,fcd->btfc", V, modes), self.hop)
+
+    def transformer(self, X, beyond, t):
+        """Four real numbers, (B, T, F, C) each, for each of the modes X and `beyond` (B, T, F, C), complex."""
+        condition = self.modulation(self.time(time_features(t.to(X.device))))
+        features = [f(z) for z in (X, beyond) for f in (log_power, torch.real, torch.imag)]
+        h = torch.einsum("btfc,fcw->btfw", torch.cat(features, -1), self.embed) + self.positions
+        for block in self.blocks:
+            h = block(h, condition)
+        return torch.einsum("btfw,fwc->btfc", F.layer_norm(h, h.shape[-1:]), self.out).float().chunk(4, -1)
+
+
+def log_power(z):
+    return (z.real**2 + z.imag**2 + 0.01).log()
+
+
+class SpectralDiT(nn.Module):
+    """v = model(x_t, t), by one SpectralStage after the other: long frames for tones, then short ones for onsets."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.stages = nn.ModuleList(SpectralStage(config, hop) for hop in config.hops)
+
+    @torch.no_grad()
+    def set_spectrum(self, latents):
+        """Measure each stage's power and modes on normalised latents, a list of (B, C, n)."""
+        for stage in self.stages:
+            X = [spectra(x[..., : x.shape[-1] // stage.hop * stage.hop].cpu().double(), stage.hop)[:, 1:-1] for x in latents]
+            X = torch.cat([x.flatten(0, 1) for x in X])  # (frames, F, C)
+            power, modes = torch.linalg.eigh(torch.einsum("tfc,tfd->fcd", X, X.conj()) / len(X))
+            stage.power.copy_(power.clamp(min=1e-5))
+            stage.modes.copy_(torch.view_as_real(modes))
+
+    def forward(self, x_t, t, start=None):
+        """x_t: (B, C, n), n <= config.frames; t: (B,) in (0, 1]. Returns v (B, C, n). start has no effect: a token knows
+        its bin, and how far others are, but not where in the window it lies."""
+        n, v = x_t.shape[-1], None
+        check_length(n, self.config)
+        x_t = F.pad(x_t, (0, -n % max(self.config.hops)))
+        for stage in self.stages:
+            v = stage(x_t, t, v)
+        return v[..., :n]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
