@@ -8,17 +8,16 @@ where in the window a frame lies.
     model = DiT(PRESETS["small"])
     v = model(x_t, t)                # x_t, v: (B, C, n) latent frames, any n <= config.frames; t: (B,) in (0, 1]
 
-`python dit.py` prints sizes and cost of the presets.
+`python tests/benchmark.py --only presets` prints sizes and cost of the presets.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class DiTConfig:
     depth: int
     heads: int
     max_distance: int = 64  # relative positions further apart than this share one vector
-    modulation: str = "shared"  # or "per-block"; see Block
-    checkpointing: bool = False  # recompute each block in the backward pass: less memory, the same values
+    modulation: str = "shared"  # this and the next do nothing: the shipped checkpoints name them
+    checkpointing: bool = False
 
 
 PRESETS = {
@@ -156,28 +155,25 @@ def sincos(positions, width, max_period=10000.0):
 class Block(nn.Module):
     """Attention and MLP, each with a shift, a scale (after its LayerNorm) and a gate that depend on t.
 
-    "shared": one layer, DiT.modulation, computes them for all blocks, and each block adds a learned offset.
-    "per-block": each block has such a layer of its own, the adaLN-Zero of [24].
-    Both start at zero: the block is then the identity.
+    One layer, DiT.modulation, computes them for all blocks, and each block adds a learned offset; all start at zero:
+    the block is then the identity. Departure: in [24] each block has such a layer of its own, which would make the
+    paper's "1B" parameters 1.37 billion.
     """
 
     def __init__(self, config):
         super().__init__()
         width = config.width
-        self.heads, self.shared = config.heads, config.modulation == "shared"
+        self.heads = config.heads
         self.qkv = nn.Linear(width, 3 * width)
         self.relative = nn.Parameter(0.02 * torch.randn(2 * config.max_distance + 1, width // config.heads))
         self.proj = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-        if self.shared:
-            self.offset = nn.Parameter(torch.zeros(6 * width))
-        else:
-            self.modulation = zero_linear(width, 6 * width)
+        self.offset = nn.Parameter(torch.zeros(6 * width))
 
-    def forward(self, h, condition):
-        """h: (B, n, width); condition: (B, 6 width) if modulation is shared, else (B, width)."""
-        m = condition + self.offset if self.shared else self.modulation(condition)
-        shift1, scale1, gate1, shift2, scale2, gate2 = m[:, None].chunk(6, -1)  # (B, 1, width)
+    def forward(self, h, modulation):
+        """h: (B, n, width); modulation: (B, 6 width)."""
+        m = (modulation + self.offset)[:, None]  # (B, 1, 6 width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)  # (B, 1, width)
         h = h + gate1 * self.attention(modulated_norm(h, shift1, scale1))
         return h + gate2 * self.mlp(modulated_norm(h, shift2, scale2))
 
@@ -204,8 +200,6 @@ class DiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.modulation not in ("shared", "per-block"):
-            raise ValueError(f'modulation is {config.modulation!r}: choose "shared" or "per-block".')
         if config.width % config.heads:
             raise ValueError(f"width {config.width} is not a multiple of the {config.heads} heads: change either.")
         self.config = config
@@ -213,7 +207,7 @@ class DiT(nn.Module):
         self.embed = nn.Linear(config.channels, width)
         self.register_buffer("positions", sincos(torch.arange(config.frames), width), persistent=False)
         self.time = nn.Sequential(nn.Linear(self.time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.modulation = zero_linear(width, 6 * width) if config.modulation == "shared" else nn.Identity()
+        self.modulation = zero_linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_modulation = zero_linear(width, 2 * width)
         self.out = zero_linear(width, config.channels)
@@ -229,55 +223,10 @@ class DiT(nn.Module):
         # [24] counts time in 1000 steps, and its frequencies are made for that range.
         features = sincos(1000 * t.float().to(x_t.device), self.time_features)
         time = self.time(features.to(self.embed.weight.dtype))  # (B, width)
-        condition = self.modulation(time)
+        modulation = self.modulation(time)  # (B, 6 width)
         positions = self.positions[:n] if start is None else self.positions.unfold(0, n, 1)[start].mT
         h = self.embed(x_t.mT) + positions  # (B, n, width)
         for block in self.blocks:
-            if self.config.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, condition, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = block(h, condition)
+            h = block(h, modulation)
         shift, scale = self.final_modulation(time)[:, None].chunk(2, -1)
         return self.out(modulated_norm(h, shift, scale)).mT
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sizes
-
-
-def forward_flops(config, n):
-    """Additions and multiplications in the matrix products of one forward pass over n frames."""
-    linear = 12 * config.depth * config.width**2 + 2 * config.channels * config.width
-    attention = config.depth * config.width * (2 * n + 2 * config.max_distance + 1)
-    return 2 * n * (linear + attention)
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def print_shapes(model):
-    """The layers of a model, one line each; of its blocks, which are equal, only the first."""
-    for name, module in model.named_children():
-        print(f"  {name:16} {parameters(module) / 1e6:8.2f} M")
-        inner = module[0] if name == "blocks" else module
-        for path, p in inner.named_parameters():
-            print(f"    {path:24} {' x '.join(map(str, p.shape))}")
-
-
-def main():
-    rate = 44100 / 128  # latent frames per second
-    print("preset              parameters   frames at 344.5/s     window   one forward")
-    with torch.device("meta"):
-        for name, config in PRESETS.items():
-            for modulation in ("shared", "per-block") if name == "paper" else (config.modulation,):
-                model = DiT(replace(config, modulation=modulation))
-                print(f"{name:6} {modulation:10} {parameters(model) / 1e6:8.2f} M {config.frames:19} "
-                      f"{config.frames / rate:8.3f} s {forward_flops(config, config.frames) / 1e9:10.1f} GF")
-        config = PRESETS["paper"]
-        print(f"\npaper: {config.depth} blocks of width {config.width}, {config.heads} heads; weights are out x in")
-        print_shapes(DiT(config))
-
-
-if __name__ == "__main__":
-    main()
