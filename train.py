@@ -22,7 +22,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ MIN_SECONDS = 0.25                      # shorter files are never used
 TRAIN, VALID, MEASURE = range(3)        # streams of random numbers
 MEASURED = 1000                         # clips that statistics are taken of
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
-NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.DiT, dit.DiTConfig, dit.PRESETS),
+NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
         "classifier": (PaSST, PaSSTConfig, PASST_PRESETS)}
 HEALTHY = {"vae": "the loss falls steadily, and the SNR ends near 10 dB or above",
@@ -470,7 +470,9 @@ def load_state(path):
 
 
 def rebuild(kind, config, weights):
-    net = NETS[kind][0](NETS[kind][1](**config))
+    make, config_class, _ = NETS[kind]
+    known = {field.name for field in fields(config_class)}
+    net = make(config_class(**{name: value for name, value in config.items() if name in known}))
     try:
         net.load_state_dict(weights)
     except RuntimeError:

@@ -7,19 +7,15 @@ al.) with one axis instead of two, works on the frames; `unfold` adds its output
     model = UNet1D(PRESETS["tiny"])
     v = model(x_t, t)        # x_t (B, 2, n): audio / model.scale, noised;  t (B,) in (0, 1];  v like x_t
 
-    python unet1d.py         # parameters, FLOPs and shapes of the presets
+    python tests/benchmark.py --only presets         # parameters and FLOPs of the presets
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 SAMPLE_RATE = 44100
 FRAME, HOP = 32, 16
@@ -92,7 +88,7 @@ class UNetConfig:
     attention: int = 2                  # how many levels attend, counted from the lowest resolution
     head_width: int = 64
     groups: int = 32                    # of GroupNorm
-    checkpointing: bool = False         # recompute activations in the backward pass: less memory, same values
+    checkpointing: bool = False         # does nothing: the shipped checkpoint names it
 
 
 PRESETS = {
@@ -161,20 +157,14 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, on the levels that attend, attention. The unit of activation checkpointing."""
+    """A residual block and, on the levels that attend, attention."""
 
     def __init__(self, channels_in, channels_out, attends, config):
         super().__init__()
         self.residual = ResidualBlock(channels_in, channels_out, config.emb_width, config.groups)
         self.attention = Attention(channels_out, config.head_width, config.groups) if attends else nn.Identity()
-        self.checkpointing = config.checkpointing
 
     def forward(self, h, emb):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, h, emb, use_reentrant=False)
-        return self.run(h, emb)
-
-    def run(self, h, emb):
         return self.attention(self.residual(h, emb))
 
 
@@ -287,49 +277,3 @@ class UNet1D(nn.Module):
             h = leave(h)
         with torch.autocast(x_t.device.type, enabled=False):
             return unfold(self.basis.T @ (c_skip * c + c_out * h.to(c)), n)
-
-
-# ------------------------------------------------------------------------------------------------ the table of presets
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def forward_flops(model, n):
-    """Operations of the matrix products in one forward over n samples, a multiply-add counted as two."""
-    no_autocast = patch("torch.autocast", lambda *_, **__: nullcontext())   # it does not know the meta device
-    with no_autocast, FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 2, n, device=model.scale.device), torch.ones(1, device=model.scale.device))
-    return counter.get_total_flops()
-
-
-def print_shapes(model):
-    """Each level of the U-Net on the way down, in the middle and on the way up, with what its stages take and give."""
-    config = model.config
-    print(f"  {'time embedding':22}{parameters(model.embed) / 1e6:8.2f} M   {config.width} -> {config.emb_width}")
-    frames = [config.samples // HOP // 2**level for level in range(len(config.multipliers))]
-    parts = [(f"down {k}", [enter], stages) for k, enter, stages in zip(frames, model.enter, model.down)]
-    parts += [(f"middle {frames[-1]}", [], model.middle)]
-    parts += [(f"up {k}", [leave], stages) for k, leave, stages in zip(reversed(frames), model.leave, model.up)]
-    for name, ends, stages in parts:
-        size = sum(parameters(part) for part in [*ends, *stages])
-        shapes = ", ".join(f"{s.residual.conv1.in_channels} -> {s.residual.conv1.out_channels}" for s in stages)
-        attends = " with attention" * isinstance(stages[0].attention, Attention)
-        print(f"  {name + ' frames':22}{size / 1e6:8.2f} M   {shapes}{attends}")
-
-
-def main():
-    print(f"{'preset':8}{'parameters':>12}{'frames':>9}{'frames/s':>10}{'window':>11}{'one forward':>14}")
-    with torch.device("meta"):
-        models = {name: UNet1D(config) for name, config in PRESETS.items()}
-        for name, model in models.items():
-            n = model.config.samples
-            print(f"{name:8}{parameters(model) / 1e6:10.2f} M{n // HOP:9}{SAMPLE_RATE / HOP:10.2f}"
-                  f"{n / SAMPLE_RATE:9.2f} s{forward_flops(model, n) / 1e9:11.1f} GF")
-    print("\npaper: channels in -> out of the stages; attention on the two levels of the lowest resolution")
-    print_shapes(models["paper"])
-
-
-if __name__ == "__main__":
-    main()

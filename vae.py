@@ -7,7 +7,7 @@ L1, L2 and a small KL; the decoder is then fine-tuned against a discriminator of
     latents = vae.encode(audio)        # (B, 2, samples) -> (B, C, ceil(samples / 128))
     audio = vae.decode(latents)        # (B, C, frames) -> (B, 2, 128 * frames)
 
-`python vae.py` prints the presets: parameters, work, receptive fields, layer shapes.
+`python tests/benchmark.py --only presets` prints sizes and cost of the presets.
 """
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.flop_counter import FlopCounterMode
 
 # What training minimises. Choose the weights here: train.py takes them from this file.
 FFT_SIZES = (512, 1024, 2048, 4096)      # samples at 44.1 kHz: 12 to 93 ms
@@ -292,44 +291,3 @@ def feature_matching(real, fake):
     losses = [(f.float() - r.detach().float()).abs().mean() / r.detach().float().abs().mean().clamp(min=1e-3)
               for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs)]
     return sum(losses) / len(losses)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of presets
-# ---------------------------------------------------------------------------------------------------------------------
-
-def count_flops(net, x):
-    """Floating point operations of net(x), two for each multiply-add; works on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        net(x)
-    return counter.get_total_flops()
-
-
-def main():
-    """Print the presets, with the layer shapes of the paper's; nothing is allocated (meta device)."""
-    samples = 2**18
-    print(f"{'preset':8}{'parameters':>12}{'latents':>14}{'encode':>10}{'decode':>10}   for {samples} samples "
-          f"({samples / 44100:.1f} s)")
-    with torch.device("meta"):
-        nets = {name: VAE(config) for name, config in PRESETS.items()}
-        for name, net in nets.items():
-            C = net.config.latent_channels
-            encode = count_flops(net.encoder, torch.empty(1, samples, 2))
-            decode = count_flops(net.decoder, torch.empty(1, samples // net.hop, C))
-            parameters = sum(p.numel() for p in net.parameters())
-            print(f"{name:8}{parameters / 1e6:10.2f} M{C:4} x {44100 / net.hop:.1f}/s{encode / 1e9:7.1f} GF"
-                  f"{decode / 1e9:7.1f} GF")
-        net = nets["paper"]
-        print(f"\na latent frame sees {net.encoder_field} samples on each side of its {net.hop}; "
-              f"a sample, {net.decoder_field} latent frames on each side of its own")
-        for side, x in (("encoder", torch.empty(1, samples, 2)),
-                        ("decoder", torch.empty(1, samples // net.hop, net.config.latent_channels))):
-            print(f"\n{side} of the paper preset: {'':5}parameters   (B, n, C)")
-            for layer in getattr(net, side):
-                x = layer(x)
-                parameters = sum(p.numel() for p in layer.parameters())
-                print(f"  {type(layer).__name__:28}{parameters:12,}   (B, {x.shape[1]}, {x.shape[2]})")
-
-
-if __name__ == "__main__":
-    main()

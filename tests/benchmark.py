@@ -1,22 +1,25 @@
-"""How fast the networks are, as ratios between things timed in the same run.
+"""How large the networks are, and how fast, as ratios between things timed in the same run.
 
     python tests/benchmark.py                       # all rows this machine can do, a few minutes on two cores
-    python tests/benchmark.py --only attention,dit  # of: attention, dit, vae, unet, gpu
+    python tests/benchmark.py --only presets        # or: attention, dit, vae, unet, gpu; several with commas
     OMP_NUM_THREADS=1 python tests/benchmark.py --cpu-time      # beside other work: processor time, not the clock
 
-What is compared takes turns, after one warm-up each, and the medians over all rounds are divided. A model's yardstick
-is the rate of a large matrix product (GEMM) that takes turns with it. FLOPs are those of matrix products and
-convolutions, a multiply-add counted as two. Peak memory is what one call adds at its fullest: on CUDA from the
-allocator, on the CPU as the running sum of torch.profiler's allocation events. How long training waits for data
-(goal 6) is printed by train.py.
+The presets: parameters of each network, and the FLOPs of one forward over its window (PaSST 10 s; the VAE, which takes
+any length, 5.94 s there and back). Then each row says what was reached, beside its goal. What is compared takes turns,
+after one warm-up each, and the medians over all rounds are divided. A model's yardstick is the rate of a large matrix
+product (GEMM) that takes turns with it. FLOPs are those of matrix products and convolutions, a multiply-add counted as
+two. Peak memory is what one call adds at its fullest: on CUDA from the allocator, on the CPU as the running sum of
+torch.profiler's allocation events. How long training waits for data (goal 6) is printed by train.py.
 """
 import argparse
+import contextlib
 import os
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional as F
@@ -28,7 +31,7 @@ import unet1d
 import vae
 from diffusion import v_loss
 from guidance import Term, frozen, guided_estimate
-from tasks import KeepEnds, l1
+from tasks import PASST_PRESETS, KeepEnds, PaSST, l1
 
 MiB = 2**20
 clock = time.perf_counter
@@ -50,6 +53,14 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return clock()
+
+
+def flops(run):
+    """What run() does, {operation: FLOPs} and in all; on the meta device too, which torch.autocast does not know."""
+    autocast = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())
+    with autocast if torch.empty(0).is_meta else contextlib.nullcontext(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_flop_counts().get("Global", {}), counter.get_total_flops()
 
 
 def peak_memory(run, device):
@@ -101,6 +112,23 @@ def at_random(model, device):
     return model.to(device)
 
 
+@torch.no_grad()
+def presets(rounds, device):
+    """Parameters, and FLOPs of one forward over the window of each preset; nothing is allocated (meta device)."""
+    forwards = {
+        vae.VAE: (vae.PRESETS, lambda net: net.decode(net.encode(torch.empty(1, 2, 2**18)))),
+        dit.DiT: (dit.PRESETS, lambda net: net(torch.empty(1, net.config.channels, net.config.frames), torch.empty(1))),
+        unet1d.UNet1D: (unet1d.PRESETS, lambda net: net(torch.empty(1, 2, net.config.samples), torch.empty(1))),
+        PaSST: (PASST_PRESETS, lambda net: net(torch.empty(1, 128, 1000)))}
+    with torch.device("meta"):
+        for network, (configs, forward) in forwards.items():
+            for size, config in configs.items():
+                net = network(config)
+                millions, (_, work) = sum(p.numel() for p in net.parameters()) / 1e6, flops(lambda: forward(net))
+                name = f"{network.__name__} {size}"
+                print(f"    {name:16}{millions:9.2f} M parameters{work / 1e9:10.1f} GF a forward")
+
+
 def attention(rounds, device):
     """Goal 1: L 2048, 6 heads of 64, distances clipped at 64, against the same attention without positions."""
     q, k, v = (torch.randn(1, 6, 2048, 64, device=device, requires_grad=True) for _ in range(3))
@@ -128,8 +156,7 @@ def transformer(rounds, device):
     config = dit.PRESETS["small"]
     model = at_random(dit.DiT(config), device)
     x_t, t = torch.randn(1, config.channels, config.frames, device=device), torch.full((1,), 0.5, device=device)
-    flops = dit.forward_flops(config, config.frames)
-    share_of_gemm(2, "DiT small, forward", lambda: no_grad(model, x_t, t), flops, 0.7, rounds, device)
+    share_of_gemm(2, "DiT small, forward", lambda: no_grad(model, x_t, t), 0.7, rounds, device)
     guided(3, "DiT small", model, config.channels, config.frames, 2.5, rounds, device)
 
 
@@ -138,10 +165,12 @@ def no_grad(model, *inputs):
     return model(*inputs)
 
 
-def share_of_gemm(goal, what, run, flops, bound, rounds, device, dtype=torch.float32):
+def share_of_gemm(goal, what, run, bound, rounds, device, dtype=torch.float32, work=None):
+    """The rate of run(), of so much work (default: all its FLOPs), as a share of the GEMM rate."""
     product, product_flops = gemm(device, dtype)
+    work = work or flops(run)[1]
     s = medians({"run": run, "product": product}, rounds, device)
-    rate, gemm_rate = flops / s["run"], product_flops / s["product"]
+    rate, gemm_rate = work / s["run"], product_flops / s["product"]
     row(goal, f"{what} ({rate / 1e9:.0f} of {gemm_rate / 1e9:.0f} GF/s)", rate / gemm_rate, bound, at_most=False)
 
 
@@ -167,8 +196,7 @@ def unet(rounds, device):
     model, n = at_random(unet1d.UNet1D(config), device), config.samples
     guided(5, "U-Net small", model, 2, n, 2.1, rounds, device)
     x_t, t = torch.randn(1, 2, n, device=device), torch.full((1,), 0.5, device=device)
-    flops = unet1d.forward_flops(model, n)
-    share_of_gemm(5, "U-Net small, forward", lambda: no_grad(model, x_t, t), flops, None, rounds, device)
+    share_of_gemm(5, "U-Net small, forward", lambda: no_grad(model, x_t, t), None, rounds, device)
 
 
 def autoencoder(rounds, device):
@@ -185,12 +213,10 @@ def autoencoder(rounds, device):
 
     for what, run in (("encode", lambda: model.encode(audio)), ("decode", lambda: no_grad(model.decode, latents)),
                       ("training step", train)):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        by_kind = counter.get_flop_counts()["Global"]
-        products = sum(flops for kind, flops in by_kind.items() if "conv" not in str(kind))
-        share = products / counter.get_total_flops()
-        share_of_gemm(4, f"VAE paper, {what}, x{share:.2f}", run, products, 0.6 * share, rounds, device)
+        by_kind, total = flops(run)
+        products = sum(work for kind, work in by_kind.items() if "conv" not in str(kind))
+        share = products / total
+        share_of_gemm(4, f"VAE paper, {what}, x{share:.2f}", run, 0.6 * share, rounds, device, work=products)
 
 
 def gpu(rounds, device):
@@ -214,13 +240,14 @@ def gpu(rounds, device):
             with torch.autocast("cuda", torch.bfloat16), frozen(model):
                 guided_estimate(model, eps, t[0].double(), [term])
 
-        flops = dit.forward_flops(config, n) if name == "DiT" else unet1d.forward_flops(model, n)
+        forward = flops(lambda: no_grad(model, x_0, t.to(device)))[1]       # what is recomputed does not count
         for what, run, forwards in (("guided step", guide, 2), ("training step", train, 3)):
-            share_of_gemm(7, f"{name} paper, {what}", run, forwards * flops, 0.5, rounds, device, torch.bfloat16)
+            share_of_gemm(7, f"{name} paper, {what}", run, 0.5, rounds, device, torch.bfloat16, forwards * forward)
         del model
 
 
-BENCHMARKS = {"attention": attention, "dit": transformer, "vae": autoencoder, "unet": unet, "gpu": gpu}
+BENCHMARKS = {"presets": presets, "attention": attention, "dit": transformer, "vae": autoencoder, "unet": unet,
+              "gpu": gpu}
 
 
 def main(argv=None):
@@ -243,9 +270,11 @@ def main(argv=None):
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"{where}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
           f"torch {torch.__version__}")
+    if names == ["presets"]:
+        return presets(args.rounds, device)
     for dtype in (torch.float32, torch.bfloat16):
-        product, flops = gemm(device, dtype)
-        rate = flops / medians({"product": product}, args.rounds, device)["product"]
+        product, work = gemm(device, dtype)
+        rate = work / medians({"product": product}, args.rounds, device)["product"]
         print(f"GEMM rate, {str(dtype).removeprefix('torch.')}: {rate / 1e9:.0f} GF/s")
     print(f"\n    {'measured':58}{'result':>14}{'goal':>12}")
     for name in names:

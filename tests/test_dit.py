@@ -1,15 +1,13 @@
 """Properties of dit.py: relative attention against its definition, the model's contract, precision, training."""
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+import benchmark
 import dit
+from diffusion import alpha_sigma
 from dit import PRESETS, DiT, relative_attention
 
 TINY = replace(PRESETS["tiny"], width=48, depth=2, heads=3, max_distance=8, frames=64)
@@ -34,10 +32,10 @@ def random_qkvr(length, c, dtype, batch=2, heads=3, d=16):
     return [torch.randn(shape, generator=g, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def trained_like(config, **changes):
+def trained_like(config):
     """A model whose zero-initialised layers are random, so that its output depends on everything."""
     torch.manual_seed(0)
-    model = DiT(replace(config, **changes))
+    model = dit.build(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -89,16 +87,14 @@ def test_attention_logits_do_not_change_under_a_shift():
 
 
 def test_output_is_zero_before_training():
-    """The zero-initialised output layer predicts v = 0, of the shape of x_t, for both modulations."""
-    for modulation in ("shared", "per-block"):
-        v = DiT(replace(TINY, modulation=modulation))(torch.randn(2, 8, 50), torch.rand(2))
-        assert v.shape == (2, 8, 50) and (v == 0).all()
+    """The zero-initialised output layer predicts v = 0, of the shape of x_t."""
+    v = DiT(TINY)(torch.randn(2, 8, 50), torch.rand(2))
+    assert v.shape == (2, 8, 50) and (v == 0).all()
 
 
-@pytest.mark.parametrize("modulation", ["shared", "per-block"])
-def test_clips_of_a_batch_do_not_mix(modulation):
+def test_clips_of_a_batch_do_not_mix():
     """A clip's v is the same alone and in a batch with other clips and times."""
-    model = trained_like(TINY, modulation=modulation)
+    model = trained_like(TINY)
     x_t, t = torch.randn(3, 8, 40), torch.tensor([0.1, 0.5, 1.0])
     v = model(x_t, t)
     assert (v[1] - v[0]).abs().max() > 0.1
@@ -139,10 +135,9 @@ def test_any_length_up_to_the_window_and_none_beyond():
 
 
 def test_impossible_configurations_are_refused():
-    """An unknown modulation, or a width that the heads do not divide, is named."""
-    for changes in ({"modulation": "adaln"}, {"heads": 5}):
-        with pytest.raises(ValueError, match="modulation|heads"):
-            DiT(replace(TINY, **changes))
+    """A width that the heads do not divide is named."""
+    with pytest.raises(ValueError, match="48 .* 5 heads"):
+        DiT(replace(TINY, heads=5))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -173,21 +168,6 @@ def test_silence_and_full_scale_noise_stay_finite(dtype):
         assert torch.autograd.grad(v.float().mean(), x_t)[0].isfinite().all()
 
 
-def test_checkpointing_changes_no_value(monkeypatch):
-    """v and every gradient are bitwise those of the model without it, and each block is indeed computed twice."""
-    calls = []
-    attention = dit.Block.attention
-    monkeypatch.setattr(dit.Block, "attention", lambda self, h: calls.append(1) or attention(self, h))
-    x_t, t, results = torch.randn(2, 8, 50), torch.rand(2), []
-    for checkpointing in (False, True):
-        model = trained_like(TINY, checkpointing=checkpointing)
-        x = x_t.clone().requires_grad_()
-        v = model(x, t)
-        results.append([v, *torch.autograd.grad(v.square().sum(), [x, *model.parameters()])])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert len(calls) == 3 * TINY.depth
-
-
 def test_frozen_parameters_leave_the_gradient_of_the_input_as_it_is():
     """The guidance gradient, for which parameters are frozen, is that of the model as it trains."""
     model = trained_like(TINY)
@@ -203,9 +183,7 @@ def test_frozen_relative_vectors_cost_nothing_in_the_backward_pass():
 
     def backward_flops(vectors, inputs):
         out = relative_attention(q, k, v, vectors, block=8)
-        with FlopCounterMode(display=False) as counter:
-            torch.autograd.grad(out.sum(), inputs)
-        return counter.get_total_flops()
+        return benchmark.flops(lambda: torch.autograd.grad(out.sum(), inputs))[1]
 
     assert backward_flops(r.detach(), [q, k, v]) == backward_flops(r, [q, k, v, r]) - 2 * 6 * 20 * 9 * 16
 
@@ -234,18 +212,65 @@ def test_one_clip_can_be_learned():
 
 
 def test_paper_preset_has_the_papers_size():
-    """About 1B parameters with shared modulation, 1.36B with adaLN-Zero in each block; 32 layers of 1536 (App. C.1)."""
-    count = {}
+    """About 1B parameters: 32 layers of 1536 over 2048 frames (App. C.1)."""
     with torch.device("meta"):
-        for modulation in ("shared", "per-block"):
-            model = DiT(replace(PRESETS["paper"], modulation=modulation))
-            count[modulation] = sum(p.numel() for p in model.parameters())
+        model = DiT(PRESETS["paper"])
     assert len(model.blocks) == 32 and model.config.width == 1536 and model.config.frames == 2048
-    assert 0.9e9 < count["shared"] < 1.0e9
-    assert abs(count["per-block"] - 1.36e9) < 0.01e9
+    assert 0.9e9 < sum(p.numel() for p in model.parameters()) < 1.0e9
 
 
-def test_script_prints_sizes():
-    """`python dit.py` prints both sizes of the paper's model, the cost of a forward pass and the shapes."""
-    printed = subprocess.run([sys.executable, Path(dit.__file__)], capture_output=True, text=True, check=True).stdout
-    assert all(text in printed for text in ("928.71 M", "1367.53 M", "344.5", "5.944 s", "4608 x 1536", "GF"))
+def test_the_presets_are_counted_without_memory(capsys):
+    """The work of the paper's preset on the meta device is that of its products, counted by hand, to 0.1%."""
+    benchmark.main(["--only", "presets"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "DiT paper" in line)
+    c, n = PRESETS["paper"], 2048
+    a_block = 12 * c.width**2 + c.width * (2 * n + 2 * c.max_distance + 1)  # multiply-adds of a frame
+    by_hand = 2 * n * (c.depth * a_block + 2 * c.channels * c.width)
+    assert "928.71 M" in line and float(line.split()[-4]) == pytest.approx(by_hand / 1e9, rel=1e-3)
+
+
+# ---- SpectralDiT ----------------------------------------------------------------------------------------------------
+
+SPECTRAL = dit.DiTConfig(channels=4, frames=64, width=16, depth=2, heads=2, hops=(8, 2))
+
+
+@pytest.mark.parametrize("hop", [1, 2, 16])
+def test_spectra_are_a_tight_frame(hop):
+    """from_spectra inverts spectra, also at both ends, and white noise has variance 1 in each bin of each whole frame."""
+    x = torch.randn(200, 3, 4 * hop, dtype=torch.float64)
+    X = dit.spectra(x, hop)
+    assert X.shape == (200, 5, hop + 1, 3)
+    torch.testing.assert_close(dit.from_spectra(X, hop), x, atol=1e-5, rtol=0)
+    assert (X[:, 1:-1].abs().square().mean((0, 1, 3)) - 1).abs().max() < 0.2
+
+
+def test_spectral_dit_starts_as_the_best_estimate_for_a_gaussian():
+    """Before training, v is E[v | x_t] for music that is Gaussian with the measured spectrum, here white in time."""
+    mix = torch.randn(4, 4, dtype=torch.float64)
+    x_0 = mix @ torch.randn(2000, 4, 64, dtype=torch.float64)
+    model = dit.build(SPECTRAL)
+    model.set_spectrum([x_0.float()])
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    alpha_t, sigma_t = (c[:, None, None] for c in alpha_sigma(t))
+    S, one = mix @ mix.T, torch.eye(4, dtype=torch.float64)
+    x_t = alpha_t * x_0[:3] + sigma_t * torch.randn(3, 4, 64, dtype=torch.float64)
+    expected = alpha_t * sigma_t * (one - S) @ torch.linalg.inv(alpha_t**2 * S + sigma_t**2 * one) @ x_t
+    assert (model(x_t.float(), t) - expected).square().mean() < 1e-3 * expected.square().mean()
+
+
+def test_spectral_dit_takes_any_length_and_keeps_clips_apart():
+    """v has the shape of x_t also where n is no multiple of a hop, and a clip's v does not depend on its batch."""
+    model, x_t, t = trained_like(SPECTRAL), torch.randn(3, 4, 37), torch.rand(3, dtype=torch.float64)
+    v = model(x_t, t)
+    assert v.shape == x_t.shape
+    torch.testing.assert_close(v[1:2], model(x_t[1:2], t[1:2]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at most 64"):
+        model(torch.randn(1, 4, 65), t[:1])
+
+
+def test_spectral_dit_hears_the_whole_window():
+    """Through attention along time, the last frame of x_t moves the first frame of v."""
+    model, x_t, t = trained_like(replace(SPECTRAL, frames=512)), torch.randn(1, 4, 512), torch.tensor([0.5]).double()
+    other = x_t.clone()
+    other[..., -1] += 3
+    assert (model(x_t, t) - model(other, t))[..., 0].abs().max() > 1e-6
