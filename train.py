@@ -11,9 +11,7 @@ number of threads nor that of processes changes what is trained.
 import argparse
 import copy
 import csv
-import errno
 import hashlib
-import json
 import math
 import os
 import signal
@@ -26,7 +24,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import soundfile as sf
@@ -34,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dit
@@ -55,10 +51,6 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
         "classifier": (PaSST, PaSSTConfig, PASST_PRESETS)}
-HEALTHY = {"vae": "the loss falls steadily, and the SNR ends near 10 dB or above",
-           "latent": "the validation loss is below 0.8 after some hundred steps, and falls slowly from there",
-           "waveform": "the validation loss is below 0.35 after a thousand steps, and falls slowly from there",
-           "classifier": "the mean average precision is far above one over the number of classes"}
 
 
 @dataclass(frozen=True)
@@ -71,24 +63,25 @@ class Recipe:
     warmup: int                         # steps; never more than a tenth of them
     ema: float                          # decay of the moving average of the weights
     finetune_steps: int = 0             # VAE: decoder against discriminator, after `steps`
-    window: int = 0                     # samples in a clip; 0: the model's own window
+    windows: tuple = ()                 # samples in a clip, of one step after the other; (): the model's own window
+    cooldown: float = 0.35              # share of the steps over which the rate falls to zero
     muon: bool = False                  # see make_optimizers
     beta2: float = 0.999                # of AdamW
 
 
 RECIPES = {
-    "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, window=2**14),
-            "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, window=2**15),
-            "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, window=2**16)},
+    "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, windows=(2**14,)),
+            "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, windows=(2**15,)),
+            "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, windows=(2**16,))},
     "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True),
-               "small": Recipe(20_000, 16, 2e-3, 200, 0.999, muon=True),
+               "small": Recipe(20_000, 2, 2e-3, 200, 0.999, windows=(2**16, 2**17, 2**18), muon=True),
                "paper": Recipe(300_000, 96, 1e-4, 5000, 0.9999)},
     "waveform": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, beta2=0.99),
                  "small": Recipe(20_000, 8, 1e-3, 200, 0.999, beta2=0.99),
                  "paper": Recipe(600_000, 384, 1e-4, 5000, 0.9999)},
-    "classifier": {"tiny": Recipe(200, 8, 1e-3, 20, 0.98, window=2**16),
-                   "small": Recipe(4_000, 16, 1e-3, 100, 0.99, window=3 * SAMPLE_RATE, muon=True),
-                   "paper": Recipe(100_000, 96, 1e-4, 5000, 0.999, window=10 * SAMPLE_RATE)},
+    "classifier": {"tiny": Recipe(200, 8, 1e-3, 20, 0.98, windows=(2**16,)),
+                   "small": Recipe(4_000, 16, 1e-3, 100, 0.99, windows=(3 * SAMPLE_RATE,), muon=True),
+                   "paper": Recipe(100_000, 96, 1e-4, 5000, 0.999, windows=(10 * SAMPLE_RATE,))},
 }
 
 
@@ -115,11 +108,8 @@ def run(main, need_memory="lower --batch (or, when training, raise --accumulate)
             raise
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS,
-                               errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            raise
-        message = (f"{error.filename or 'a file'} cannot be written: {error.strerror}. Free some space, or write "
-                   "elsewhere; what was saved before is whole")
+        message = (f"{error.filename or 'a file'} cannot be read or written ({error.strerror}): free some space, or "
+                   "choose another place; what was saved before is whole")
         status = 1
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -238,24 +228,6 @@ def probe(path):
         return reason(error)
 
 
-def index(folders, store):
-    """{path: [frames, rate, channels] or a reason} for all audio files in the folders. What is known is kept in the
-    file `store`; only new and changed files are opened."""
-    known = json.loads(store.read_text()) if store.exists() else {}
-    stamps = {}
-    for path in find_files(folders):
-        stat = os.stat(path) if os.path.exists(path) else None
-        stamps[path] = [stat.st_size, stat.st_mtime_ns] if stat else None
-    new = [path for path, stamp in stamps.items() if path not in known or known[path][0] != stamp]
-    with ThreadPoolExecutor(8) as pool:
-        facts = list(progress(pool.map(probe, new), "index", len(new), unit="file")) if new else []
-    known |= {path: [stamps[path], fact] for path, fact in zip(new, facts)}
-    barrier()                                   # each process has read the store before one of them writes it
-    if new and RANK == 0:
-        write_atomic(store, lambda file: file.write(json.dumps(known).encode()))
-    return {path: known[path][1] for path in stamps}
-
-
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 def random_numbers(seed, *counters):
@@ -354,18 +326,28 @@ class Synthetic:
 
 
 class Clips:
-    """clips(ks) -> batch of tensors: clip k and all that is random about it, a function of (seed, stream, k). `count`
-    clips spread evenly over the music, or, without a count, endlessly many from anywhere."""
+    """clips(ks) -> batch of tensors: clip k and all that is random about it, a function of (seed, stream, k). Step i of
+    training takes clips of windows[i % len(windows)] samples: `batch` of the longest, of the shorter ones as many more.
+    With a count, that many clips spread evenly over the music; else endlessly many from anywhere."""
 
-    def __init__(self, source, window, draw, classes, seed, stream=TRAIN, count=None):
-        self.source, self.window, self.draw = source, window, draw
+    def __init__(self, source, windows, draw, classes, seed, stream=TRAIN, count=None, batch=1):
+        self.source, self.windows, self.draw, self.batch = source, windows, draw, batch
         self.seed, self.stream, self.count = seed, stream, count
         self.labels = [classes.index(name) if name in classes else -1 for name in source.names]
+        self.most = batch * max(windows) // min(windows)        # clips that a step may have
+
+    def window(self, step):
+        return self.windows[step % len(self.windows)]
+
+    def of_step(self, step):
+        """The numbers of the clips of that step."""
+        first = step * self.most
+        return range(first, first + self.batch * max(self.windows) // self.window(step))
 
     def clip(self, k):
-        rng = random_numbers(self.seed, self.stream, k)
-        x, track = self.source.crop(rng, self.window, (k + 0.5) / self.count if self.count else None)
-        return {"k": np.int64(k), "x": x, "label": np.int64(self.labels[track]), **self.draw(rng)}
+        rng, window = random_numbers(self.seed, self.stream, k), self.window(k // self.most)
+        x, track = self.source.crop(rng, window, (k + 0.5) / self.count if self.count else None)
+        return {"k": np.int64(k), "x": x, "label": np.int64(self.labels[track]), **self.draw(rng, window)}
 
     def __call__(self, ks):
         clips = [self.clip(k) for k in ks]
@@ -386,14 +368,20 @@ def prefetch(load, schedule, workers):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@torch.no_grad()
-def moments(clips, encode, count):
-    """Mean and standard deviation (C,) of encode(x) (B, C, n), over short clips from all over the training set."""
-    n, total, squares = 0, 0.0, 0.0
-    short = Clips(clips.source, min(clips.window, 2**15), lambda rng: {}, [], clips.seed, MEASURE, count)
+def short_clips(clips, count):
+    """x of `count` clips of at most 0.74 s, (1, C, n) each, from all over the training set."""
+    short = Clips(clips.source, [min([*clips.windows, 2**15])], lambda *_: {}, [], clips.seed, MEASURE, count)
     batches = prefetch(short, [[k] for k in range(count)], workers=2)
     for batch in progress(batches, "statistics", count, unit="clip", leave=False):
-        z = encode(batch["x"]).cpu().double()            # MPS has no float64
+        yield batch["x"]
+
+
+@torch.no_grad()
+def moments(batches):
+    """Mean and standard deviation (C,) of the batches (B, C, n)."""
+    n, total, squares = 0, 0.0, 0.0
+    for z in batches:
+        z = z.cpu().double()                             # MPS has no float64
         n, total, squares = n + z[:, 0].numel(), total + z.sum((0, 2)), squares + z.square().sum((0, 2))
     return (total / n).float(), (squares / n - (total / n).square()).clamp(min=1e-8).sqrt().float()
 
@@ -469,10 +457,14 @@ def load_state(path):
     return state
 
 
+def config_of(config_class, values):
+    """A configuration from a checkpoint, whose settings that no longer exist are passed over."""
+    return config_class(**{field.name: values[field.name] for field in fields(config_class) if field.name in values})
+
+
 def rebuild(kind, config, weights):
     make, config_class, _ = NETS[kind]
-    known = {field.name for field in fields(config_class)}
-    net = make(config_class(**{name: value for name, value in config.items() if name in known}))
+    net = make(config_of(config_class, config))
     try:
         net.load_state_dict(weights)
     except RuntimeError:
@@ -494,19 +486,14 @@ def steps_made(state):
     return state["step"] + state.get("before", 0)
 
 
-def find_checkpoint(kind, path=None):
-    """The file given, else the one shipped beside this module, else that of the default run."""
-    places = [Path(__file__).parent / "checkpoints" / f"{kind}.pt", Path("runs") / kind / "model.pt"]
-    for place in [Path(path)] if path else places:
-        if place.exists():
-            return place
-    raise UserError(f"{show(path)} does not exist" if path else
-                    f"there is no checkpoint {places[0]} and no {places[1]}: run python train.py --model {kind}")
+def shipped(kind):
+    """The checkpoint of that kind that comes with this module."""
+    return Path(__file__).parent / "checkpoints" / f"{kind}.pt"
 
 
 def open_checkpoint(kind, path=None, device="cpu"):
-    """The checkpoint of that kind that find_checkpoint finds. UserError if what it finds is of another kind."""
-    found = load_checkpoint(find_checkpoint(kind, path), device)
+    """The one rule of all scripts: the file given, else the shipped one. UserError for another kind of model."""
+    found = load_checkpoint(path or shipped(kind), device)
     if found.kind != kind:
         raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: give a file that train.py "
                         f"--model {kind} wrote")
@@ -662,6 +649,7 @@ class Trainer:
         self.header, self.out, self.total = header, Path(options.out), options.steps + options.finetune_steps
         self.ema = copy.deepcopy(objective.net).requires_grad_(False).eval()
         self.step, self.skipped, self.bad_in_a_row, self.waited, self.stop, self.found = 0, 0, 0, 0.0, None, {}
+        self.spent = state["core_hours"] if state else 0.0
         if not state:
             return self.begin_stage(adversarial=False)
         self.step, self.skipped = state["step"], state["skipped"]
@@ -670,7 +658,6 @@ class Trainer:
         self.begin_stage(state["adversarial"])
         for optimizer, known in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(known)
-        self.scaler.load_state_dict(state["scaler"])
 
     def begin_stage(self, adversarial):
         """Freeze what this stage does not train, and make an optimizer for the rest."""
@@ -680,23 +667,22 @@ class Trainer:
         groups = [[p for p in part.parameters() if p.requires_grad] for part in objective.children()]
         self.groups = [group for group in groups if group]
         self.optimizers = make_optimizers(objective, o)
-        self.scaler = torch.amp.GradScaler(o.device.type, init_scale=2.0**13, enabled=o.precision == "fp16")
         parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         self.model = parallel(objective) if WORLD > 1 else objective
 
     def schedule(self):
         """For each step, and each part of it, the clips that this process takes."""
-        o = self.options
+        parts = self.options.accumulate
         for step in range(self.step, self.total):
-            mine = range(step * o.batch + RANK, (step + 1) * o.batch, WORLD)
-            yield from (mine[part::o.accumulate] for part in range(o.accumulate))
+            mine = self.clips.of_step(step)[RANK::WORLD]
+            yield from (mine[part::parts] for part in range(parts))
 
     def learning_rate(self):
-        """Warm-up, then cosine to zero; each stage has its own."""
+        """Warm-up, a constant, then linearly to zero over the last --cooldown share, in each stage of a VAE."""
         o = self.options
         done, steps = (self.step - o.steps, o.finetune_steps) if self.adversarial else (self.step, o.steps)
         warmup = max(1, min(o.warmup, steps // 10))
-        return o.lr * min(1, (done + 1) / warmup) * (1 + math.cos(math.pi * done / steps)) / 2
+        return o.lr * min(1, (done + 1) / warmup, (1 - done / steps) / o.cooldown)
 
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns that loss."""
@@ -709,7 +695,7 @@ class Trainer:
             self.waited += time.perf_counter() - began
             with self.model.no_sync() if WORLD > 1 and part < parts - 1 else nullcontext():
                 loss, _ = self.model(**self.on_device(batch))
-                self.scaler.scale(loss / parts).backward()
+                (loss / parts).backward()
             total += loss.detach() / parts
         if WORLD > 1:
             dist.all_reduce(total)
@@ -722,27 +708,23 @@ class Trainer:
     def update(self, stream):
         """One step; returns its row of the log."""
         loss, lr = self.gradients(stream), self.learning_rate()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
         norm = torch.stack([nn.utils.clip_grad_norm_(group, 1.0) for group in self.groups]).max().item()
         usable = math.isfinite(loss) and math.isfinite(norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if usable:                      # scaler.step would decide for each optimizer by itself
+            if usable:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()                # halves its scale where unscale_ met an overflow
         if usable:
             decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.objective.net.parameters()), 1 - decay)
-        overflow = math.isfinite(loss) and self.scaler.get_scale() > 1     # fp16: the next scale may do; else it is 1
-        self.bad_in_a_row = 0 if usable or overflow else self.bad_in_a_row + 1
+        self.bad_in_a_row = 0 if usable else self.bad_in_a_row + 1
         self.skipped += not usable
         if self.bad_in_a_row == 10:
             raise UserError(f"ten losses or gradients in a row were not finite, up to step {self.step}: lower --lr, or "
-                            "take --precision bf16 or fp32. The last checkpoint is whole", status=1)
+                            "take --precision fp32. The last checkpoint is whole", status=1)
         self.step += 1
         return {"step": self.step, "loss": loss, "lr": lr, "gradient_norm": norm}
 
@@ -751,7 +733,7 @@ class Trainer:
         o, first, began = self.options, self.step, time.perf_counter()
         self.deadline = began + 60 * o.minutes if o.minutes is not None else math.inf
         stream = prefetch(self.clips, self.schedule(), o.workers)
-        with stop_signals(self), open_log(self.out / "log.csv", first) as log, progress(
+        with stop_signals(self), open_log(self.out / "log.csv", new=not first) as log, progress(
                 total=self.total, initial=first, desc=o.model, unit="step") as bar:
             while self.step < self.total and not self.stopping():
                 if self.step >= o.steps and not self.adversarial:
@@ -761,15 +743,19 @@ class Trainer:
                 if self.step == first + 1:
                     began, self.waited = time.perf_counter(), 0.0       # the first clips had no time to be ready
                 self.now_and_then(row)
-                rate = (self.step - first - 1) * o.batch / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {rate:.2f} clips/s, "
-                                    f"{rate * o.window / SAMPLE_RATE:.1f} s of audio/s", refresh=False)
+                rate = (self.step - first - 1) * o.batch * max(o.windows) / SAMPLE_RATE / (time.perf_counter() - began)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {rate:.1f} s of audio/s", False)
                 bar.update()
-                log(row | {"clips_per_s": round(rate, 3)})
+                log(row | {"audio_per_s": round(rate, 2), "core_hours": round(self.core_hours(), 4)})
         stream.close()
         self.save()
+        barrier()                           # rank 0 validates and saves; what comes next may read that
         self.farewell(time.perf_counter() - began)
         return self.step == self.total
+
+    def core_hours(self):
+        """Processor time of this process, and of the calls that the run began with."""
+        return self.spent + time.process_time() / 3600
 
     def stopping(self):
         """Whether to end now, because of a signal or the time limit; all processes agree."""
@@ -830,23 +816,25 @@ class Trainer:
         if RANK == 0:
             save_atomic(self.out / "model.pt", {
                 **self.header, "format": 1, "kind": o.model, "size": o.size, "step": self.step, "seed": o.seed,
-                "adversarial": self.adversarial, "skipped": self.skipped, "ema": self.ema.state_dict(),
-                "objective": self.objective.state_dict(),
+                "core_hours": self.core_hours(), "adversarial": self.adversarial, "skipped": self.skipped,
+                "ema": self.ema.state_dict(), "objective": self.objective.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(),
-                "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
+                "settings": {name: value for name, value in vars(o).items()
+                             if name not in (*PER_CALL, "every", "save_every", "valid_clips")}})
 
     def farewell(self, seconds):
         say(f"{self.options.model}: step {self.step} of {self.total} in {self.out / 'model.pt'}; waited for data "
             f"{100 * self.waited / max(seconds, 1e-9):.2f}% of {seconds:.0f} s; {self.skipped} steps skipped")
         for name, value in self.found.items():
             say(f"  {name}: {value:.4g}")
-        say(f"  healthy if {HEALTHY[self.options.model]}")
         for path, why in self.clips.source.broken.items():
             say(f"  could not be read: {show(path)} ({why})")
         if self.stop:
-            words = [word for word in sys.argv if word not in ("--resume", "--force")]
-            say(f"stopped by {self.stop}; to go on: python {' '.join(words)} --resume")
+            o = self.options
+            say(f"stopped by {self.stop}; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
+        elif self.options.model in ("latent", "waveform"):
+            say(f"to use it: python sample.py --model {self.options.model} --checkpoint {show(self.out / 'model.pt')} "
+                "--task continuation --input clip.wav")
 
 
 @contextmanager
@@ -865,30 +853,35 @@ def stop_signals(trainer):
 
 
 @contextmanager
-def open_log(path, step):
-    """The CSV log: log(row) adds a row. Rows beyond `step`, which a killed run left, are dropped."""
-    columns = ["step", "loss", "lr", "gradient_norm", "clips_per_s", "validation"]
-    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    with open(os.devnull if RANK else path, "w", newline="", buffering=1) as file:
+def open_log(path, new):
+    """The CSV log: log(row) adds a row. A run that is resumed goes on in it."""
+    columns = ["step", "core_hours", "loss", "lr", "gradient_norm", "audio_per_s", "validation"]
+    with open(os.devnull if RANK else path, "w" if new else "a", newline="", buffering=1) as file:
         log = csv.DictWriter(file, columns, lineterminator="\n")
-        log.writeheader()
-        log.writerows(row for row in rows if row["validation"] is not None and int(row["step"]) <= step)
+        if new:
+            log.writeheader()
         yield log.writerow
 
 
-def standardise(vae, clips, count):
-    """Set the statistics with which latents of the training set have mean 0 and variance 1."""
-    encode = lambda x: vae.posterior(x.to(vae.latent_mean.device))[0]
-    mean, std = moments(clips, encode if clips.source.unit == 1 else lambda latents: latents, count)
-    vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
+@torch.no_grad()
+def measure(o, objective, clips):
+    """What a new network keeps of the training set: a latent model its latents' mean, deviation and cross-spectra, a
+    waveform model the deviations of its coefficients."""
+    net, x = objective.net, (x.to(o.device) for x in short_clips(clips, MEASURED))
+    if o.model == "waveform":
+        net.set_spectrum(moments(net.coefficients(x) for x in x)[1])
+    elif o.model == "latent":
+        vae = objective.space.vae
+        latents = [z if clips.source.unit > 1 else vae.posterior(z)[0] for z in x]
+        mean, std = moments(latents)
+        vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
+        if net.config.hops:
+            net.set_spectrum([objective.encode(z) for z in latents])
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-PER_CALL = ("resume", "force", "minutes", "dry_run", "device", "workers", "out")       # not part of what a run is
-DEFAULTS = {"data": None, "valid": None, "vae": None, "init": None, "accumulate": 1, "seed": 0, "device": "auto",
-            "precision": None, "cache": False, "minutes": None, "resume": False, "force": False}
-FIXED = ("size", "data", "valid", "seed", "batch", "lr", "cache", "vae", "init", "window")     # --resume keeps these
+PER_CALL = ("resume", "force", "minutes", "device", "workers", "out", "export")     # not part of what a run is
 
 
 def clip_length(seconds):
@@ -897,78 +890,79 @@ def clip_length(seconds):
 
 
 def parse(argv):
-    """The arguments that were given and no others: the rest comes from the run to go on with, or from the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
+    """All options; None where nothing was given, for `settle` to fill."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add, flag = parser.add_argument, {"action": "store_true", "default": None}
     add("--model", choices=NETS, default="latent")
-    add("--size", choices=("tiny", "small", "paper"), help="default: small")
+    add("--size", choices=("tiny", "small", "paper"), help="default: small, or that of --init")
     count, steps = within(1, 10**9, int), within(0, 10**9, int)
     folders = {"nargs": "+", "metavar": "FOLDER", "type": os.path.realpath}
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
-    add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: of the same size, that of runs/vae, "
-        "else the shipped one, else one that is trained first")
+    add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: the shipped latent model's")
     add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
-    add("--window", type=clip_length, metavar="SECONDS", help="length of a clip; default: the recipe's")
+    add("--windows", nargs="+", type=clip_length, metavar="SECONDS", help="lengths of clips, of one step after another; "
+        "default: the recipe's")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
-    add("--batch", type=count, help="clips in a step, all processes together")
+    add("--batch", type=count, help="clips of the longest window in a step, all processes together")
     add("--accumulate", type=count, help="parts that a process does its clips in, to save memory")
     add("--lr", type=within(1e-9, 1))
+    add("--cooldown", type=within(0.01, 1), help="share of the steps, at the end, over which the rate falls to zero")
     add("--seed", type=within(0, 2**63, int))
-    add("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp16 on CUDA, else fp32")
-    add("--device", help="auto, cpu, cuda, mps")
-    add("--workers", type=count, help="threads that prepare clips")
-    add("--cache", action="store_true", help="decode (latent: encode) all music once, into the run's folder")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
+    add("--compile", **flag, help="compile the transformer's blocks: faster after a minute or two")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--workers", type=count, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="threads that prepare clips")
+    add("--cache", **flag, help="decode (latent: encode) all music once, into the run's folder")
     add("--minutes", type=within(0, math.inf), help="save and stop after so long; --resume goes on")
     add("--save-every", type=count, metavar="STEPS")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--force", action="store_true", help="begin again in an --out that holds a run")
+    add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
+    add("--force", **flag, help="begin again in an --out that holds a run")
     add("--export", metavar="FILE", help="write the run's small checkpoint, for sampling, and end")
-    add("--dry-run", action="store_true", help="print what the run would need, and end")
-    return vars(parser.parse_args(argv))
+    return parser.parse_args(argv)
 
 
-def settle(given):
-    """(options, checkpoint of the run to go on with or None). Options: what was given, else what the run was begun
-    with, else the recipe's."""
-    init, out = given.get("init"), Path(given.get("out", f"runs/{given['model']}"))
-    size = given.get("size", load_state(init)["size"] if init else "small")
-    file, state = out / "model.pt", None
-    if given.get("resume") and file.exists():
+def settle(o):
+    """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns the
+    checkpoint of that run, or None."""
+    file, state = Path(o.out) / "model.pt", None
+    if o.resume and file.exists():
         state = load_state(file)
-        if state["kind"] != given["model"]:
-            raise UserError(f"the run in {show(out)} is of --model {state['kind']}: add that, or choose another --out")
+        if state["kind"] != o.model:
+            raise UserError(f"the run in {show(o.out)} is of --model {state['kind']}: say that, or choose another --out")
         if "settings" not in state:
             raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
-        for name in FIXED:
-            if name in given and given[name] != state["settings"][name]:
-                raise UserError(f"the run in {show(out)} has another --{name}: leave it out, or choose another --out")
-    elif given.get("resume"):
-        say(f"no checkpoint in {show(out)} yet: beginning at step 0")
-    elif file.exists() and not given.get("force"):
+        for name, value in state["settings"].items():
+            if getattr(o, name, None) not in (None, value) and name != "steps":
+                raise UserError(f"the run in {show(o.out)} has another --{name}: leave it out, or choose another --out")
+    elif o.resume:
+        say(f"no checkpoint in {show(o.out)} yet: beginning at step 0")
+    elif file.exists() and not o.force:
         raise UserError(f"{show(file)} exists: --resume goes on with it, --force begins again; or choose another --out")
-    recipe = asdict(RECIPES[given["model"]][size])
-    if "steps" in given:
-        recipe["finetune_steps"] = given["steps"] * recipe["finetune_steps"] // recipe["steps"]
-    begun_with = state["settings"] if state else {}
-    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
-    here = {"size": size, "out": str(out), "workers": workers}
-    o = argparse.Namespace(**{**DEFAULTS, **recipe, **here, **begun_with, **given})
-    o.every = getattr(o, "every", max(50, min(1000, o.steps // 10)))        # steps between validations
-    o.save_every = getattr(o, "save_every", o.every)
+    o.size = o.size or (load_state(o.init)["size"] if o.init else "small")
+    recipe = asdict(RECIPES[o.model][o.size])
+    if o.steps is not None:
+        recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
+    for name, value in {"accumulate": 1, "seed": 0, **recipe, **(state["settings"] if state else {})}.items():
+        if getattr(o, name, None) is None:
+            setattr(o, name, value)
+    o.every = max(50, min(1000, o.steps // 10))             # steps between validations
+    o.save_every = o.save_every or o.every
     o.device = pick_device(o.device)
-    o.precision = o.precision or ("fp16" if o.device.type == "cuda" else "fp32")
+    o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
     if o.batch % (o.accumulate * WORLD):
         raise UserError(f"--batch {o.batch} is no multiple of {WORLD} processes x --accumulate {o.accumulate}")
-    return o, state
+    return state
 
 
-def survey(folders, window, store, flag):
+def survey(folders, window, flag):
     """{path: [frames, rate, channels]} of the files that clips of `window` samples can come from; says which are left
     out, and why. Files shorter than the window are taken, and filled up with zeros, only if there are no others."""
-    facts = index(folders, store)
+    paths = find_files(folders)
+    with ThreadPoolExecutor(8) as pool:
+        facts = dict(zip(paths, progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)))
     seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
     usable = [path for path in seconds if seconds[path] >= window / SAMPLE_RATE]
     usable = usable or [path for path in seconds if seconds[path] >= MIN_SECONDS]
@@ -987,9 +981,9 @@ def music(o):
     """Where clips come from, for training and for validation."""
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
-    train = survey(o.data, o.window, Path(o.out) / "index.json", "--data")
+    train = survey(o.data, max(o.windows), "--data")
     if o.valid:
-        return Tracks(train), Tracks(survey(o.valid, o.window, Path(o.out) / "index-valid.json", "--valid"))
+        return Tracks(train), Tracks(survey(o.valid, max(o.windows), "--valid"))
     if len(train) < 4:
         say("fewer than four files: validation takes other clips of the same files")
         return Tracks(train), Tracks(train)
@@ -998,56 +992,16 @@ def music(o):
     return Tracks({p: f for p, f in train.items() if p not in held_out}), Tracks({p: train[p] for p in held_out})
 
 
-def vae_for(o, given):
-    """The VAE of a latent run: that of --vae (a latent model's will do), else, if of the run's size, that of runs/vae,
-    else the shipped latent model's; else one trained now, None if that was interrupted."""
-    places = [Path("runs") / "vae" / "model.pt", Path(__file__).parent / "checkpoints" / "latent.pt"]
-    path = o.vae or next((place for place in places if place.exists() and load_state(place)["size"] == o.size), None)
-    if not path:
-        say(f"there is no VAE of size {o.size} yet: training one first")
-        path = Path(o.out) / "vae" / "model.pt"
-        same = ("data", "valid", "seed", "device", "workers", "minutes", "force")
-        passed_on = {name: given[name] for name in same if name in given}
-        if not train({"model": "vae", "size": o.size, "out": str(path.parent), "resume": not o.force, **passed_on}):
-            return None
-    found, state = load_checkpoint(path), load_state(path)
+def vae_for(o):
+    """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model."""
+    found = load_checkpoint(o.vae or shipped("latent"))
     if found.kind not in ("vae", "latent"):
-        raise UserError(f"--vae {show(path)} holds a {found.kind} model; a VAE's or a latent model's is needed")
-    say(f"VAE: from {show(path)}, a {found.kind} checkpoint of size {found.size}")
-    if found.kind == "vae" and "settings" in state:            # an export has none
-        total = state["settings"]["steps"] + state["settings"]["finetune_steps"]
-        if state["step"] < total:
-            say(f"  its own training is at step {state['step']} of {total} only")
+        raise UserError(f"--vae {show(o.vae)} holds a {found.kind} model; a VAE's or a latent model's is needed")
+    if not o.vae and found.size != o.size:
+        raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} first, "
+                        "and add --vae runs/vae/model.pt")
+    say(f"VAE: from {show(found.path)}, a {found.kind} checkpoint of size {found.size}, {found.step} steps")
     return found.vae or found.net
-
-
-def dry_run(o, net_class, config):
-    """Parameters, memory and work of a run, from a model without memory (the meta device)."""
-    with torch.device("meta"):
-        net = net_class(config)
-        inputs = {"vae": lambda: (torch.empty(1, 2, o.window),),
-                  "latent": lambda: (torch.empty(1, config.channels, o.window // VAE.hop), torch.empty(1)),
-                  "waveform": lambda: (torch.empty(1, 2, o.window), torch.empty(1)),
-                  "classifier": lambda: (torch.empty(1, 128, o.window * PASST_RATE // SAMPLE_RATE // 320),)}[o.model]()
-    kept = {}
-
-    def pack(x):
-        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    no_autocast = patch("torch.autocast", lambda *_, **__: nullcontext())       # it does not know the meta device
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with no_autocast, hooks, FlopCounterMode(display=False) as counter:
-        net(*inputs)
-    parameters, clip_flops = sum(p.numel() for p in net.parameters()), 3 * counter.get_total_flops()
-    steps, half = o.steps + o.finetune_steps, 1 if o.precision == "fp32" else 2
-    say(f"{o.model}, size {o.size}: {parameters / 1e6:.1f} M parameters; clips of {o.window / SAMPLE_RATE:.2f} s")
-    say(f"memory: {20 * parameters / 2**30:.1f} GiB for weights, gradients, AdamW and averaged weights, and about "
-        f"{sum(kept.values()) / half / 2**30:.2f} GiB in {o.precision} for each clip that a "
-        "process does at a time (--batch / --accumulate)")
-    say(f"work: {clip_flops / 1e12:.2f} TFLOP a clip, {o.batch * clip_flops / 1e12:.1f} a step of {o.batch} clips, "
-        f"{steps * o.batch * clip_flops / 1e18:.3g} EFLOP for {steps} steps: "
-        f"{steps * o.batch * clip_flops / 1e14 / 3600:.4g} hours at 100 TFLOP/s in all")
 
 
 def beginning(o):
@@ -1066,8 +1020,7 @@ def make_objective(o, config, vae):
     """A new network of that configuration, and what it is trained to do."""
     torch.manual_seed(o.seed)
     net = NETS[o.model][0](config)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.precision)
-    autocast = partial(torch.autocast, o.device.type, dtype, enabled=dtype is not None)
+    autocast = partial(torch.autocast, o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
     if o.model == "vae":
         objective = Autoencoding(net, autocast)
     elif o.model == "classifier":
@@ -1077,67 +1030,62 @@ def make_objective(o, config, vae):
     return objective.to(o.device)
 
 
-def train(given):
+def train(o):
     """Prepare a run, and train. True if it is complete."""
-    o, state = settle(given)
-    net_class, config_class, presets = NETS[o.model]
+    state = settle(o)
+    _, config_class, presets = NETS[o.model]
     known = state or beginning(o)               # what gives the network's configuration, the VAE and the classes
-    config = config_class(**known["config"]) if known else presets[o.size]
-    longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", math.inf)
-    o.window = o.window or longest
-    if o.window > longest:
-        raise UserError(f"--window is {o.window / SAMPLE_RATE:.2f} s; the model's is at most "
+    config = config_of(config_class, known["config"]) if known else presets[o.size]
+    longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", None)
+    o.windows = o.windows or [longest]
+    if longest and max(o.windows) > longest:
+        raise UserError(f"--windows has {max(o.windows) / SAMPLE_RATE:.2f} s; the model's is at most "
                         f"{longest / SAMPLE_RATE:.2f} s")
-    if given.get("dry_run"):
-        return dry_run(o, net_class, config)
     join_processes(o.device)
     Path(o.out).mkdir(parents=True, exist_ok=True)
     vae, classes = None, None
     if o.model == "latent":
-        vae = rebuild("vae", **known["vae"]) if known else vae_for(o, given)
-        if not vae:
-            return False
-        vae.to(o.device)
+        vae = (rebuild("vae", **known["vae"]) if known else vae_for(o)).to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":
         classes = known["classes"] if known else sorted(set(source.names))
-        unknown = set(source.names) - set(classes)
-        if unknown == set(source.names):
+        if not set(classes) & set(source.names):
             raise UserError("no folder of the music has the name of one of the model's classes: rename the folders, or "
                             f"leave out --init; the classes are {', '.join(map(show, classes))}")
-        if unknown:
-            say(f"not among the model's classes, and trained as none of them: {', '.join(map(show, sorted(unknown)))}")
         config = replace(config, classes=len(classes))
-    o.valid_clips = min(4 * len(held_out.names), 400) if classes else 16
+    o.valid_clips = min(4 * len(held_out.names), 400) if classes else 32
     if o.cache and o.data:
         source = Cached(source, Path(o.out) / "cache", vae)
 
     objective = make_objective(o, config, vae)
     if known:
         objective.net.load_state_dict(known["ema"])
-    draw = partial(objective.draw, window=o.window)
-    make_clips = partial(Clips, window=o.window, draw=draw, classes=classes or [], seed=o.seed)
-    clips = make_clips(source)
-    if vae and not known:
-        standardise(vae, clips, MEASURED)
-    elif o.model == "waveform" and not known:
-        net = objective.net
-        net.set_spectrum(moments(clips, lambda x: net.coefficients(x.to(o.device)), MEASURED)[1])
+    make_clips = partial(Clips, draw=objective.draw, classes=classes or [], seed=o.seed)
+    clips = make_clips(source, o.windows, batch=o.batch)
+    if not known:
+        measure(o, objective, clips)
+    if o.compile:
+        torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
+        for block in (module for module in objective.net.modules() if isinstance(module, dit.Block)):
+            block.compile(dynamic=False)
     if o.force:
         (Path(o.out) / "model.pt").unlink(missing_ok=True)
     before = state.get("before", 0) if state else steps_made(known) if known else 0
     header = {"config": asdict(config), "classes": classes, "before": before,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
-    return Trainer(o, objective, clips, make_clips(held_out, stream=VALID, count=o.valid_clips), header, state).fit()
+    whole = [longest or max(o.windows)]
+    validation = make_clips(held_out, whole, stream=VALID, count=o.valid_clips)
+    return Trainer(o, objective, clips, validation, header, state).fit()
 
 
 def main(argv=None):
-    given = parse(argv)
-    if "export" in given:
-        export(given.get("out", f"runs/{given['model']}"), given["export"])
+    o = parse(argv)
+    o.out = o.out or f"runs/{o.model}"
+    if o.export:
+        export(o.out, o.export)
     else:
-        train(given)
+        train(o)
 
 
 if __name__ == "__main__":
