@@ -109,7 +109,7 @@ def test_bad_arguments_are_named():
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, 1.2)),
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, torch.tensor([0.2, -0.1, 1.0]))),
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, 0.0)),
-                       ("start_from", lambda: tasks.regenerate(x_bar, 4, 4, z, start_from="x")),
+                       ("start_from", lambda: tasks.regenerate(x_bar, 4, 4, z, 0.5, start_from="x")),
                        ("z must", lambda: tasks.continuation(x_bar[..., :5], 4, z)),
                        ("mask", lambda: tasks.KeepMask(torch.ones(n, dtype=torch.bool))),
                        ("row rank", lambda: tasks.Matrix(torch.ones(2, n))),
