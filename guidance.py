@@ -6,6 +6,7 @@
 `model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a list of terms
 d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by projection.
 """
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -156,6 +157,20 @@ def _update(model, x_t, t, s, terms, sampler, xi, gamma, generator, callback):
         if term.project == "x_t":
             x_s = data_consistency(x_s, term.y, term.A)
     return x_s
+
+
+def windows(C_L, gap, C_R, window, overlap):
+    """The spans (first, last) of positions in which to fill `gap` of them, each from where the one before it ended.
+
+    C_L positions are known before the gap and C_R behind it; a model takes `window` at a time. One window if everything
+    fits. Else equal shares, each behind `overlap` positions or more; the last one hears C_R too.
+    """
+    if C_L + gap + C_R <= window:
+        return [(0, C_L + gap + C_R)]
+    overlap = min(overlap, (window - C_R) // 2)
+    count = math.ceil(gap / (window - overlap - C_R))
+    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
+    return [(max(0, end - window), end) for end in ends]
 
 
 def draw_noise(like, generator=None):

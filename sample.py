@@ -6,9 +6,6 @@
 
 The result is the whole track in its own sample rate, channels and word length. Only the requested region is new; beside
 it lie cross-fades of at most 50 ms, in known audio; everything else is the input's own samples, bit for bit.
-
-Inside, time is counted from an anchor, the left border of the region, so that this border lies exactly on a frame of
-the model; the right border is rounded up to the next frame.
 """
 import argparse
 import hashlib
@@ -34,18 +31,19 @@ from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
 FROM_X_BAR = ("regenerate", "transition")                    # those that start from what is there
+NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
+USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:],                 # flags, and their tasks
+        **dict.fromkeys(("input", "context", "splice", "xi", "project", "equalise"), EDITS),
+        **dict.fromkeys(("k", "start_from"), FROM_X_BAR), **dict.fromkeys(("input2", "fade"), EDITS[3:])}
 XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
 GAMMA = {"latent": 0.6, "waveform": 0.0}                     # of ddpm_step
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
 AS_PRINTED = {"sampler": "ddpm", "gamma": 0.0, "k": 0.85, "start_from": "paper", "project": "x_t", "equalise": False}
-FFT = 2048                                                   # samples, in `spectrum`
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
-SPLICE = 30.0                                                # ms
-LITTLE = 0.25                                                # seconds: too little context to go on from
+LITTLE, SPLICE = 0.25, 0.03                                  # seconds: too little context to go on from; a cross-fade
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-BARELY_TRAINED = 2000                                        # steps
 
 
 # ---- in the model's space: generate between known contexts, window after window -------------------------------------
@@ -60,7 +58,7 @@ class Settings:
     """How to sample. The defaults, by measurement, are said here; xi and gamma are by kind of model, see `of`."""
     sampler: str = "ddim"
     steps: int = 50
-    xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform: 0.05", type=within(0, math.inf))
+    xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform 0.05", type=within(0, 1e9))
     gamma: float = flag(GAMMA["latent"], "ddpm: more noise in each step; waveform, paper: 0", type=within(0, 0.99))
     k: float = flag(0.6, "regenerate, transition: share of noise", type=within(0.01, 1))
     start_from: str = flag("matched", "regenerate, transition: see tasks.regenerate", choices=("paper", "matched"))
@@ -71,17 +69,16 @@ class Settings:
 
     @classmethod
     def add_flags(cls, add):
-        """Flags for all fields but sampler and steps, None where not given, and --as-printed. add: a parser's method."""
+        """Flags for all fields but sampler and steps, None if not given, and --as-printed. add: a parser's method."""
         for this in fields(cls)[2:]:
             add("--" + this.name.replace("_", "-"), **this.metadata)
         add("--as-printed", action="store_true", help="the paper's Algorithm 1, constants and start instead of these")
 
     @classmethod
     def of(cls, options, kind):
-        """The settings that flags ask of a kind of model; the fields of options may be None. UserError for a flag that
-        would do nothing."""
-        given = {this.name: getattr(options, this.name) for this in fields(cls)}
-        given = {name: value for name, value in given.items() if value is not None}
+        """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
+        flags = {this.name: getattr(options, this.name) for this in fields(cls)}
+        given = {name: value for name, value in flags.items() if value is not None}
         preset = {"xi": XI[kind], "gamma": GAMMA[kind]}
         if options.as_printed:
             scaled = given.get("steps", cls.steps) / XI_STEPS                          # undoes what `generate` does
@@ -93,23 +90,10 @@ class Settings:
         return cls(**preset | given)
 
 
-def windows(C_L, gap, C_R, window, overlap):
-    """The spans (first, last) of frames in which to fill `gap` frames, each from where the one before it ended.
-
-    One window if everything fits. Else equal shares, each behind `overlap` frames or more; the last one hears C_R too.
-    """
-    if C_L + gap + C_R <= window:
-        return [(0, C_L + gap + C_R)]
-    overlap = min(overlap, (window - C_R) // 2)
-    count = math.ceil(gap / (window - overlap - C_R))
-    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
-    return [(max(0, end - window), end) for end in ends]
-
-
 def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, guides=(), callback=None):
     """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
 
-    spans       see windows(); default: one window for all
+    spans       see guidance.windows; default: one window for all
     guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in every window
     """
     dtype = PRECISIONS[settings.precision]
@@ -153,15 +137,6 @@ def encode_known(checkpoint, audio, C_L, C_R):
     return x
 
 
-def spectrum(audio):
-    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
-    frames = F.pad(audio, (FFT, FFT)).unfold(-1, FFT, FFT // 2) * torch.hann_window(FFT, device=audio.device)
-    power = torch.fft.rfft(frames).abs().square().sum((1, 2))                          # (B, 1025)
-    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
-    weights = torch.exp(-18 * (octave[:, None] - octave).square())
-    return power @ (weights / weights.sum(1, keepdim=True)).T
-
-
 def decode_like(checkpoint, x_0, known, C_L, C_R, equalise=True):
     """x_0 (B, C, frames) -> audio (B, 2, n), filtered so that its first C_L and last C_R frames, together, have the
     spectrum of the audio `known` (B, 2, n) that they were encoded from; of this, only they are read.
@@ -169,14 +144,11 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, equalise=True):
     A VAE leaves out some of what it cannot predict: the shipped one, 9 dB at 2.5 kHz. What is missing where the answer
     is known is missing in between, too. Gains are within 12 dB, and phases stay.
     """
-    audio, n, left, right = checkpoint.decode(x_0), known.shape[-1], C_L * checkpoint.hop, C_R * checkpoint.hop
+    audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     if checkpoint.vae is None or not equalise:
         return audio
-    wanted, found = (spectrum(x[..., :left]) + spectrum(x[..., n - right:]) + 1e-9 for x in (known, audio))
-    gain = (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20))
-    size = n + FFT                                                                     # the filter's tails do not wrap
-    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
-    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
+    wanted, found = (tasks.spectrum(x[..., :left]) + tasks.spectrum(x[..., right:]) + 1e-9 for x in (known, audio))
+    return tasks.equalise(audio, (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20)))
 
 
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):
@@ -185,27 +157,25 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
     how         spans, guides, callback: see generate
     """
-    if from_x_bar:
-        x_bar = encode_known(checkpoint, known, known.shape[-1] // checkpoint.hop, 0)
-    else:
-        x_bar, settings = encode_known(checkpoint, known, C_L, C_R), replace(settings, k=1.0)
-    x_0 = generate(checkpoint, x_bar, C_L, C_R, settings, generator, **how)
+    read = (known.shape[-1] // checkpoint.hop, 0) if from_x_bar else (C_L, C_R)
+    settings = settings if from_x_bar else replace(settings, k=1.0)
+    x_0 = generate(checkpoint, encode_known(checkpoint, known, *read), C_L, C_R, settings, generator, **how)
     return decode_like(checkpoint, x_0, known, C_L, C_R, settings.equalise)
 
 
 def hear(listener, checkpoint, x, part=slice(None)):
-    """A(x) = PaSST(resample(decode(x))), Sect. 4.3: x (B, C, n) in the model's space -> logits (B, classes) and embedding
-    (B, width) of the samples `part` of its audio at 44.1 kHz."""
+    """A(x) = PaSST(resample(decode(x))), Sect. 4.3: logits (B, classes) and embedding (B, width) of x (B, C, n), in the
+    model's space; of its samples at 44.1 kHz, `part` is heard."""
     return listener.listen(checkpoint.decode(x)[..., part], SAMPLE_RATE)
 
 
 @dataclass
 class Track:
-    """Decoded audio (channels, n), its rate in Hz, and the subtype that it is stored in. Float64 if float32 would lose
-    something of it."""
+    """Audio (channels, n), float64 where float32 would lose something, its rate in Hz, and the subtype of its file."""
     audio: torch.Tensor
     rate: int
     subtype: str = "FLOAT"
+    n = property(lambda self: self.audio.shape[-1])
 
     @classmethod
     def read(cls, path):
@@ -219,15 +189,12 @@ class Track:
             raise UserError(f"{path} holds samples that are not finite; repair or export it again")
         return cls(audio, rate, subtype)
 
-    @property
-    def n(self):
-        return self.audio.shape[-1]
-
 
 class Edit:
     """The region [a, b) of a track, in its own samples, laid on a model's frames: C_L known, `gap` free, C_R known.
 
-    What is new ends at `end`, b or the end of the last free frame: there the audio that the model knows begins.
+    Time is counted from a, which lies exactly on a frame. The right border is rounded up to the next frame: what is new
+    ends at `end`, where the audio that the model knows begins (at b, if it knows none there).
     """
 
     def __init__(self, checkpoint, track, a, b, context=None):
@@ -242,7 +209,10 @@ class Edit:
         self.C_L = min(before, each, spare - self.C_R)
         self.C_R = min(behind, each, spare - self.C_L)
         self.b, self.end = b, a + math.ceil(self.gap * self.frame - 1e-6) if self.C_R else b
-        self.spans = windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
+        if track.n and not self.C_L + self.C_R:
+            raise UserError("--input has less than one frame of the model to hear beside the new audio: move --start, "
+                            "raise --context, or take a longer file")
+        self.spans = guidance.windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
 
     def known(self, whole):
         """What the model may know, as audio (1, 2, samples) at 44.1 kHz: each side made by itself, so that nothing of
@@ -259,7 +229,7 @@ class Edit:
     def splice(self, decoded, seconds, limit=False):
         """Decoded audio (2, hop * frames) laid into the track: (channels, n). Cross-fades of `seconds` lie outside
         [a, end), or shorter ones where less is known; with 0 all of it, contexts included, stands as it is.
-        limit: peaks above full scale are turned down in what is laid in."""
+        limit: what is laid in is turned down if it has peaks above full scale."""
         audio, (a, end) = self.track.audio, (self.a, self.end)
         fade = round(seconds * self.track.rate) if seconds else self.track.n
         last = a + int((self.gap + self.C_R) * self.frame + 1e-6)                      # where decoded ends
@@ -267,35 +237,21 @@ class Edit:
         new = tasks.resample_part(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop,
                                   -before, end - a + behind, 0, decoded.shape[-1])
         new = new[:len(audio)]                  # for mono, one channel: the mean of two that differ would be quieter
+        if limit and new.abs().max() > 1:
+            print(f"note: the new audio is turned down by {20 * new.abs().max().log10():.1f} dB, to full scale")
+            new = new / new.abs().max()
         if seconds:
-            new = torch.cat([blend(audio[:, a - before:a], new[:, :before]), new[:, before:before + end - a],
-                             blend(new[:, before + end - a:], audio[:, end:end + behind])], dim=-1)
-        if limit:
-            new = limited(new)
+            new = torch.cat([tasks.blend(audio[:, a - before:a], new[:, :before]), new[:, before:before + end - a],
+                             tasks.blend(new[:, before + end - a:], audio[:, end:end + behind])], dim=-1)
         return torch.cat([audio[:, :a - before], new, audio[:, end + behind:]], dim=-1)
 
     def times(self, seconds):
         """One line: where things lie, in seconds of the track, after rounding to the model's frames."""
         a, end, first, last = (clock(x / self.track.rate) for x in (
             self.a, self.end, self.a - self.C_L * self.frame, self.a + (self.gap + self.C_R) * self.frame))
-        return f"new audio {a} to {end}; the model hears {first} to {last}; cross-fades of {1000 * seconds:.0f} ms outside"
-
-
-def limited(audio, reach=220):
-    """Audio (channels, n) with what is above full scale turned down, by a gain that is 1 from 2 * reach samples on."""
-    over = audio.abs().amax(0, keepdim=True).clamp(min=1)
-    if over.max() == 1:
-        return audio
-    print(f"note: the new audio peaks {20 * math.log10(over.max()):.1f} dB above full scale; turned down there")
-    held = F.max_pool1d(over, 2 * reach + 1, 1, reach)
-    return audio / F.avg_pool1d(held, 2 * reach + 1, 1, reach, count_include_pad=False)
-
-
-def blend(old, new):
-    """Fade from old to new (channels, n). The power stays level whatever the correlation of the two is."""
-    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
-    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
-    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
+        little = 0 < (self.C_L + self.C_R) * self.frame < LITTLE * self.track.rate
+        return (f"new audio {a} to {end}; the model hears {first} to {last}"
+                f"{', too little to go on from' * little}; cross-fades of {1000 * seconds:.0f} ms outside")
 
 
 def clock(seconds):
@@ -305,7 +261,7 @@ def clock(seconds):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def word_length(path, track):
-    """The subtype to write at path: the track's own where the format has it, else one that loses nothing (flac: 24 bits)."""
+    """The subtype to write at path: the track's own where the format has it, else one that loses nothing (flac: 24)."""
     kind = path.suffix[1:].upper()
     if track.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") and sf.check_format(kind, track.subtype):
         return track.subtype
@@ -319,10 +275,7 @@ def write_track(path, track):
     """
     samples = track.audio.T                                                            # (n, channels)
     if track.subtype in PCM_BITS:
-        if samples.abs().max() > 1:
-            print("note: the input itself peaks above full scale, and is clipped there; --subtype FLOAT keeps it")
-        bits = PCM_BITS[track.subtype]
-        full = 2 ** (bits - 1)
+        bits, full = PCM_BITS[track.subtype], 2 ** (PCM_BITS[track.subtype] - 1)
         samples = (samples.double() * full).round().clamp(-full, full - 1).int() << (32 - bits)
     buffer = io.BytesIO()
     sf.write(buffer, samples.numpy(), track.rate, format=path.suffix[1:].upper(), subtype=track.subtype)
@@ -361,17 +314,7 @@ def output_paths(o):
 def seconds(text):
     """"61.5" or "1:01.5" -> 61.5."""
     minutes, _, rest = text.rpartition(":")
-    value = 60 * float(minutes or 0) + float(rest)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
-def duration(text):
-    value = seconds(text)
-    if value < 0.01:
-        raise argparse.ArgumentTypeError(f"{text} is under 0.01 s")
-    return value
+    return within(0, 1e9)(60 * float(minutes or 0) + float(rest))
 
 
 def pairs(text):
@@ -379,23 +322,21 @@ def pairs(text):
     return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (all flags: python sample.py --help)")
-
-
 def parse(argv):
     """The options; of those with a default of their own below, and of all Settings, None says: not given."""
-    p = Parser(description=__doc__.split("\n")[0])
-    add = p.add_argument
+    def refuse(message):
+        raise UserError(f"{message} (all flags: python sample.py --help)")
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.error, add, length = refuse, p.add_argument, within(0.01, math.inf)
     add("--task", choices=TASKS, help="what to do")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
     add("--end", type=seconds, help="infill, regenerate: where it ends (with neither flag: the middle 2 s)")
-    add("--length", type=duration, help="continuation, or without --input: how much to make (what the window holds)")
-    add("--context", type=duration, help="how much to hear on each side (continuation: 2.4; else what fits)")
-    add("--fade", type=duration, help="transition: length of the cross-fade in seconds (2.5)")
+    add("--length", type=length, help="continuation, or without --input: how much to make (what the window holds)")
+    add("--context", type=length, help="how much to hear on each side (continuation: 2.4; else what fits)")
+    add("--fade", type=length, help="transition: length of the cross-fade in seconds (2.5)")
     add("--reference", help="audio whose style to approach: embedder guidance, for every task")
     add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
     add("--weights", type=pairs, help="embedding=2,classifier=0.5: more or less of a guiding term (1)")
@@ -419,24 +360,18 @@ def check(o):
     """UserError for flags that are missing, or would do nothing."""
     if not o.task:
         raise UserError(f"--task is missing: {', '.join(TASKS)}")
-    for flag, needed in {"input": EDITS, "input2": ("transition",), "reference": ("embedding",),
-                         "classes": ("classifier",)}.items():
-        if o.task in needed and not getattr(o, flag):
-            raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     guided = {"embedding": o.reference, "classifier": o.classes}
-    uses = [(f"--task {', '.join(takers)}", o.task in takers, flags) for takers, flags in (
-        (EDITS, "input context splice xi project"), (("transition",), "input2 fade"), (EDITS[:3], "start"),
-        (EDITS[1:3], "end"), (FROM_X_BAR, "k start_from"), (("continuation", *set(TASKS) - set(EDITS)), "length"))]
-    uses += [("--reference and --classes", any(guided.values()), "weights listener"),
-             ("an edit with --model latent", o.task in EDITS and o.model == "latent", "equalise")]
-    for where, used, flags in uses:
-        for flag in flags.split():
-            if getattr(o, flag) is not None and not used:
-                raise UserError(f"--{flag.replace('_', '-')} does nothing here: it is for {where}")
+    for flag, takers in NEEDED.items():
+        if o.task in takers and not getattr(o, flag):
+            raise UserError(f"--{flag} is missing: --task {o.task} needs it")
+    idle = [flag for flag, takers in USED.items() if o.task not in takers]
+    idle += ["equalise"] * (o.model == "waveform") + ["listener"] * (not any(guided.values()))
+    for flag in idle:
+        if getattr(o, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
     for name in o.weights or {}:
         if not guided.get(name):
-            raise UserError(f"--weights {name} does nothing here: there are embedding, for --reference, and classifier, "
-                            "for --classes")
+            raise UserError(f"--weights {name} does nothing: embedding is for --reference, classifier for --classes")
 
 
 def region(o, checkpoint):
@@ -444,8 +379,7 @@ def region(o, checkpoint):
     task's flags or the paper's choices, Sect. 4.3."""
     window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
     if o.task not in EDITS:
-        nothing = Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16")
-        return nothing, 0, round((o.length or window) * SAMPLE_RATE), None
+        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, round((o.length or window) * SAMPLE_RATE), None
     track = Track.read(o.input)
     if o.task == "transition":
         return *crossfaded(track, Track.read(o.input2), o.fade or FADE), o.context
@@ -489,8 +423,8 @@ def guide_terms(o, checkpoint, listener, device):
     if o.classes:
         wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
         if wrong:
-            raise UserError(f"--classes {', '.join(wrong)}: give name=1 for wanted, name=0 for unwanted, or between; the "
-                            f"listener knows {', '.join(listener.classes)}")
+            raise UserError(f"--classes {', '.join(wrong)}: give name=1 for wanted, name=0 for unwanted, or between; "
+                            f"the listener knows {', '.join(listener.classes)}")
         chosen = [listener.classes.index(name) for name in o.classes]
         logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
         labels = torch.tensor([list(o.classes.values())], device=device)
@@ -503,16 +437,9 @@ def main(argv=None):
     check(o)
     settings, paths, device = Settings.of(o, o.model), output_paths(o), pick_device(o.device)
     checkpoint = open_checkpoint(o.model, o.checkpoint, device)
-    print(f"model: {checkpoint.path}, trained for {checkpoint.step} steps"
-          + (": expect noise rather than music" if checkpoint.step < BARELY_TRAINED else ""))
-    edit, fade = Edit(checkpoint, *region(o, checkpoint)), (SPLICE if o.splice is None else o.splice) / 1000   # seconds
-    heard, frame = ((edit.C_L + edit.C_R) * checkpoint.hop / SAMPLE_RATE, checkpoint.hop / SAMPLE_RATE)
-    if o.task in EDITS and not heard:
-        raise UserError(f"{o.input} has less than one frame of the model ({frame:.4f} s) to hear beside the new audio: move "
-                        "--start, raise --context, or take a longer file")
+    print(f"model: {checkpoint.path}, trained for {checkpoint.step} steps")
+    edit, fade = Edit(checkpoint, *region(o, checkpoint)), SPLICE if o.splice is None else o.splice / 1000
     print(edit.times(fade))
-    if o.task in EDITS and heard < LITTLE:
-        print(f"note: the model hears only {heard:.3f} s of {o.input}, too little to go on from")
     used, guides = [path for path in (o.input, o.input2, o.reference, checkpoint.path) if path], []
     if o.reference or o.classes:
         listener = open_checkpoint("classifier", o.listener, device)

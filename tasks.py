@@ -1,5 +1,5 @@
 """Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3; at the end
-the resampler and PaSST [30], through which embedder and classifier hear.
+the resampler, an equaliser and PaSST [30], through which embedder and classifier hear.
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.6)
     task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 5))
@@ -161,6 +161,13 @@ def crossfade(x_bar_L, x_bar_R, C_L, C_R):
     return torch.cat([x_bar_L[..., :C_L], middle, x_bar_R[..., n - C_R:]], dim=-1)
 
 
+def blend(old, new):
+    """Fade from old to new (channels, n). The power stays level whatever the correlation of the two is."""
+    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
+    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
+    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
+
+
 def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **options):
     """Table 2, Transition: Regenerate the constant-power cross-fade from x_bar_L to x_bar_R."""
     return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **options)
@@ -191,7 +198,10 @@ def combine(*tasks, weights=None):
     return Task(first.x_T, tuple(terms), first.t_T)
 
 
-# ---- the resampler, a linear operator -------------------------------------------------------------------------------
+# ---- the resampler and the equaliser, linear operators --------------------------------------------------------------
+
+FFT = 2048                                                # samples, in `spectrum`
+
 
 @contextmanager
 def full_precision(x):
@@ -257,8 +267,8 @@ def excerpt(x, first, last, lo, hi):
 def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
     """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x.
 
-    Only [lo, hi) of x is read: see excerpt. Both rates have a sample at the anchor, and again after every block of `down`
-    samples, which become `up`: whole blocks are resampled, with a margin for the filter that is cut off again.
+    Only [lo, hi) of x is read: see excerpt. Both rates have a sample at the anchor, and again after every block of
+    `down` samples, which become `up`: whole blocks are resampled, with a margin for the filter that is cut off again.
     """
     common = math.gcd(rate_in, rate_out)
     down, up = rate_in // common, rate_out // common
@@ -266,6 +276,22 @@ def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
     block_first, block_last = first // up - margin, math.ceil(last / up) + margin
     blocks = excerpt(x, anchor + block_first * down, anchor + block_last * down, lo, hi)
     return resample(blocks, rate_in, rate_out)[:, first - block_first * up:last - block_first * up]
+
+
+def spectrum(audio):
+    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
+    frames = F.pad(audio, (FFT, FFT)).unfold(-1, FFT, FFT // 2) * torch.hann_window(FFT, device=audio.device)
+    power = torch.fft.rfft(frames).abs().square().sum((1, 2))                          # (B, 1025)
+    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
+    weights = torch.exp(-18 * (octave[:, None] - octave).square())
+    return power @ (weights / weights.sum(1, keepdim=True)).T
+
+
+def equalise(audio, gain):
+    """Audio (B, channels, n) through a filter of the amplitudes gain (B, 1025), at the frequencies of `spectrum`."""
+    n, size = audio.shape[-1], audio.shape[-1] + FFT                                   # the filter's tails do not wrap
+    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
+    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 
 
 # ---- PaSST, the Patchout transformer [30]: embedder and classifier --------------------------------------------------
