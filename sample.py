@@ -43,7 +43,6 @@ AS_PRINTED = {"sampler": "ddpm", "gamma": 0.0, "k": 0.85, "start_from": "paper",
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE = 0.25, 0.03                                  # seconds: too little context to go on from; a cross-fade
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 # ---- in the model's space: generate between known contexts, window after window -------------------------------------
@@ -64,7 +63,7 @@ class Settings:
     start_from: str = flag("matched", "regenerate, transition: see tasks.regenerate", choices=("paper", "matched"))
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
     revisits: int = flag(0, "go back after each step and repeat it, so many times", type=within(0, 100, int))
-    precision: str = flag("fp32", "of the diffusion network", choices=tuple(PRECISIONS))
+    precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "undo the VAE's colour", action=argparse.BooleanOptionalAction)
 
     @classmethod
@@ -81,8 +80,8 @@ class Settings:
         given = {name: value for name, value in flags.items() if value is not None}
         preset = {"xi": XI[kind], "gamma": GAMMA[kind]}
         if options.as_printed:
-            scaled = given.get("steps", cls.steps) / XI_STEPS                          # undoes what `generate` does
-            preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * scaled}
+            scale = given.get("steps", cls.steps) / XI_STEPS                           # undoes that of `generate`
+            preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * scale}
             for name in sorted(given.keys() & preset.keys()):
                 raise UserError(f"--{name.replace('_', '-')} is set by --as-printed: leave one of them out")
         elif "gamma" in given and given.get("sampler", cls.sampler) != "ddpm":
@@ -96,20 +95,18 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     spans       see guidance.windows; default: one window for all
     guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in every window
     """
-    dtype = PRECISIONS[settings.precision]
     xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0                   # each term brings its own size
 
     def model(x_t, t):
-        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return checkpoint.net(x_t, t).float()
 
     x, n, done = x_bar.clone(), x_bar.shape[-1], C_L
     for first, last in spans or [(0, n)]:
         left, right = done - first, C_R if last == n else 0
         z = guidance.draw_noise(x[..., first:last], generator)
-        if left + right == 0:
-            task = guidance.Task(z, ())
-        else:
+        task = guidance.Task(z, ())
+        if left + right:
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
@@ -141,8 +138,7 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, equalise=True):
     """x_0 (B, C, frames) -> audio (B, 2, n), filtered so that its first C_L and last C_R frames, together, have the
     spectrum of the audio `known` (B, 2, n) that they were encoded from; of this, only they are read.
 
-    A VAE leaves out some of what it cannot predict: the shipped one, 9 dB at 2.5 kHz. What is missing where the answer
-    is known is missing in between, too. Gains are within 12 dB, and phases stay.
+    A VAE leaves out what it cannot predict; where the answer is known one sees how much. Gains are within 12 dB.
     """
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     if checkpoint.vae is None or not equalise:
@@ -269,10 +265,8 @@ def word_length(path, track):
 
 
 def write_track(path, track):
-    """Write a Track as wav or flac, by the ending of path, atomically.
-
-    Integers are made here: libsndfile scales floats by 2^15 - 1 on the way out and 2^15 on the way in.
-    """
+    """Write a Track as wav or flac, by the ending of path, atomically. Integers are made here: libsndfile scales floats
+    by 2^15 - 1 on the way out and 2^15 on the way in."""
     samples = track.audio.T                                                            # (n, channels)
     if track.subtype in PCM_BITS:
         bits, full = PCM_BITS[track.subtype], 2 ** (PCM_BITS[track.subtype] - 1)
@@ -292,10 +286,8 @@ def output_paths(o):
     source = Path(o.input or o.reference or o.task)
     name = f"{source.stem}.{o.task}.wav" if source.suffix else f"{o.task}.wav"
     first = Path(o.output or source.with_name(name))
-    if first.suffix.lower() not in (".wav", ".flac"):
-        raise UserError(f"--output {first} must end in .wav or .flac")
-    if first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
-        raise UserError("--subtype FLOAT does not fit into flac; use PCM_16 or PCM_24, or write wav")
+    if first.suffix.lower() not in (".wav", ".flac") or first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
+        raise UserError(f"--output {first} must end in .wav, or in .flac (but not with --subtype FLOAT)")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
     for path in (path for audio in paths for path in (audio, audio.with_suffix(".json"))):
         if path.exists() and not o.force:
@@ -326,7 +318,6 @@ def parse(argv):
     """The options; of those with a default of their own below, and of all Settings, None says: not given."""
     def refuse(message):
         raise UserError(f"{message} (all flags: python sample.py --help)")
-
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.error, add, length = refuse, p.add_argument, within(0.01, math.inf)
     add("--task", choices=TASKS, help="what to do")
@@ -413,8 +404,7 @@ def crossfaded(one, two, fade):
 
 def guide_terms(o, checkpoint, listener, device):
     """Functions z -> Task for --reference and --classes."""
-    weight = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}
-    guides = []
+    weight, guides = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}, []
     if o.reference:
         example = Track.read(o.reference)
         y = listener.net.listen(example.audio[None].float().to(device), example.rate)[1]
@@ -440,10 +430,9 @@ def main(argv=None):
     print(f"model: {checkpoint.path}, trained for {checkpoint.step} steps")
     edit, fade = Edit(checkpoint, *region(o, checkpoint)), SPLICE if o.splice is None else o.splice / 1000
     print(edit.times(fade))
-    used, guides = [path for path in (o.input, o.input2, o.reference, checkpoint.path) if path], []
-    if o.reference or o.classes:
-        listener = open_checkpoint("classifier", o.listener, device)
-        guides, used = guide_terms(o, checkpoint, listener, device), [*used, listener.path]
+    listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
+    guides = guide_terms(o, checkpoint, listener, device)
+    used = [path for path in (o.input, o.input2, o.reference, checkpoint.path, listener and listener.path) if path]
     record = {"command": shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)]),
               "settings": asdict(settings), "times": edit.times(fade), "sha256": {path: digest(path) for path in used},
               "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
@@ -456,7 +445,6 @@ def main(argv=None):
         def progress(step):
             if bar.update():      # only now and then: to know the share is to wait for the GPU
                 bar.set_postfix_str(f"guidance {step.share:.2f} of the sampler's step", refresh=False)
-
         audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
                      spans=edit.spans, guides=guides, callback=progress)
         bar.close()
@@ -464,9 +452,8 @@ def main(argv=None):
         write_track(path, track)
         text = json.dumps(record | {"variation": i, "output": str(path)}, indent=1)
         write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-        took, made = time.time() - began, (edit.end - edit.a) / rate
-        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}, of which {made:.2f} s are new; "
-              f"{took:.1f} s, {took / made:.1f} times real time")
+        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}, of which {(edit.end - edit.a) / rate:.2f} s "
+              f"are new; it took {time.time() - began:.1f} s")
 
 
 if __name__ == "__main__":
