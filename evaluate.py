@@ -15,7 +15,7 @@ import json
 import math
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -435,7 +435,8 @@ def model_rows(evaluation, checkpoint):
     if checkpoint.kind == "latent":
         rows.append(Row("VAE", EVERY, lambda task, x, *_: checkpoint.decode(checkpoint.encode(x))))
     for sampler, steps in options.samplers:
-        settings = sample.Settings(sampler, steps, **sample.Settings.given(options, checkpoint.kind))
+        chosen = argparse.Namespace(**vars(options), sampler=sampler, steps=steps)
+        settings = sample.Settings.of(chosen, checkpoint.kind)
 
         def produce(task, x, other, js, tick, settings=settings):
             return edit(checkpoint, task, x, evaluation.spans[task], evaluation.listeners.passt, settings,
@@ -718,7 +719,8 @@ def main(argv=None):
     else:
         checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
         kept |= {"checkpoint": sample.digest(checkpoint.path)[:8], "kind": checkpoint.kind, "step": checkpoint.step}
-        kept |= sample.Settings.given(options, checkpoint.kind)
+        chosen = argparse.Namespace(**vars(options), sampler=None, steps=None)
+        kept |= asdict(sample.Settings.of(chosen, checkpoint.kind))
         pairs, spans = plan_tasks(options, checkpoint)
     out = options.out or Path("runs") / f"evaluate-{checkpoint.kind if checkpoint else 'files'}"
     lengths = sorted({span.d - span.c for task, span in spans.items() if task in pairs})

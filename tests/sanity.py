@@ -213,7 +213,8 @@ def main(argv=None):
     classifier = train.open_checkpoint("classifier", options.listener)
     listener, second = classifier.net, options.second and train.open_checkpoint("classifier", options.second).net
     (sampler, steps), = options.samplers
-    settings = sample.Settings(sampler, steps, **sample.Settings.given(options, checkpoint.kind))
+    chosen = argparse.Namespace(**vars(options), sampler=sampler, steps=steps)
+    settings = sample.Settings.of(chosen, checkpoint.kind)
     window = checkpoint.window * checkpoint.hop
     excerpts = evaluate.find_excerpts(options.data, window, max(options.clips, options.cases), options.seed)
     clips = [evaluate.read_excerpt(*excerpt) for excerpt in excerpts]
