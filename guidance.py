@@ -1,11 +1,12 @@
 """Sampling with guidance gradients: Sect. 3, Algorithms 1 and 2.
 
     task = tasks.infill(x_bar, C_L, C_R, z)
-    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.2, generator=torch.Generator().manual_seed(0))
+    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddim", xi=0.2, generator=torch.Generator().manual_seed(0))
 
 `model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a list of terms
 d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by projection.
 """
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -13,7 +14,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps, x0_from_v
+from diffusion import alpha_sigma, ddim_step, ddpm_step, forward_step, time_steps, x0_from_v
 
 
 @dataclass(frozen=True)
@@ -65,26 +66,18 @@ class Task:
 
 
 class Step(NamedTuple):
-    """What a callback is told after each iteration; one number per clip, (B,), unless it says otherwise."""
-    i: int                       # iterations done, 1 .. steps
-    steps: int
-    t: Tensor                    # the time this iteration started from, () or (B,)
-    distances: list              # d of each term, (B,) each; empty without guidance gradients
-    gradient_norm: Tensor        # of the weighted sum of all terms' gradients
-    guidance_norm: Tensor        # of what guidance added to x_s ...
-    sampler_norm: Tensor         # ... and of the sampler's own move from x_t to x_s
-    context_error: Tensor        # rms of y - A(x0_hat) of the first linear term; 0 if there is none
+    """What a callback is told after each update from x_t to x_s. All are references: only `share` computes anything."""
+    t: Tensor                    # the time the update started from, () or (B,)
+    x_t: Tensor                  # (B, C, n)
+    x_s: Tensor                  # (B, C, n), before x_s is projected
+    pull: Tensor                 # (B, C, n), what guidance added to x_s
 
     @property
     def share(self):
-        """The guidance step's size as a share of the sampler's, the mean over clips."""
-        return (self.guidance_norm / self.sampler_norm.clamp(min=1e-12)).mean().item()
-
-    def __str__(self):
-        t, alpha_t, sigma_t, error = (x.mean().item() for x in (self.t, *alpha_sigma(self.t), self.context_error))
-        distances = ", ".join(f"{d.mean().item():.4g}" for d in self.distances) or "-"
-        return (f"step {self.i:4d}  t {t:.3f}  alpha {alpha_t:.3f}  sigma {sigma_t:.3f}  d {distances}"
-                f"  guidance/sampler {self.share:.3f}  context error {error:.3f}")
+        """The size of guidance's part of the update over the sampler's own, the mean over clips; waits for the GPU."""
+        guidance, own = (torch.linalg.vector_norm(x.flatten(1), dim=1)
+                         for x in (self.pull, self.x_s - self.x_t - self.pull))
+        return (guidance / own.clamp(min=1e-12)).mean().item()
 
 
 def is_linear(A):
@@ -97,13 +90,13 @@ def data_consistency(x, y, A):
 
 
 def guided_estimate(model, x_t, t, terms):
-    """x0_hat, the distance of each term, and the gradient of their weighted sum with respect to x_t.
+    """x0_hat, and the gradient of the terms' weighted sum of distances with respect to x_t.
 
     Clips never mix: each distance is a number per clip, summed only for the one backward pass that all terms share.
     A graph is built only through what some term looks at; without terms there is none, and the gradient is 0.
     """
     if not terms:
-        return x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t), [], torch.zeros_like(x_t)
+        return x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t), torch.zeros_like(x_t)
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         with torch.set_grad_enabled(any(term.on == "x0_hat" for term in terms)):
@@ -111,47 +104,73 @@ def guided_estimate(model, x_t, t, terms):
         distances = [term.distance(x0_hat if term.on == "x0_hat" else x_t) for term in terms]    # (B,) each
         J_2 = sum((torch.as_tensor(term.weight).to(d) * d).sum() for term, d in zip(terms, distances))
         gradient, = torch.autograd.grad(J_2, x_t)
-    return x0_hat.detach(), [d.detach() for d in distances], gradient
+    return x0_hat.detach(), gradient
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.0, generator=None, callback=None):
+def sample(model, x_T, task=None, *, steps=50, sampler="ddim", xi=None, gamma=0.0, revisits=0, generator=None,
+           callback=None):
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0 leaves projection alone, and builds no graph
     gamma      more noise in the steps of Algorithm 1, in [0, 1): see ddpm_step
+    revisits   after each step go back and repeat it, so many times (RePaint, Lugmayr et al., 2022)
     generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
-    callback   called with a Step after each iteration
+    callback   called with a Step after each update
     Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
+
+    The algorithms as printed are run for terms with project="x_t". The tasks' default, "x0_hat", departs from them
+    twice, and so do gamma and revisits above 0; a comment stands at each of the four.
     """
     terms = task.terms if task else ()
-    _check(x_T, terms, sampler, xi, gamma, generator)
+    _check(x_T, terms, sampler, xi, gamma, revisits, generator)
     xi = xi or 0.0
     times = time_steps(steps, task.t_T if task else 1.0)
     x_t = x_T
     with frozen(model, *[term.A for term in terms]):
-        for i in range(steps):                                                # the paper's i = N .. 1
-            t, s = times[i], times[i + 1]
-            x0_hat, distances, gradient = guided_estimate(model, x_t, t, terms if xi else ())
-            context_error = _context_error(x0_hat, terms) if callback else None
-            for term in terms:
-                if term.project == "x0_hat":                                  # what y determines is left to y
-                    x0_hat = data_consistency(x0_hat, term.y, term.A)
-                    gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
-            if sampler == "ddpm":
-                x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient, gamma)
-            else:
-                x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
-            if callback:
-                x_s_free = x_s + xi * gradient if sampler == "ddpm" else ddim_step(x_t, x0_hat, t, s)
-                callback(Step(i + 1, steps, t, distances, _norm(gradient), _norm(x_s - x_s_free),
-                              _norm(x_s_free - x_t), context_error))
-            for term in terms:
-                if term.project == "x_t":
-                    x_s = data_consistency(x_s, term.y, term.A)
-            x_t = x_s
+        for t, s in zip(times, times[1:]):                                    # the paper's i = N .. 1
+            for visit in range(1 + revisits):
+                if visit:      # departure: from s back to t, so that the new audio and the context can agree
+                    x_t = forward_step(x_t, s, t, draw_noise(x_t, generator))
+                x_t = _update(model, x_t, t, s, terms, sampler, xi, gamma, generator, callback)
     return x_t
+
+
+def _update(model, x_t, t, s, terms, sampler, xi, gamma, generator, callback):
+    """One iteration of either algorithm, from x_t to x_s."""
+    x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
+    for term in terms:
+        if term.project == "x0_hat":
+            # departure: x0_hat is projected before the update, which then adds the noise due at s; not x_s after it
+            x0_hat = data_consistency(x0_hat, term.y, term.A)
+            # departure: so is the gradient; what y determines is left to y
+            gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
+    if sampler == "ddpm":      # departure: gamma > 0 adds more noise than is printed
+        x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient, gamma)
+    else:
+        x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
+    if callback:               # Algorithm 2 moves eps_hat by sigma_t of the gradient, of which x_s takes sigma_s
+        reach = 1.0 if sampler == "ddpm" else (alpha_sigma(t)[1] * alpha_sigma(s)[1]).reshape(-1, 1, 1).to(x_t)
+        callback(Step(t, x_t, x_s, -reach * xi * gradient))
+    for term in terms:
+        if term.project == "x_t":
+            x_s = data_consistency(x_s, term.y, term.A)
+    return x_s
+
+
+def windows(C_L, gap, C_R, window, overlap):
+    """The spans (first, last) of positions in which to fill `gap` of them, each from where the one before it ended.
+
+    C_L positions are known before the gap and C_R behind it; a model takes `window` at a time. One window if everything
+    fits. Else equal shares, each behind `overlap` positions or more; the last one hears C_R too.
+    """
+    if C_L + gap + C_R <= window:
+        return [(0, C_L + gap + C_R)]
+    overlap = min(overlap, (window - C_R) // 2)
+    count = math.ceil(gap / (window - overlap - C_R))
+    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
+    return [(max(0, end - window), end) for end in ends]
 
 
 def draw_noise(like, generator=None):
@@ -178,7 +197,7 @@ def frozen(*modules):
             p.requires_grad_(True)
 
 
-def _check(x_T, terms, sampler, xi, gamma, generator):
+def _check(x_T, terms, sampler, xi, gamma, revisits, generator):
     if sampler not in ("ddpm", "ddim"):
         raise ValueError(f'sampler must be "ddpm" or "ddim", not {sampler!r}')
     if terms and xi is None:
@@ -187,20 +206,11 @@ def _check(x_T, terms, sampler, xi, gamma, generator):
         raise ValueError(f"xi must not be negative, not {xi}")
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma must lie in [0, 1), not {gamma}")
+    if revisits < 0:
+        raise ValueError(f"revisits must not be negative, not {revisits}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
         raise ValueError(f"generator must be one or one per clip: {len(generator)} for {len(x_T)} clips")
 
 
 def _time_of_clips(t, x_t):
     return t.to(x_t.dtype).to(x_t.device).expand(len(x_t))
-
-
-def _norm(x):
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
-
-
-def _context_error(x0_hat, terms):
-    for term in terms:
-        if is_linear(term.A):
-            return (term.y - term.A(x0_hat)).square().flatten(1).mean(1).sqrt()
-    return torch.zeros(len(x0_hat))

@@ -1,7 +1,7 @@
 """Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3; at the end
-the resampler and PaSST [30], through which embedder and classifier hear.
+the resampler, an equaliser and PaSST [30], through which embedder and classifier hear.
 
-    task = regenerate(x_bar, C_L, C_R, z, k=0.85)
+    task = regenerate(x_bar, C_L, C_R, z, k=0.6)
     task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 5))
     x_0 = guidance.sample(model, task.x_T, task, xi=0.2)
 
@@ -9,6 +9,7 @@ Signals are (B, C, n) in the model's own space (samples or latent frames); C_L a
 standard normal noise in the shape of x_bar. y, k, weights and labels may differ from clip to clip.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -80,22 +81,6 @@ class Matrix:
         return torch.cholesky_solve(r.mT, self.R, upper=True).mT
 
 
-class Mono:
-    """The average of the channels, (B, C, n) -> (B, 1, n); A A^T = 1 / C."""
-
-    def __init__(self, channels=2):
-        self.channels = channels
-
-    def __call__(self, x):
-        return x.mean(dim=1, keepdim=True)
-
-    def T(self, y):
-        return (y / self.channels).expand(-1, self.channels, -1)
-
-    def solve(self, r):
-        return self.channels * r
-
-
 # ---- distances: one number per clip, (B,), never divided by the batch -----------------------------------------------
 
 def l1(y, Ax):
@@ -138,10 +123,10 @@ def infill(x_bar, C_L, C_R, z, **term):
     return reconstruct(x_bar, KeepEnds(z.shape[-1], C_L, C_R), z, **term)
 
 
-def regenerate(x_bar, C_L, C_R, z, k=0.85, start_from="matched", **term):
+def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     """Table 2, Regenerate: Infill that starts from a mixture of noise and x_bar in the middle; k = 1 is Infill.
 
-    k           share of noise, in [0, 1]; a number, or (B,)
+    k           share of noise, in [0, 1]; a number, or (B,); App. C.3 has 0.85
     start_from  "paper": from k z + (1 - k) x_bar at t = 1, as Table 2 prints it. "matched": the same mixture scaled to
                 unit variance, at the time t_T whose alpha_t : sigma_t is (1 - k) : k, which is Sect. 4.3's "partially
                 noised using the forward process". From t = 1 a good model mistakes x_bar for noise and forgets it.
@@ -176,7 +161,14 @@ def crossfade(x_bar_L, x_bar_R, C_L, C_R):
     return torch.cat([x_bar_L[..., :C_L], middle, x_bar_R[..., n - C_R:]], dim=-1)
 
 
-def transition(x_bar_L, x_bar_R, C_L, C_R, z, k=0.85, **options):
+def blend(old, new):
+    """Fade from old to new (channels, n). The power stays level whatever the correlation of the two is."""
+    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
+    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
+    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
+
+
+def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **options):
     """Table 2, Transition: Regenerate the constant-power cross-fade from x_bar_L to x_bar_R."""
     return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **options)
 
@@ -206,7 +198,26 @@ def combine(*tasks, weights=None):
     return Task(first.x_T, tuple(terms), first.t_T)
 
 
-# ---- the resampler, a linear operator -------------------------------------------------------------------------------
+# ---- the resampler and the equaliser, linear operators --------------------------------------------------------------
+
+FFT = 2048                                                # samples, in `spectrum`
+
+
+@contextmanager
+def full_precision(x):
+    """Within the context, float32 work on the device of x is just that: no half precision of an autocast around it, and
+    on NVIDIA GPUs none of TF32's 10 bits, which convolutions have by default. Either is good for -60 dB only."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        if x.is_cuda:                                     # a flag of the process: threads on the CPU leave it alone
+            cudnn.allow_tf32 = False
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        if x.is_cuda:
+            cudnn.allow_tf32 = before
+
 
 @lru_cache(maxsize=16)
 def _sinc_filters(up, down, dtype, device):
@@ -242,9 +253,45 @@ def resample(x, rate_in, rate_out):
     blocks = -(-n_out // up)                              # each turns `down` input samples into `up` output samples
     reach, groups = _sinc_filters(up, down, x.dtype, x.device)
     padded = F.pad(x.reshape(-1, 1, n), (reach, max(0, blocks * down - n) + reach + 1))
-    with torch.autocast(x.device.type, enabled=False):    # half precision is good for -60 dB only
+    with full_precision(x):
         y = torch.cat([F.conv1d(padded[..., first:], weight, stride=down)[..., :blocks] for first, weight in groups], 1)
     return y.transpose(1, 2).reshape(*x.shape[:-1], -1)[..., :n_out]                   # from (rows, up, blocks)
+
+
+def excerpt(x, first, last, lo, hi):
+    """Samples [first, last) of x (..., n), of which only [lo, hi) are read: beyond them the signal is mirrored."""
+    i = (torch.arange(first, last) - lo) % (2 * (hi - lo))
+    return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
+
+
+def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
+    """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x.
+
+    Only [lo, hi) of x is read: see excerpt. Both rates have a sample at the anchor, and again after every block of
+    `down` samples, which become `up`: whole blocks are resampled, with a margin for the filter that is cut off again.
+    """
+    common = math.gcd(rate_in, rate_out)
+    down, up = rate_in // common, rate_out // common
+    margin = math.ceil(64 * max(1, rate_in / rate_out) / down)                         # blocks
+    block_first, block_last = first // up - margin, math.ceil(last / up) + margin
+    blocks = excerpt(x, anchor + block_first * down, anchor + block_last * down, lo, hi)
+    return resample(blocks, rate_in, rate_out)[:, first - block_first * up:last - block_first * up]
+
+
+def spectrum(audio):
+    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
+    frames = F.pad(audio, (FFT, FFT)).unfold(-1, FFT, FFT // 2) * torch.hann_window(FFT, device=audio.device)
+    power = torch.fft.rfft(frames).abs().square().sum((1, 2))                          # (B, 1025)
+    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
+    weights = torch.exp(-18 * (octave[:, None] - octave).square())
+    return power @ (weights / weights.sum(1, keepdim=True)).T
+
+
+def equalise(audio, gain):
+    """Audio (B, channels, n) through a filter of the amplitudes gain (B, 1025), at the frequencies of `spectrum`."""
+    n, size = audio.shape[-1], audio.shape[-1] + FFT                                   # the filter's tails do not wrap
+    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
+    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 
 
 # ---- PaSST, the Patchout transformer [30]: embedder and classifier --------------------------------------------------
@@ -352,7 +399,7 @@ class PaSST(nn.Module):
 
     def mel(self, mono):
         """mono (B, n) at 32 kHz in [-1, 1], n > 513 -> log-mel (B, 128, 1 + (n - 2) // 320)."""
-        with torch.autocast(mono.device.type, enabled=False):                           # powers overflow float16
+        with full_precision(mono):                                                      # powers overflow float16
             x = mono[:, 1:] - 0.97 * mono[:, :-1]                                       # pre-emphasis
             X = torch.stft(x, 1024, 320, 800, self.window, pad_mode="reflect", return_complex=True)
             power = X.real**2 + X.imag**2                                               # (B, 513, T)
@@ -379,8 +426,9 @@ class PaSST(nn.Module):
 
         Below 0.15 s zeros are appended; beyond 10 s, the mean over equal consecutive windows of at most 10 s.
         """
-        mono = resample(audio.mean(1), rate, PASST_RATE)
-        mel = self.mel(F.pad(mono, (0, max(0, PASST_SHORTEST - mono.shape[-1]))))
-        windows = mel.tensor_split(-(-mel.shape[-1] // PASST_LONGEST), dim=-1)
-        logits, embeddings = zip(*(self(window) for window in windows))
+        with full_precision(audio):
+            mono = resample(audio.mean(1), rate, PASST_RATE)
+            mel = self.mel(F.pad(mono, (0, max(0, PASST_SHORTEST - mono.shape[-1]))))
+            windows = mel.tensor_split(-(-mel.shape[-1] // PASST_LONGEST), dim=-1)
+            logits, embeddings = zip(*(self(window) for window in windows))
         return torch.stack(logits).mean(0), torch.stack(embeddings).mean(0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps
+from diffusion import alpha_sigma, ddim_step, ddpm_step, forward_step, time_steps
 
 
 def test_schedule_is_variance_preserving_and_exact_at_both_ends():
@@ -27,13 +27,12 @@ def test_time_steps_are_equal_and_end_at_zero():
             time_steps(steps, t_T)
 
 
-def test_v_contains_signal_and_noise():
-    """From x_t and the true v both x_0 and eps come back, with one time or one per clip."""
+def test_v_contains_the_signal():
+    """From x_t and the true v x_0 comes back, with one time or one per clip."""
     x_0, eps = torch.randn(2, 3, 2, 16, dtype=torch.float64)
     for t in (torch.tensor(0.37), torch.tensor([0.0, 0.4, 1.0])):
         x_t, v = diffusion.add_noise(x_0, eps, t)
         assert torch.allclose(diffusion.x0_from_v(x_t, v, t), x_0, atol=1e-12)
-        assert torch.allclose(diffusion.eps_from_v(x_t, v, t), eps, atol=1e-12)
 
 
 def test_loss_is_zero_for_the_true_v_and_one_for_predicting_zero():
@@ -107,3 +106,13 @@ def test_loss_squares_the_weighed_error():
     weigh = lambda error, t: error * (10 * t.float())[:, None, None]
     weighed, plain = diffusion.v_loss(model, x_0, t, eps, weigh), diffusion.v_loss(model, x_0, t, eps)
     assert torch.allclose(weighed, plain * torch.tensor([1.0, 25.0, 81.0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("s, t", [(0.0, 0.02), (0.3, 0.5), (0.98, 1.0)])
+def test_a_forward_step_stays_on_the_forward_process(s, t):
+    """From q(x_s | x_0) it leads to q(x_t | x_0): mean alpha_t x_0, variance sigma_t^2; to t = 1 nothing of x_s is left."""
+    zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(s), alpha_sigma(t)
+    from_x_s, from_noise = forward_step(one, s, t, zero).item(), forward_step(zero, s, t, one).item()
+    assert abs(from_x_s * alpha_s - alpha_t) < 1e-12
+    assert abs((from_x_s * sigma_s) ** 2 + from_noise**2 - sigma_t**2) < 1e-12

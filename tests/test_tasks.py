@@ -1,4 +1,6 @@
 """The rows of Table 2: what each constructor measures, where it starts from, and what it refuses."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -109,7 +111,7 @@ def test_bad_arguments_are_named():
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, 1.2)),
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, torch.tensor([0.2, -0.1, 1.0]))),
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, 0.0)),
-                       ("start_from", lambda: tasks.regenerate(x_bar, 4, 4, z, start_from="x")),
+                       ("start_from", lambda: tasks.regenerate(x_bar, 4, 4, z, 0.5, start_from="x")),
                        ("z must", lambda: tasks.continuation(x_bar[..., :5], 4, z)),
                        ("mask", lambda: tasks.KeepMask(torch.ones(n, dtype=torch.bool))),
                        ("row rank", lambda: tasks.Matrix(torch.ones(2, n))),
@@ -117,3 +119,25 @@ def test_bad_arguments_are_named():
                        ("labels", lambda: tasks.classifier_guidance(lambda x: x, torch.tensor([[1.5]]), z))):
         with pytest.raises(ValueError, match=word):
             call()
+
+
+def test_listening_and_resampling_are_done_in_full_precision(monkeypatch):
+    """Both within full_precision, which switches TF32 off, for tensors on a GPU only, and back on afterwards."""
+    cudnn, seen, original = torch.backends.cudnn, [], tasks.full_precision
+    for is_cuda in (True, False):
+        before = cudnn.allow_tf32
+        with original(SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu"))):
+            assert cudnn.allow_tf32 == (before and not is_cuda)
+        assert cudnn.allow_tf32 == before
+    monkeypatch.setattr(tasks, "full_precision", lambda x: seen.append(x.shape) or original(x))
+    tasks.resample(torch.zeros(1, 2, 4410), 44100, 32000)
+    assert seen.pop() == (1, 2, 4410)
+    tasks.PaSST(tasks.PASST_PRESETS["tiny"]).listen(torch.zeros(1, 2, 8000), 32000)
+    assert seen[0] == (1, 2, 8000)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_resamples_as_the_cpu_does():
+    """To float32's precision; with TF32 the difference is 1e-3."""
+    x = torch.randn(1, 2, 44100, generator=torch.Generator().manual_seed(0))
+    assert (tasks.resample(x.cuda(), 44100, 32000).cpu() - tasks.resample(x, 44100, 32000)).abs().max() < 1e-5
