@@ -1,25 +1,24 @@
 """Table 1 and Figure 1 for any model, and the metrics behind them: Sect. 4.2 and 4.3.
 
-    python evaluate.py --model latent --data path/to/test --reference path/to/train --samplers ddim-50 ddpm-50
-    python evaluate.py --generated edited/ --originals test/ --reference path/to/train        # any other system's files
+    python evaluate.py --model latent --data path/to/test --reference path/to/train
+    python evaluate.py --generated edited/ --originals test/ --reference path/to/train     # any other system's files
 
 Each clip's measurements are a small file under --out: an interrupted run goes on where it stopped, processes share the
-work, and neither the order of clips nor the size of batches enters a figure.
+work, and neither the order of clips nor the size of batches enters a figure. A run measures one sampler; runs with the
+same --out add up to one table.
 """
 import argparse
-import csv
 import functools
 import hashlib
-import io
 import json
 import math
 import os
-import zipfile
-from dataclasses import asdict, dataclass
+import statistics
+from collections import namedtuple
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,7 +29,6 @@ import train
 from tasks import PASST_FILE, PASST_PRESETS, PaSST, load_official, mel_triangles, resample
 from train import SAMPLE_RATE, UserError
 
-RESAMPLER = "sinc 48, roll-off 0.945, kaiser 12"       # tasks.resample
 VGGISH_FILE = "vggish-10086976.pth, published on GitHub by harritaylor/torchvggish, release v0.1"
 
 
@@ -79,24 +77,12 @@ class VGGish(nn.Module):
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
-class GaussianStatistics:
-    """Count, mean (d,) and covariance (d, d) of chunks (n, d) of embeddings, gathered one by one in float64."""
-
-    def __init__(self, chunks):
-        self.n, self.mean, self.scatter = 0, 0.0, 0.0
-        for chunk in chunks:
-            chunk = chunk.detach().to("cpu", torch.float64)
-            k, mean = len(chunk), chunk.mean(0)
-            delta, centred = mean - self.mean, chunk - mean
-            self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.n * k / (self.n + k))
-            self.mean = self.mean + delta * (k / (self.n + k))
-            self.n += k
-
-    @property
-    def covariance(self):                                                                       # (d, d), over n - 1
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 embeddings, not {self.n}")
-        return self.scatter / (self.n - 1)
+def gaussian(embeddings):
+    """Mean (d,) and covariance (d, d), over n - 1, of embeddings (n, d), float64. ValueError for fewer than two."""
+    if len(embeddings) < 2:
+        raise ValueError(f"a covariance needs at least 2 embeddings, not {len(embeddings)}")
+    embeddings = embeddings.double().cpu()
+    return embeddings.mean(0), embeddings.T.cov()
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -105,11 +91,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     The trace of the root is the sum of the singular values of cov1^(1/2) cov2^(1/2): exact and real for any rank,
     without the epsilon and the complex roots of the usual code [26].
     """
-
     def root(cov):
         values, vectors = torch.linalg.eigh(cov)
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
     cross = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
     return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item())
 
@@ -117,8 +101,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 def kl_divergence(p, q):
     """KL(p || q) in nats along the last axis, with 1e-6 inside the logarithm of q; p, q (..., classes) sum to 1.
 
-    p is the reference. Table 1's is the set-level form, of the mean class posteriors (softmax) of two sets of clips;
-    for pairs of clips, take the mean of the result.
+    p is the reference. Table 1's is of the mean class posteriors (softmax) of two sets of clips.
     """
     return (torch.special.xlogy(p, p) - p * (q + 1e-6).log()).sum(-1)
 
@@ -160,8 +143,7 @@ def realism(reference, generated, k=3, prune=True):
     """Realism score [32] of each generated embedding, (n_generated,) float64: above 1 is inside the reference manifold.
 
     max over reference points r of radius_r / |g - r|, where radius_r is r's distance to its k-th nearest neighbour;
-    with prune, only over the half with the smaller radii. Plain distances, as in the formula of [32]; its code has
-    squared ones, whose ratio of two scores is the square of this one's.
+    with prune, only over the half with the smaller radii. Plain distances, as in the formula; the code of [32] squares.
     """
     reference, generated = reference.double().cpu(), generated.double().cpu()
     if not 0 < k < len(reference):
@@ -178,13 +160,24 @@ def realism(reference, generated, k=3, prune=True):
 
 # ---- listeners, and the training set as they hear it ----------------------------------------------------------------
 
-@dataclass
 class Listeners:
-    """Who judges: `fad` gives the embeddings of FAD, `passt` the classes of KLD and the embeddings of realism."""
-    fad: nn.Module
-    passt: PaSST
-    fad_name: str
-    passt_name: str
+    """Who judges: `fad` gives the embeddings of FAD, `passt` the classes of KLD and the embeddings of realism. Official
+    networks, where their files are given; else the small PaSST of train.py --model classifier is both."""
+
+    def __init__(self, options, device):
+        try:
+            if options.passt:
+                path, passt = options.passt, load_official(PaSST(PASST_PRESETS["paper"]), options.passt, PASST_FILE)
+            else:
+                checkpoint = train.open_checkpoint("classifier", options.listener)
+                path, passt = checkpoint.path, checkpoint.net
+            self.fad = self.passt = passt.to(device)
+            self.names = 2 * [f"PaSST {sample.digest(path)[:8]}"]                               # of fad, of passt
+            if options.vggish:
+                self.fad = load_official(VGGish(), options.vggish, VGGISH_FILE).to(device)
+                self.names[0] = f"VGGish {sample.digest(options.vggish)[:8]}"
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @torch.no_grad()
     def hear(self, audio):
@@ -195,90 +188,49 @@ class Listeners:
         return [{key: value[i].clone() for key, value in heard.items()} for i in range(len(audio))]
 
 
-def load_listeners(options, device):
-    """The official networks, where their files are given; else the small PaSST of train.py --model classifier."""
-    try:
-        if options.passt:
-            path, size = options.passt, "official"
-            passt = load_official(PaSST(PASST_PRESETS["paper"]), path, PASST_FILE)
-        else:
-            checkpoint = train.open_checkpoint("classifier", options.listener)
-            path, size, passt = checkpoint.path, checkpoint.size, checkpoint.net
-        fad, fad_name = passt, passt_name = passt.to(device), f"PaSST {size} {sample.digest(path)[:8]}"
-        if options.vggish:
-            fad = load_official(VGGish(), options.vggish, VGGISH_FILE).to(device)
-            fad_name = f"VGGish {sample.digest(options.vggish)[:8]}"
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return Listeners(fad, passt, fad_name, passt_name)
+def gather(records):
+    """Of a set of records: fad (all P, d), the mean posterior (classes,), embedding (n, width)."""
+    return {"fad": torch.cat([record["fad"] for record in records]),
+            "posterior": torch.stack([record["posterior"] for record in records]).mean(0),
+            "embedding": torch.stack([record["embedding"] for record in records])}
 
 
-def hear_reference(folder, lengths, listeners, options, device):
-    """What the listeners hear in excerpts of the training music, at each length in samples: arrays for np.savez."""
-    excerpts = find_excerpts(folder, max(lengths), options.reference_clips, options.seed)
-    heard = {n: [] for n in lengths}
-    for chunk in train.progress(chunks(excerpts, options.batch), "reference", unit="batch"):
-        clips = [clip for clip, in read_all({excerpt: [excerpt] for excerpt in chunk}).values()]
-        for n in lengths if clips else ():
-            heard[n] += listeners.hear(torch.stack(clips)[..., :n].to(device))
-    arrays = {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER,
-              "folder": str(folder), "lengths": lengths, "count": len(heard[lengths[0]])}
-    if arrays["count"] < 5:                                # realism needs more than k = 3
-        raise UserError(f"--reference {folder} has under 5 usable excerpts of {lengths[-1] / SAMPLE_RATE:.2f} s")
-    for n, records in heard.items():
-        fad = GaussianStatistics(record["fad"] for record in records)
-        arrays |= {f"{n}_fad_n": fad.n, f"{n}_fad_mean": fad.mean, f"{n}_fad_covariance": fad.covariance,
-                   f"{n}_posterior": torch.stack([record["posterior"] for record in records]).mean(0),
-                   f"{n}_embeddings": torch.stack([record["embedding"] for record in records])}
-    return {key: np.asarray(value) for key, value in arrays.items()}
-
-
-def load_reference(path, lengths, listeners):
-    """The arrays of hear_reference, as tensors; UserError if they do not fit the listeners or the clips' lengths."""
-    again = "give --reference the folder of training music to make it again"
-    try:
-        with np.load(path) as file:
-            reference = {key: str(value) if value.dtype.kind == "U" else torch.from_numpy(value)
-                         for key, value in file.items()}
-        made_with = [reference[key] for key in ("fad_listener", "passt_listener", "resampler")]
-        lengths_made = reference["lengths"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} does not hold statistics of evaluate.py ({type(error).__name__}): {again}") from None
-    for found, wanted in zip(made_with, (listeners.fad_name, listeners.passt_name, RESAMPLER)):
-        if found != wanted:
-            raise UserError(f"{path} was made with {found}, not with {wanted}: {again}")
-    for n in set(lengths) - set(lengths_made):
-        raise UserError(f"{path} was made of clips of {[round(m / SAMPLE_RATE, 3) for m in lengths_made]} s, "
-                        f"and {n / SAMPLE_RATE:.3f} s are needed: {again}")
-    return reference
-
-
-def prepare_reference(source, out, lengths, listeners, options, device):
-    """`source` is a .npz file, or the folder of which such a file is made, once, in `out`."""
-    if not Path(source).is_dir():
-        return load_reference(source, lengths, listeners)
-    path = out / "reference-{}.npz".format(short_hash(
-        lengths, listeners.fad_name, listeners.passt_name, options.reference_clips, options.seed,
-        [(path, os.stat(path).st_mtime_ns) for path in train.find_files([source])]))
+def hear_reference(lengths, listeners, options, out, device):
+    """{n: what the listeners hear in excerpts of n samples of the training music}; heard once, and kept in `out`."""
+    files = [path for path in train.find_files([options.reference]) if os.path.exists(path)]
+    path = out / "reference-{}.pt".format(short_hash([(path, os.stat(path).st_mtime_ns) for path in files], lengths,
+                                                     listeners.names, options.reference_clips, options.seed))
     if train.RANK == 0 and not path.exists():
-        buffer = io.BytesIO()
-        np.savez(buffer, **hear_reference(source, lengths, listeners, options, device))
+        excerpts, heard = find_excerpts(options.reference, max(lengths), options.reference_clips, options.seed), []
+        for batch in train.progress(batches(excerpts, options.batch), "reference", unit="batch"):
+            if audio := [excerpt for excerpt, in read_all({excerpt: [excerpt] for excerpt in batch}).values()]:
+                audio = torch.stack(audio).to(device)
+                heard += zip(*(listeners.hear(audio[..., :n]) for n in lengths))
+        if len(heard) < 5:                                 # realism needs more than k = 3
+            raise UserError(f"--reference {options.reference} has under 5 excerpts of {max(lengths)} samples")
         path.parent.mkdir(parents=True, exist_ok=True)
-        train.write_atomic(path, lambda file: file.write(buffer.getvalue()))
-        train.say(f"{path} holds the statistics of {source}; it can be given as --reference")
+        train.save_atomic(path, {n: gather(records) for n, records in zip(lengths, zip(*heard))})
     train.barrier()
-    return load_reference(path, lengths, listeners)
+    return torch.load(path, weights_only=True)
 
 
-# ---- clips: an excerpt is (path, first sample, samples) at 44.1 kHz -------------------------------------------------
+# ---- excerpts, (path, first sample, samples) at 44.1 kHz ------------------------------------------------------------
 
 @functools.cache
 def say_once(text):
     train.say(text)
 
 
+@functools.cache
+def code_hash():
+    """Of the modules beside this one: what other code has measured is measured again."""
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+
+
 def short_hash(*facts):
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    """8 hex digits that change with the facts and with the code: part of the name of each file that is kept."""
+    return hashlib.sha256(json.dumps([code_hash(), *facts]).encode()).hexdigest()[:8]
 
 
 def find_excerpts(folder, n, limit, seed):
@@ -289,13 +241,20 @@ def find_excerpts(folder, n, limit, seed):
         facts = train.probe(path)
         whole = 0 if isinstance(facts, str) else facts[0] * SAMPLE_RATE // facts[1] // n
         if not whole:
-            reason = facts if isinstance(facts, str) else f"shorter than {n / SAMPLE_RATE:.2f} s"
-            say_once(f"skipped {train.show(path)}: {reason}")
+            say_once(f"skipped {train.show(path)}: " + (facts if isinstance(facts, str) else "too short"))
         rng = train.random_numbers(seed, i)
         drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
     if not drawn:
         raise UserError(f"{folder} has no audio file of {n / SAMPLE_RATE:.2f} s or more")
     return sorted(excerpt for *_, excerpt in sorted(drawn)[:limit])
+
+
+def with_another(excerpts, seed):
+    """[(excerpt, excerpt of another track)]"""
+    def another(j, path):
+        others = [excerpt for excerpt in excerpts if excerpt[0] != path] or excerpts
+        return others[train.random_numbers(seed, j, 2).integers(len(others))]
+    return [(excerpt, another(j, excerpt[0])) for j, excerpt in enumerate(excerpts)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -323,33 +282,23 @@ def read_all(groups):
     return loaded
 
 
-def draw_pairs(excerpts, seed, count=None):
-    """[(excerpt, excerpt of another track)]: of each excerpt in turn, or of `count` drawn at random."""
-    pairs = []
-    for j in range(count or len(excerpts)):
-        rng = train.random_numbers(seed, j, 2)
-        first = excerpts[rng.integers(len(excerpts))] if count else excerpts[j]
-        others = [excerpt for excerpt in excerpts if excerpt[0] != first[0]] or excerpts
-        pairs.append((first, others[rng.integers(len(others))]))
-    return pairs
+def generator(seed, j):
+    """The random numbers of clip j, the same for every row."""
+    return torch.Generator().manual_seed(int(train.random_numbers(seed, j, 0).integers(2**62)))
 
 
-def chunks(items, size):
+def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-# ---- the tasks of Sect. 4.3 -----------------------------------------------------------------------------------------
+# ---- the tasks of Sect. 4.3 and the rows of Table 1 -----------------------------------------------------------------
 
 TASKS = ("unconditional", "infill", "regenerate", "continuation", "transition", "embedding")
+HEARD_WHOLE, EDITED = ("unconditional", "embedding"), ("infill", "regenerate", "continuation")
 
 
-@dataclass(frozen=True)
-class Span:
-    """Within the model's window, in samples: region [a, b) is generated, [c, d) is what the listeners hear."""
-    a: int
-    b: int
-    c: int
-    d: int
+# Within the model's window, in samples: region [a, b) is generated, [c, d) is what the listeners hear.
+Span = namedtuple("Span", "a b c d")
 
 
 def layout(window, hop):
@@ -372,141 +321,121 @@ def layout(window, hop):
             "infill": centred(2), "regenerate": centred(2)}
 
 
-def edit(checkpoint, task, x, span, passt, settings, generators, callback):
-    """The model's own, unspliced audio (B, 2, window) for x (B, 2, window); a transition's x is the raw cross-fade."""
-    guides = ()
-    if task == "embedding":
+# A batch for a row to work on. x (B, 2, window) are the originals, of transitions the raw cross-fades, other (B, 2,
+# window) are of other tracks; generators: each clip's own random numbers.
+Clips = namedtuple("Clips", "task span x other generators")
+
+
+def generate(checkpoint, clips, settings, passt=None):
+    """The model's own, unspliced audio (B, 2, window); passt is needed for guidance by example ("embedding")."""
+    guides, span = (), clips.span
+    if clips.task == "embedding":
         def listen(audio):
             return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
-        y, step = listen(x), sample.XI_GUIDE["embedding"]
+        y, step = listen(clips.x), sample.XI_GUIDE["embedding"]
         guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, step),)
-    return sample.fill(checkpoint, x, span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop, settings,
-                       generators, from_x_bar=task in sample.FROM_X_BAR, guides=guides, callback=callback)
-
-
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-WHOLE, EDITED = ("unconditional",), ("infill", "continuation")
-EVERY = (*WHOLE, *EDITED, "transition")
-STAND_IN = {"regenerate": "infill", "embedding": "unconditional"}      # for rows that would give the same
+    return sample.fill(checkpoint, clips.x, span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop,
+                       settings, clips.generators, from_x_bar=clips.task in sample.FROM_X_BAR, guides=guides)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of Table 1. produce(task, x, other, [j], tick) -> audio (B, 2, window), where x (B, 2, window) is the
-    original (of a transition, the raw cross-fade), other is of another track, and j are the clips' numbers; it calls
-    tick() as many times as `cost` says, or not at all."""
+    """A line of Table 1. produce(Clips) -> audio (B, 2, window); made_with: what that depends on, besides the clips."""
     name: str
     tasks: tuple
     produce: Callable
-    cost: int = 1
+    made_with: dict = field(default_factory=dict)
 
 
-TEST_SET = Row("Test set", (*EVERY, "files"), lambda task, x, *_: x)
+def filler(name, tasks, content):
+    """The row that has content(Clips) in the region, and the original around it."""
+    def produce(clips):
+        x, a, b = clips.x, clips.span.a, clips.span.b
+        return torch.cat([x[..., :a], content(clips)[..., a:b], x[..., b:]], -1)
+    return Row(name, tasks, produce)
 
 
-def simple_rows(evaluation):
-    """The rows that keep the others honest: what fills the region, or is done to a whole clip, without any model."""
-    def noise(x, js):                                    # white, at the clip's level
-        drawn = torch.stack([torch.randn(x.shape[1:], generator=evaluation.generator(j, 1)) for j in js]).to(x.device)
-        return drawn * x.square().mean((1, 2), keepdim=True).sqrt()
-
-    def fill(content):
-        def produce(task, x, other, js, tick):
-            a, b = evaluation.spans[task].a, evaluation.spans[task].b
-            return torch.cat([x[..., :a], content(x, other, js, a)[..., a:b], x[..., b:]], -1)
-        return produce
-
-    def low_pass(task, x, *_):
-        return resample(resample(x, SAMPLE_RATE, 8000), 8000, SAMPLE_RATE)[..., :x.shape[-1]]
-
-    return [TEST_SET,
-            Row("Silence", EVERY, fill(lambda x, *_: torch.zeros_like(x))),
-            Row("White noise", EVERY, fill(lambda x, other, js, a: noise(x, js))),
-            Row("Context repeated", EDITED, fill(lambda x, other, js, a: x[..., torch.arange(x.shape[-1]) % a])),
-            Row("Another track", EDITED, fill(lambda x, other, *_: other)),
-            Row("Low-pass 4 kHz", WHOLE, low_pass),
-            Row("Noise at 0 dB", WHOLE, lambda task, x, other, js, tick: x + noise(x, js))]
+def white_noise(clips):
+    """(B, 2, window) at each clip's level."""
+    drawn = torch.stack([torch.randn(clips.x.shape[1:], generator=generator) for generator in clips.generators])
+    return drawn.to(clips.x.device) * clips.x.square().mean((1, 2), keepdim=True).sqrt()
 
 
-def model_rows(evaluation, checkpoint):
-    """The VAE's reconstruction, for a latent model, and a row for each sampler."""
-    options, rows = evaluation.options, []
+def repeated(clips):
+    """(B, 2, window): what comes before the region, again and again."""
+    return clips.x[..., torch.arange(clips.x.shape[-1]) % clips.span.a]
+
+
+GENERATED = Row("Generated", ("files",), lambda clips: clips.other)
+TEST_SET = Row("Test set", (*TASKS, "files"), lambda clips: clips.x)
+FILLERS = (filler("Silence", TASKS, lambda clips: torch.zeros_like(clips.x)), filler("White noise", TASKS, white_noise),
+           filler("Context repeated", EDITED, repeated), filler("Another track", EDITED, lambda clips: clips.other))
+
+
+def model_rows(checkpoint, listeners, options):
+    """The model with the sampler of the options, and its VAE's reconstruction."""
+    rows, file = [], {"checkpoint": sample.digest(checkpoint.path)}
+    if options.sampler != "none":
+        settings = sample.Settings(options.sampler, options.steps, **sample.Settings.given(options, checkpoint.kind))
+        rows.append(Row(f"{checkpoint.kind.title()} {options.sampler.upper()} {options.steps}", tuple(options.tasks),
+                        lambda clips: generate(checkpoint, clips, settings, listeners.passt), file | asdict(settings)))
     if checkpoint.kind == "latent":
-        rows.append(Row("VAE", EVERY, lambda task, x, *_: checkpoint.decode(checkpoint.encode(x))))
-    for sampler, steps in options.samplers:
-        chosen = argparse.Namespace(**vars(options), sampler=sampler, steps=steps)
-        settings = sample.Settings.of(chosen, checkpoint.kind)
-
-        def produce(task, x, other, js, tick, settings=settings):
-            return edit(checkpoint, task, x, evaluation.spans[task], evaluation.listeners.passt, settings,
-                        [evaluation.generator(j) for j in js], lambda step: tick())
-
-        rows.append(Row(f"{checkpoint.kind.title()} {sampler.upper()} {steps}", options.tasks, produce, steps))
+        rows.append(Row("VAE", TASKS, lambda clips: checkpoint.decode(checkpoint.encode(clips.x)), file))
     return rows
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measuring, and Table 1 ------------------------------------------------------------------------------------------
 
 class Evaluation:
-    """Measures rows clip by clip, each clip's record a file of its own, and makes figures of the records."""
+    """Measures rows clip by clip, each clip's record a file of its own, and makes figures of the records.
+    pairs: {task: [(excerpt, excerpt of another track)]}; spans: {task: Span}; reference: what hear_reference gives."""
 
-    def __init__(self, out, settings, pairs, spans, listeners, reference, options, device):
-        """settings: all that a record depends on, besides its row and task; pairs: {task: [(excerpt, excerpt of another
-        track)]}; spans: {task: Span}; reference: see load_reference."""
-        self.folder = out / "records" / short_hash(settings)
-        self.names = {task: [f"{j:06d}-{short_hash(pair, [os.stat(path).st_mtime_ns for path, *_ in pair])}.pt"
-                             for j, pair in enumerate(clips)] for task, clips in pairs.items()}
-        self.pairs, self.spans, self.listeners = pairs, spans, listeners
+    def __init__(self, out, pairs, spans, listeners, reference, options, device):
+        self.out, self.pairs, self.spans, self.listeners = out, pairs, spans, listeners
         self.reference, self.options, self.device = reference, options, device
+        self.facts = {task: [(spans[task], pair, [os.stat(path).st_mtime_ns for path, *_ in pair], listeners.names,
+                              options.seed) for pair in some] for task, some in pairs.items()}
 
     def file(self, row, task, j):
-        return self.folder / row.lower().replace(" ", "-") / task / self.names[task][j]
-
-    def generator(self, j, stream=0):
-        """The random numbers of clip j, the same for every row."""
-        return torch.Generator().manual_seed(int(train.random_numbers(self.options.seed, j, stream).integers(2**62)))
+        """Of the record of clip j; its name changes with all that the record depends on."""
+        folder = self.out / "records" / row.name.lower().replace(" ", "-") / task
+        return folder / f"{j:06d}-{short_hash(row.made_with, self.facts[task][j])}.pt"
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
-        jobs = [(row, task, [j for j in chunk if not self.file(row.name, task, j).exists()])
+        jobs = [(row, task, [j for j in batch if not self.file(row, task, j).exists()])
                 for task, pairs in self.pairs.items()
-                for chunk in chunks(range(train.RANK, len(pairs), train.WORLD), self.options.batch)
+                for batch in batches(range(train.RANK, len(pairs), train.WORLD), self.options.batch)
                 for row in rows if task in row.tasks]    # innermost: each clip is decoded for all rows at once
-        total = sum(row.cost * len(chunk) for row, _, chunk in jobs)
-        with train.progress(total=total, unit="step") as bar:
-            for row, task, chunk in filter(lambda job: job[2], jobs):
-                bar.set_description(f"{row.name}, {task}")
-                target = bar.n + row.cost * len(chunk)
-                self.measure(row, task, chunk, lambda: bar.update(len(chunk)))
-                bar.update(target - bar.n)
+        for row, task, js in train.progress([job for job in jobs if job[2]], "clips", unit="batch"):
+            self.measure(row, task, js)
         train.barrier()
 
     @torch.no_grad()
-    def measure(self, row, task, chunk, tick):
-        loaded = read_all({j: self.pairs[task][j] for j in chunk})
+    def measure(self, row, task, js):
+        loaded = read_all({j: self.pairs[task][j] for j in js})
         if not loaded:
             return
-        first, other = (torch.stack(clips).to(self.device) for clips in zip(*loaded.values()))        # (B, 2, window)
+        first, other = (torch.stack(audio).to(self.device) for audio in zip(*loaded.values()))        # (B, 2, window)
         span, window = self.spans[task], first.shape[-1]
         x = tasks.crossfade(first, other, span.a, window - span.b) if task == "transition" else first
-        made = row.produce(task, x, other, list(loaded), tick)[..., :window]
-        for j, record in zip(loaded, self.judge(made, x, first, span)):
-            path = self.file(row.name, task, j)
+        clips = Clips(task, span, x, other, [generator(self.options.seed, j) for j in loaded])
+        for j, record in zip(loaded, self.judge(row.produce(clips)[..., :window], clips, first)):
+            path = self.file(row, task, j)
             path.parent.mkdir(parents=True, exist_ok=True)
             train.save_atomic(path, record)
 
-    def judge(self, made, x, first, span):
-        """One record per clip: what was heard, MR on the region and on the clip, Figure 1's curve, two flags."""
-        finite, made = made.isfinite().all(-1).all(-1), made.nan_to_num()
-        clip, region = slice(span.c, span.d), slice(max(span.a, span.c), min(span.b, span.d))
-        width = max(2, (region.stop - region.start) // 10)   # Figure 1: 19 windows, overlapping by half
-        along = [z[..., region].unfold(-1, width, width // 2).transpose(1, 2)[:, :19] for z in (made, first)]
-        values = {"MR": mel_distance(made[..., region], x[..., region], SAMPLE_RATE),
-                  "MR clip": mel_distance(made[..., clip], x[..., clip], SAMPLE_RATE),
-                  "curve": mel_distance(*along, SAMPLE_RATE),
-                  "silent": made[..., clip].abs().amax((1, 2)) < 1e-4, "finite": finite}
-        records = self.listeners.hear(made[..., clip])
+    def judge(self, made, clips, first):
+        """One record per clip: what was heard, MR on the region, whether all is finite; of transitions, Figure 1."""
+        finite, made = made.isfinite().flatten(1).all(1), made.nan_to_num()
+        a, b, c, d = clips.span
+        region = slice(max(a, c), min(b, d))
+        values = {"MR": mel_distance(made[..., region], clips.x[..., region], SAMPLE_RATE), "finite": finite}
+        if clips.task == "transition":
+            width = max(2, (b - a) // 10)                  # 19 windows, overlapping by half
+            along = [z[..., region].unfold(-1, width, width // 2).transpose(1, 2)[:, :19] for z in (made, first)]
+            values["curve"] = mel_distance(*along, SAMPLE_RATE)
+        records = self.listeners.hear(made[..., c:d])
         return [record | {key: value[i].cpu() for key, value in values.items()} for i, record in enumerate(records)]
 
     def records(self, row, task):
@@ -516,34 +445,28 @@ class Evaluation:
         return {j: record for j, record in records.items() if record["finite"]}
 
     def figures(self, row, task):
-        """{metric: (value, standard deviation or None, count)} of a row, for one task."""
-        records, originals = self.records(row, task), self.records("Test set", STAND_IN.get(task, task))
-        both = sorted(records.keys() & originals.keys())
-        if len(both) < 2:
+        """{metric: [value, standard deviation or None, count]} of a row, for one task."""
+        records = self.records(row, task)
+        if len(records) < 2:
             return {}
-        keys = ("posterior", "embedding", "MR", "MR clip", "silent")
-        of, original = ({key: torch.stack([group[j][key].double() for j in both]) for key in keys}
-                        for group in (records, originals))
-        length = self.spans[task].d - self.spans[task].c
-        mean, covariance, posterior, embeddings = (
-            self.reference[f"{length}_{key}"] for key in ("fad_mean", "fad_covariance", "posterior", "embeddings"))
-        heard = GaussianStatistics(records[j]["fad"] for j in both)
-        if heard.n <= len(mean):
-            say_once(f"warning: FAD from n = {heard.n} embeddings of {len(mean)} dimensions is biased far upwards; "
-                     "compare at equal n only")
-        made = {"FAD": (frechet_distance(mean, covariance, heard.mean, heard.covariance), None, heard.n),
-                "KLD": (kl_divergence(posterior, of["posterior"].mean(0)).item(), None, len(both)),
-                "KLD paired": (kl_divergence(original["posterior"], of["posterior"]).mean().item(), None, len(both)),
-                "silent": (of["silent"].mean().item(), None, len(both))}
-        if task not in ("unconditional", "embedding", "transition"):
-            made |= {key: (of[key].mean().item(), None, len(both)) for key in ("MR", "MR clip")}
-        if task == "transition":
-            ratio = realism(embeddings, of["embedding"]) / realism(embeddings, original["embedding"])
-            made["Realism"] = (ratio.mean().item(), ratio.std().item(), len(both))
-        return made
+        music, heard = self.reference[self.spans[task].d - self.spans[task].c], gather(records.values())
+        n, d = heard["fad"].shape
+        if n <= d:
+            say_once(f"warning: FAD from n = {n} embeddings of {d} dimensions is far too high: compare at equal n only")
+        found = {"FAD": [frechet_distance(*gaussian(music["fad"]), *gaussian(heard["fad"])), None, n],
+                 "KLD": [kl_divergence(music["posterior"], heard["posterior"]).item(), None, len(records)]}
+        if task == "transition":                           # as a share of the raw cross-fade's, which is the test set
+            raw = self.records(TEST_SET, task)
+            both = [j for j in records if j in raw]
+            ours, its = (realism(music["embedding"], torch.stack([group[j]["embedding"] for j in both]))
+                         for group in (records, raw))
+            found["Realism"] = [(ours / its).mean().item(), (ours / its).std().item(), len(both)]
+            curve = torch.stack([record["curve"] for record in records.values()]).mean(0)
+            found["Figure 1"] = [curve.tolist(), None, len(records)]
+        elif task not in HEARD_WHOLE:
+            found["MR"] = [sum(record["MR"].item() for record in records.values()) / len(records), None, len(records)]
+        return found
 
-
-# ---- Table 1 and Figure 1 -------------------------------------------------------------------------------------------
 
 COLUMNS = (("Files", ("files",), ("FAD", "KLD", "MR")),
            ("Unconditional", ("unconditional",), ("FAD", "KLD")),
@@ -553,25 +476,17 @@ COLUMNS = (("Files", ("files",), ("FAD", "KLD", "MR")),
            ("Cl. Guidance", ("embedding",), ("FAD", "KLD")))
 
 
-def row_figures(evaluation, row, tasks_wanted):
-    """{task: figures} of a row; a task that it was not measured for takes those of its stand-in."""
-    sources = {task: task if task in row.tasks else STAND_IN.get(task) for task in tasks_wanted}
-    return {task: evaluation.figures(row.name, source) for task, source in sources.items() if source in row.tasks}
-
-
-def table(results):
-    """Table 1 as lines of text, in the paper's order of columns; results: {row: {task: {metric: (value, std, n)}}}."""
-    def text(value, std, n):
-        return f"{round(value, 2) + 0.0:.2f}" + (f"±{std:.2f}" if std is not None else "")          # never -0.00
-
-    def cell(row, names, metric):
-        texts = [text(*found[metric]) for found in map(results[row].get, names) if found and metric in found] or ["-"]
+def as_text(results):
+    """Table 1 as lines of text, in the paper's order of columns; results: {row: {task: {metric: [value, std, n]}}}."""
+    def cell(by_task, names, metric):
+        found = [by_task[task][metric] for task in names if metric in by_task.get(task, {})]
+        texts = [f"{round(value, 2) + 0.0:.2f}" + (f"±{std:.2f}" if std else "") for value, std, _ in found] or ["-"]
         return "/".join(texts if len(set(texts)) > 1 else texts[:1])
 
     columns = [["", *results]]
     for title, names, metrics in COLUMNS:
         for i, metric in enumerate(metrics):
-            cells = [cell(row, names, metric) for row in results]
+            cells = [cell(by_task, names, metric) for by_task in results.values()]
             if set(cells) != {"-"}:
                 columns.append([metric if i else f"{title} {metric}", *cells])
     widths = [max(map(len, column)) for column in columns]
@@ -579,54 +494,21 @@ def table(results):
 
 
 def write_results(out, results, settings):
-    """table.csv, a line for each figure, and table.json, the same with the settings; prints the table."""
-    listeners = {"FAD": settings["fad_listener"],
-                 **dict.fromkeys(("KLD", "KLD paired", "Realism"), settings["passt_listener"])}
-    lines = [dict(row=row, task=task, metric=metric, value=value, std=std, n=n, listener=listeners.get(metric, ""))
-             for row, by_task in results.items() for task, found in by_task.items()
-             for metric, (value, std, n) in found.items()]
-    if not lines:
+    """Print Table 1 and write table.json: every figure, and the settings. Rows that an earlier run with the same
+    settings left there, of another sampler for instance, stay."""
+    clips = sorted({f"{found['KLD'][2]} {task}" for row in results.values() for task, found in row.items() if found})
+    if not clips:
         raise UserError("nothing could be measured: at least two clips are needed", 1)
-    (out / "table.json").write_text(json.dumps({"settings": settings, "figures": lines}, indent=1))
-    with open(out / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
-    clips = sorted({f"{line['n']} {line['task']}" for line in lines if line["metric"] == "KLD"})
-    print("\n".join(table(results)))
-    print(f"clips: {', '.join(clips)}; reference: {settings['reference_count']} excerpts\n"
-          f"FAD by {settings['fad_listener']}; KLD (of the sets) and realism by {settings['passt_listener']}\n"
-          f"all figures: {out / 'table.csv'}")
-
-
-def figure1(evaluation, rows, out):
-    """Figure 1 as figure1.csv and figure1.svg: mean mel distance to the first track, along the transition."""
-    found = {row.name: evaluation.records(row.name, "transition").values() for row in rows}
-    curves = {name: torch.stack([record["curve"] for record in records]).mean(0).tolist()
-              for name, records in found.items() if records}
-    length = (evaluation.spans["transition"].b - evaluation.spans["transition"].a) / SAMPLE_RATE
-    seconds = [(k + 1) / 20 * length for k in range(19)]                                        # middles of the windows
-    with open(out / "figure1.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["seconds", *curves], *zip(seconds, *curves.values())])
-    (out / "figure1.svg").write_text(plot(seconds, curves))
-
-
-def plot(seconds, curves):
-    """The curves {name: values} as a plain SVG of 720 x 360."""
-    top = max(map(max, curves.values())) * 1.05
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="360" font-family="sans-serif" font-size="12">',
-           '<path d="M50 20V310H530" fill="none" stroke="black"/>',
-           '<text x="50" y="12">mel distance to the first track</text>',
-           '<text x="220" y="350">seconds into the transition</text>']
-    for i in range(5):
-        svg += [f'<text x="{40 + 120 * i}" y="328">{seconds[-1] * i / 4:.2f}</text>',
-                f'<text x="44" y="{314 - 72.5 * i}" text-anchor="end">{top * i / 4:.1f}</text>']
-    for i, (name, values) in enumerate(curves.items()):
-        colour = f"hsl({360 * i // len(curves)} 70% 40%)"
-        points = [f"{50 + 480 * x / seconds[-1]:.1f},{310 - 290 * y / top:.1f}" for x, y in zip(seconds, values)]
-        svg += [f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>',
-                f'<text x="545" y="{30 + 16 * i}" fill="{colour}">{name}</text>']
-    return "\n".join([*svg, "</svg>", ""])
+    file = out / "table.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    if earlier.get("settings") == settings:
+        results = {row: found for row, found in earlier["rows"].items() if row not in results} | results
+    text = json.dumps({"settings": settings, "metric": "[value, standard deviation, count]", "rows": results}, indent=1)
+    train.write_atomic(file, lambda out: out.write(text.encode()))
+    fad, passt = settings["listeners"]
+    print("\n".join(as_text(results)))
+    print(f"clips: {', '.join(clips)}; training music: {settings['excerpts']} excerpts\n"
+          f"FAD by {fad}; KLD (of the sets) and realism by {passt}\nall figures: {file}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -635,18 +517,17 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, whole = parser.add_argument, train.within(1, 2**31, int)
     add("--model", choices=("latent", "waveform"), default="latent")
-    add("--checkpoint", help="default: the shipped one, else that of the default training run")
+    add("--checkpoint", help="of the model (the one shipped)")
     add("--data", help="folder of test music")
-    add("--reference", required=True, help="folder of training music, or the .npz file made of it")
+    add("--reference", required=True, help="folder of training music")
     add("--generated", help="folder of edited clips made by any system, to be compared with those of the same name in")
     add("--originals", help="this folder")
     add("--region", type=float, nargs=2, metavar=("START", "END"), help="seconds of --generated that were generated")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    add("--samplers", nargs="*", type=sampler_and_steps, default=[("ddim", 50)],
-        help="for instance ddim-50 ddpm-500; none: only the rows that need no sampling")
-    add("--clips", type=whole, default=100, help="excerpts of the test music for each task")
-    add("--transitions", type=whole, default=100)
-    add("--figure1", action="store_true", help="write figure1.csv and figure1.svg")
+    add("--sampler", choices=("ddim", "ddpm", "none"), default=sample.Settings.sampler,
+        help="none: only the rows that need no sampling")
+    add("--steps", type=whole, default=sample.Settings.steps)
+    add("--clips", type=whole, default=100, help="excerpts of the test music, for each task")
     add("--listener", help="checkpoint of train.py --model classifier, who judges by default")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
@@ -656,33 +537,25 @@ def parse(argv):
     add("--seed", type=train.within(0, 2**63, int), default=0)
     add("--device", default="auto")
     add("--out", type=Path, help="default runs/evaluate-MODEL; what is measured there already is kept")
-    return parser.parse_args(argv)
-
-
-def sampler_and_steps(text):
-    name, _, steps = text.partition("-")
-    if name not in ("ddim", "ddpm") or not steps.isdigit() or int(steps) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ddim-50 or ddpm-500")
-    return name, int(steps)
+    options = parser.parse_args(argv)
+    if bool(options.generated) != bool(options.originals) or bool(options.generated) == bool(options.data):
+        raise UserError("give either --data, test music for the model to edit, or both --generated and --originals: "
+                        "files that any system edited, and what they were made from")
+    return options
 
 
 def plan_files(options):
     """(pairs, spans) to score files that any system made: clips of the same name in --originals and --generated."""
     originals = {Path(path).stem: path for path in train.find_files([options.originals])}
-    lengths = {}
-    for path in train.find_files([options.generated]):
-        facts = train.probe(path) if Path(path).stem in originals else "--originals has no file of this name"
-        if isinstance(facts, str):
-            say_once(f"skipped {train.show(path)}: {facts}")
-        else:
-            lengths[path] = facts[0] * SAMPLE_RATE // facts[1]
-    if not lengths:
+    made = [path for path in train.find_files([options.generated]) if Path(path).stem in originals]
+    facts = [found for found in map(train.probe, made) if not isinstance(found, str)]
+    if not facts:
         raise UserError(f"--generated {options.generated} has no audio file with the name of one in --originals")
-    n = max(set(lengths.values()), key=list(lengths.values()).count)                       # the usual length
+    n = statistics.mode(frames * SAMPLE_RATE // rate for frames, rate, _ in facts)     # reading skips shorter ones
     a, b = (round(seconds * SAMPLE_RATE) for seconds in options.region or (0, n / SAMPLE_RATE))
     if not 0 <= a < b <= n:
         raise UserError(f"--region must lie within the clips' {n / SAMPLE_RATE:.3f} s")
-    pairs = [((originals[Path(path).stem], 0, n), (path, 0, n)) for path in lengths]       # reading skips shorter ones
+    pairs = [((originals[Path(path).stem], 0, n), (path, 0, n)) for path in made]
     return {"files": pairs}, {"files": Span(a, b, 0, n)}
 
 
@@ -692,50 +565,35 @@ def plan_tasks(options, checkpoint):
     excerpts = find_excerpts(options.data, window, options.clips, options.seed)
     spans = layout(window, checkpoint.hop)
     for task in options.tasks:
-        a, b = spans[task].a / SAMPLE_RATE, min(spans[task].b, spans[task].d) / SAMPLE_RATE
-        train.say(f"{task}: {a:.3f} to {b:.3f} s of {window / SAMPLE_RATE:.3f} s")
-    pairs = dict.fromkeys([*options.tasks, *(STAND_IN.get(task, task) for task in options.tasks)],
-                          draw_pairs(excerpts, options.seed))
-    if "transition" in pairs:
-        pairs["transition"] = draw_pairs(excerpts, options.seed, options.transitions)
-    return pairs, spans
+        times = spans[task].a, min(spans[task].b, spans[task].d), window
+        train.say("{}: {:.3f} to {:.3f} s of {:.3f} s".format(task, *(n / SAMPLE_RATE for n in times)))
+    return dict.fromkeys(options.tasks, with_another(excerpts, options.seed)), spans
 
 
 def main(argv=None):
     options = parse(argv)
-    device, checkpoint = train.pick_device(options.device), None
+    device = train.pick_device(options.device)
     train.join_processes(device)
     torch.backends.cudnn.allow_tf32 = False              # its 10 bits would show in the resampler and in embeddings
-    listeners = load_listeners(options, device)
-    kept = {name: getattr(options, name) for name in ("seed", "clips", "transitions", "data", "generated", "originals",
-                                                      "region")}
-    kept |= {"fad_listener": listeners.fad_name, "passt_listener": listeners.passt_name, "resampler": RESAMPLER}
-    if options.figure1 and (options.generated or "transition" not in options.tasks):
-        raise UserError("--figure1 draws transitions: give it --data and a --tasks with transition")
-    if options.generated and options.originals:
-        pairs, spans = plan_files(options)
-    elif not options.data:
-        raise UserError("--data is missing: give a folder of test music (or both --generated and --originals)")
+    listeners = Listeners(options, device)
+    if options.generated:
+        (pairs, spans), rows, out = plan_files(options), [GENERATED, TEST_SET], "files"
     else:
         checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
-        kept |= {"checkpoint": sample.digest(checkpoint.path)[:8], "kind": checkpoint.kind, "step": checkpoint.step}
-        chosen = argparse.Namespace(**vars(options), sampler=None, steps=None)
-        kept |= asdict(sample.Settings.of(chosen, checkpoint.kind))
-        pairs, spans = plan_tasks(options, checkpoint)
-    out = options.out or Path("runs") / f"evaluate-{checkpoint.kind if checkpoint else 'files'}"
-    lengths = sorted({span.d - span.c for task, span in spans.items() if task in pairs})
-    reference = prepare_reference(options.reference, out, lengths, listeners, options, device)
-    evaluation = Evaluation(out, kept, pairs, spans, listeners, reference, options, device)
-    if checkpoint:
-        rows = model_rows(evaluation, checkpoint) + simple_rows(evaluation)
-    else:
-        rows = [Row("Generated", ("files",), lambda task, x, other, *_: other), TEST_SET]
+        (pairs, spans), out = plan_tasks(options, checkpoint), options.model
+        rows = [*model_rows(checkpoint, listeners, options), TEST_SET, *FILLERS]
+    out = options.out or Path("runs") / f"evaluate-{out}"
+    lengths = sorted({spans[task].d - spans[task].c for task in pairs})
+    reference = hear_reference(lengths, listeners, options, out, device)
+    evaluation = Evaluation(out, pairs, spans, listeners, reference, options, device)
     evaluation.run(rows)
     if train.RANK == 0:
-        results = {row.name: row_figures(evaluation, row, options.tasks if checkpoint else pairs) for row in rows}
-        write_results(out, results, kept | {"reference_count": int(reference["count"])})
-        if options.figure1:
-            figure1(evaluation, rows, out)
+        settings = {name: getattr(options, name) for name in ("data", "clips", "generated", "originals", "region",
+                                                              "reference", "seed")}
+        settings |= {"listeners": listeners.names, "code": code_hash(),
+                     "excerpts": len(reference[lengths[0]]["embedding"])}
+        write_results(out, {row.name: {task: evaluation.figures(row, task) for task in pairs if task in row.tasks}
+                            for row in rows}, settings)
 
 
 if __name__ == "__main__":

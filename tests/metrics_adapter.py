@@ -42,8 +42,8 @@ def frechet(*statistics):
 
 
 def gaussian_stats(chunks):
-    statistics = evaluate.GaussianStatistics(map(torch.from_numpy, chunks))
-    return statistics.mean.numpy(), statistics.covariance.numpy()
+    mean, covariance = evaluate.gaussian(torch.cat(list(map(torch.from_numpy, chunks))))
+    return mean.numpy(), covariance.numpy()
 
 
 def _posteriors(*logits):

@@ -1,13 +1,25 @@
-"""Do the outputs of a checkpoint follow their inputs? Figures about generated music that Table 1 does not have.
+"""What a checkpoint's music is like, where Table 1 is silent: six tables, each by itself or together.
 
-    python tests/sanity.py --data path/to/test --train path/to/train --clips 18
-    python tests/sanity.py --data path/to/test --train path/to/train --second runs/classifier-1/model.pt --cases 20
+    python tests/sanity.py likeness v-loss --data path/to/test
+    python tests/sanity.py likeness --task infill --data path/to/test --sampler ddpm
+    python tests/sanity.py prompts memory --data path/to/test --train path/to/train --clips 18
+    python tests/sanity.py example class --data path/to/test --clips 20 --second runs/classifier-1/model.pt
 
-First: continuations (Sect. 4.3, the model's unspliced output), of which only the generated part is judged: is it nearer
-to its own prompt than to other clips' prompts, has it the spectrum and the level of the music that really follows, do
-the clips differ among each other as real ones do, and is one of them an excerpt of the training music?
-Then: does guidance by example and by class do what it is for, against samples of the same seeds without it, and does a
-classifier agree that never guided (--second)?
+likeness   Does it sound like music? Four measures of the generated part alone, not spliced, beside those of what really
+           stood there, of its reconstruction by the VAE, of the context repeated and of white noise. tonal: the share
+           of the power between 80 and 5000 Hz that lies at spectral peaks. pitch: how much more alike the notes are to
+           those of the clip's own context than to those of other clips'. beat: how regular the onsets are. flux: how
+           uneven, onsets against a steady wash. To be read beside the real row: more is not better.
+v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, times spread evenly over
+           (0, 1), the noise fixed; for all times and for each quarter of them. Comparable between models of one kind.
+prompts    Of continuations: is each nearer to its own prompt than to other clips' prompts, has it the spectrum and the
+           level of the music that really follows, and do the clips differ among each other as real ones do?
+memory     Is a continuation an excerpt of the training music? Its highest correlation with any place there, and its
+           distance to the nearest window; both to be compared with those of real music that was not trained on.
+example    Guidance by example against samples of the same seeds without it: does the distance fall? With --second, a
+           listener that never guided: the cosine of a sample's embedding with that of its own reference and of the
+           others, and how often the nearest reference is the right one.
+class      Guidance by class, likewise: do the log-odds rise, for the guide and for a second classifier?
 """
 import argparse
 import math
@@ -15,6 +27,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,19 +35,134 @@ import evaluate
 import sample
 import tasks
 import train
+from diffusion import v_loss
 from train import SAMPLE_RATE
 
 BANDS = [1000 * 2 ** (k / 3) for k in range(-13, 11)]       # middles of the third-octave bands from 50 Hz to 12 kHz
 SLOW_RATE = 11025                                           # Hz, at which waveforms are compared
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+class Study:
+    """The models, the clips of the test music, and what the model made of them; audio is a list of (2, samples)."""
+
+    def __init__(self, options):
+        self.options, device = options, train.pick_device(options.device)
+        self.checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
+        classifier = train.open_checkpoint("classifier", options.listener, device)
+        self.listener, self.classes = classifier.net, classifier.classes
+        self.second = train.open_checkpoint("classifier", options.second, device).net if options.second else None
+        given = sample.Settings.given(options, self.checkpoint.kind)
+        self.settings = sample.Settings(options.sampler, options.steps, **given)
+        self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
+        self.spans, self.known = evaluate.layout(self.window, self.checkpoint.hop), {}
+        self.clips = self.excerpts(options.clips)
+
+    def excerpts(self, limit):
+        """Whole windows of the test music: one of each track, then a second of each, and so on, up to the limit."""
+        found = evaluate.find_excerpts(self.options.data, self.window, limit, self.options.seed)
+        return [audio for audio, in evaluate.read_all({excerpt: [excerpt] for excerpt in found}).values()]
+
+    @torch.no_grad()
+    def made(self, task):
+        """The part of each clip that the model generates in this task."""
+        if task not in self.known:
+            span, self.known[task] = self.spans[task], []
+            for j, clip in enumerate(train.progress(self.clips, task, unit="clip")):
+                clips = evaluate.Clips(task, span, clip[None].to(self.device), None,
+                                       [evaluate.generator(self.options.seed, j)])
+                audio = evaluate.generate(self.checkpoint, clips, self.settings)[0].cpu()
+                self.known[task].append(audio[:, span.a:span.b])
+        return self.known[task]
+
 
 @torch.no_grad()
 def embed(listener, clips):
     """The listener's embeddings (n, width) of clips (2, samples)."""
-    return torch.stack([listener.listen(clip[None], SAMPLE_RATE)[1][0] for clip in clips])
+    device = next(listener.parameters()).device
+    return torch.stack([listener.listen(clip[None].to(device), SAMPLE_RATE)[1][0].cpu() for clip in clips])
 
+
+# ---- likeness -------------------------------------------------------------------------------------------------------
+
+def power(x, n, hop):
+    """x (samples,) -> power spectra (frames, n / 2 + 1) under a symmetric Hann window."""
+    frames = F.pad(x, (0, max(0, n - len(x)))).unfold(-1, n, hop) * torch.hann_window(n, periodic=False, dtype=x.dtype)
+    return torch.fft.rfft(frames).abs().square() + 1e-12
+
+
+def around(S, width):
+    """The `width` bins around each bin of S (frames, bins), mirrored at the ends: (frames, bins, width)."""
+    return F.pad(S, (width // 2, width // 2), mode="reflect").unfold(-1, width, 1)
+
+
+def peaks(x):
+    """Power (frames, bins) from 80 to 5000 Hz in frames of 186 ms, as it is and only within two bins of peaks that
+    stand 12 dB above the median of 61 bins; and the frequencies of the bins."""
+    S, f = power(x, 8192, 2048), torch.arange(4097, dtype=x.dtype) * SAMPLE_RATE / 8192
+    S, f = S[:, (f >= 80) & (f < 5000)], f[(f >= 80) & (f < 5000)]
+    top = (S == around(S, 5).amax(-1)) & (S > 10**1.2 * around(S, 61).median(-1).values)
+    return S, S * around(top.to(x.dtype), 5).amax(-1), f
+
+
+def chroma(x):
+    """The peaks' amplitudes in the twelve classes of pitch, as a vector of length 1."""
+    _, at_peaks, f = peaks(x)
+    classes = torch.zeros(12, dtype=x.dtype)
+    classes.index_add_(0, (12 * (f / 440).log2()).round().long() % 12, at_peaks.sqrt().sum(0))
+    return classes / (classes.norm() + 1e-9)
+
+
+def likeness(x, context, others):
+    """tonal, pitch, beat and flux (4,) of audio (2, samples); context: chroma of its own, others: (n, 12)."""
+    x = x.mean(0).double()
+    S, at_peaks, _ = peaks(x)
+    notes = chroma(x)
+    rise = (power(x, 1024, 512) + 1e-6).log().diff(dim=0).clamp(min=0).mean(1)                 # (frames - 1,)
+    onsets = rise - rise.mean()
+    spectrum = torch.fft.rfft(onsets, 2 * len(onsets)).abs().square()
+    lags = torch.fft.irfft(spectrum)[:len(onsets)]                                              # autocorrelation
+    beat = lags[SAMPLE_RATE // 2048:SAMPLE_RATE // 512].max() / (lags[0] + 1e-9)                # 0.25 to 1 s
+    return torch.stack([at_peaks.sum() / S.sum(), notes @ context - (others @ notes).mean(), beat,
+                        rise.std(correction=0) / rise.mean()])
+
+
+@torch.no_grad()
+def about_likeness(study):
+    task = study.options.task
+    a, b, checkpoint = study.spans[task].a, study.spans[task].b, study.checkpoint
+    systems = {"model": study.made(task), "real": [clip[:, a:b] for clip in study.clips]}
+    if checkpoint.kind == "latent":
+        systems["VAE"] = [checkpoint.decode(checkpoint.encode(clip[None].to(study.device)))[0, :, a:b].cpu()
+                          for clip in study.clips]
+    systems["context repeated"] = [clip[:, torch.arange(a, b) % a] for clip in study.clips]
+    systems["white noise"] = [torch.randn(2, b - a, generator=evaluate.generator(study.options.seed, j)) * clip.std()
+                              for j, clip in enumerate(study.clips)]
+    contexts = torch.stack([chroma(torch.cat([clip[:, :a], clip[:, b:]], 1).mean(0).double()) for clip in study.clips])
+    print(f"likeness, {task}, {len(study.clips)} clips\n{'':18} tonal  pitch   beat   flux")
+    for name, clips in systems.items():
+        values = torch.stack([likeness(clip, contexts[j], contexts[torch.arange(len(clips)) != j])
+                              for j, clip in enumerate(clips)]).mean(0)
+        print(f"  {name:16}" + " ".join(f"{value:6.3f}" for value in values))
+
+
+# ---- v-loss ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def about_v_loss(study):
+    clips = study.excerpts(2 * len(train.find_files([study.options.data])))
+    shuffled = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))     # a track's times lie apart
+    times, losses = (shuffled.double() + 0.5) / len(clips), []
+    for j, clip in enumerate(train.progress(clips, "v-loss", unit="window")):
+        x_0 = study.checkpoint.encode(clip[None].to(study.device))
+        eps = torch.randn(x_0.shape, generator=evaluate.generator(0, j)).to(study.device)
+        losses.append(v_loss(study.checkpoint.net, x_0, times[j:j + 1], eps).item())
+    losses = torch.tensor(losses)
+    quarters = (losses[(times * 4).long() == quarter].mean() for quarter in range(4))
+    print(f"v-loss on {len(clips)} whole windows: {losses.mean():.4f}; by quarter of t: "
+          + " ".join(f"{loss:.4f}" for loss in quarters))
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
 
 def own_prompt_wins(made, prompts):
     """Embeddings (n, width) -> how often made[i] is nearest to prompts[i] of all, and nearer than to another one."""
@@ -57,6 +185,29 @@ def level(clip):
     return 10 * torch.log10(clip.square().mean() + 1e-9)
 
 
+def about_prompts(study):
+    a, made = study.spans["continuation"].a, study.made("continuation")
+    prompts, real = [clip[:, :a] for clip in study.clips], [clip[:, a:] for clip in study.clips]
+    repeated = [prompt[:, torch.arange(clip.shape[1]) % a] for prompt, clip in zip(prompts, real)]
+    before, heard = embed(study.listener, prompts), embed(study.listener, made)
+    print(f"own prompt wins: nearest of all, and against one other (chance {1 / len(made):.2f} and 0.50)")
+    for name, embeddings in (("generated", heard), ("context repeated", embed(study.listener, repeated)),
+                             ("real continuation", embed(study.listener, real))):
+        print("  {:18} {:.2f}  {:.2f}".format(name, *own_prompt_wins(embeddings, before)))
+    print("mean distance among the clips' embeddings: generated "
+          f"{torch.pdist(heard).mean():.3f}, real {torch.pdist(embed(study.listener, real)).mean():.3f}")
+    difference = torch.stack([band_levels(x) - band_levels(y) for x, y in zip(made, real)])           # (clips, bands)
+    distance = torch.stack([evaluate.mel_distance(x, y, SAMPLE_RATE) for x, y in zip(made, real)]).mean()
+    print(f"mel distance to the real continuation: {distance:.2f}")
+    mean, each = difference.mean(0), torch.stack([level(x) - level(y) for x, y in zip(made, real)])
+    print(f"level against the real continuation: {each.mean():+.1f} dB on average, {each.abs().mean():.1f} dB in size")
+    print("third-octave bands against the real continuation, on average, dB:")
+    print("  " + "  ".join(f"{middle:.0f} Hz {value:+.1f}" for middle, value in zip(BANDS, mean)))
+    print(f"  largest: {mean.abs().max():.1f} dB; mean size for a single clip: {difference.abs().mean():.1f} dB")
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
 def slow(clip):
     return tasks.resample(clip.mean(0, keepdim=True), SAMPLE_RATE, SLOW_RATE)[0]
 
@@ -76,157 +227,117 @@ def best_correlation(excerpts, track):
     return torch.stack(best).float()
 
 
-# ---- continuations --------------------------------------------------------------------------------------------------
-
-def continuations(checkpoint, clips, settings, seed):
-    """(generated parts, prompts, real continuations), lists of (2, samples)."""
-    span = evaluate.layout(checkpoint.window * checkpoint.hop, checkpoint.hop)["continuation"]
-    made = []
-    for j, clip in enumerate(train.progress(clips, "continuations", unit="clip")):
-        generator = torch.Generator().manual_seed(int(train.random_numbers(seed, j).integers(2**62)))
-        with torch.no_grad():
-            made.append(evaluate.edit(checkpoint, "continuation", clip[None], span, None, settings, [generator],
-                                      None)[0, :, span.a:span.b])
-    return made, [clip[:, :span.a] for clip in clips], [clip[:, span.a:span.b] for clip in clips]
-
-
-def about_continuations(made, prompts, real, listener):
-    heard, before = embed(listener, made), embed(listener, prompts)
-    repeated = [prompt[:, torch.arange(clip.shape[1]) % prompt.shape[1]] for prompt, clip in zip(prompts, real)]
-    print("own prompt wins: nearest of all, and against one other (chance "
-          f"{1 / len(made):.2f} and 0.50)")
-    for name, embeddings in (("generated", heard), ("context repeated", embed(listener, repeated)),
-                             ("real continuation", embed(listener, real))):
-        print("  {:18} {:.2f}  {:.2f}".format(name, *own_prompt_wins(embeddings, before)))
-    print("mean distance among the clips' embeddings: generated "
-          f"{torch.pdist(heard).mean():.3f}, real {torch.pdist(embed(listener, real)).mean():.3f}")
-    difference = torch.stack([band_levels(a) - band_levels(b) for a, b in zip(made, real)])           # (clips, bands)
-    distance = torch.stack([evaluate.mel_distance(a, b, SAMPLE_RATE) for a, b in zip(made, real)]).mean()
-    print(f"mel distance to the real continuation: {distance:.2f}")
-    mean, each = difference.mean(0), torch.stack([level(a) - level(b) for a, b in zip(made, real)])
-    print(f"level against the real continuation: {each.mean():+.1f} dB on average, {each.abs().mean():.1f} dB in size")
-    print("third-octave bands against the real continuation, on average, dB:")
-    print("  " + "  ".join(f"{middle:.0f} Hz {value:+.1f}" for middle, value in zip(BANDS, mean)))
-    print(f"  largest: {mean.abs().max():.1f} dB; mean size for a single clip: {difference.abs().mean():.1f} dB")
-
-
-def about_memory(made, real, listener, folders):
+def about_memory(study):
     """Nearest training music, to the listener (windows of the same length) and as waveforms."""
-    n = made[0].shape[1]
-    excerpts = [slow(clip) for clip in (*made, *real)]
+    made, a = study.made("continuation"), study.spans["continuation"].a
+    real = [clip[:, a:] for clip in study.clips]
+    n, excerpts = made[0].shape[1], [slow(clip) for clip in (*made, *real)]
     best, heard = torch.zeros(len(excerpts)), []
-    for path in train.progress(train.find_files(folders), "training music", unit="track"):
+    for path in train.progress(train.find_files(study.options.train), "training music", unit="track"):
         track = train.to_stereo_44k(*train.read_audio(path))
-        if track.shape[1] < n:
-            continue
-        best = torch.maximum(best, best_correlation(excerpts, slow(track)))
-        heard.append(embed(listener, track.unfold(1, n, n // 2).transpose(0, 1)))
+        if track.shape[1] >= n:
+            best = torch.maximum(best, best_correlation(excerpts, slow(track)))
+            heard.append(embed(study.listener, track.unfold(1, n, n // 2).transpose(0, 1)))
     heard = torch.cat(heard)
     print(f"nearest of {len(heard)} training windows: waveform correlation (median, highest); "
           "embedding distance (median)")
     for name, correlations, clips in (("generated", best[:len(made)], made), ("real", best[len(made):], real)):
-        nearest = torch.cdist(embed(listener, clips), heard).min(1).values
+        nearest = torch.cdist(embed(study.listener, clips), heard).min(1).values
         print(f"  {name:18} {correlations.median():.2f} {correlations.max():.2f}   {nearest.median():.3f}")
-    return heard
 
 
 # ---- guidance by example and by class -------------------------------------------------------------------------------
 
-def guided_pairs(checkpoint, cases, settings, seconds, seed):
-    """For each case (a function z -> Task): audio (2, samples) without and with it, from the same random numbers; and
-    how large the steps of guidance were on average, as a share of the sampler's own."""
-    frames = round(seconds * SAMPLE_RATE / checkpoint.hop)
-    x_bar = torch.zeros(1, checkpoint.channels, frames)
-    plain, guided, shares = [], [], []
-    for j, guide in enumerate(train.progress(cases, "guidance", unit="case")):
-        for out, guides in ((plain, ()), (guided, (guide,))):
-            generator = torch.Generator().manual_seed(int(train.random_numbers(seed, j).integers(2**62)))
-            listening = (lambda step: shares.append(step.share)) if guides else None
+@torch.no_grad()
+def guided_pairs(study, guides):
+    """For each guide (a function z -> Task): audio without and with it, from the same random numbers; and how large the
+    steps of guidance were on average, as a share of the sampler's own."""
+    checkpoint, plain, guided, shares = study.checkpoint, [], [], []
+    frames = round(study.options.seconds * SAMPLE_RATE / checkpoint.hop)
+    x_bar = torch.zeros(1, checkpoint.channels, frames, device=study.device)
+    for j, guide in enumerate(train.progress(guides, "guidance", unit="case")):
+        for out, some in ((plain, ()), (guided, (guide,))):
+            x_0 = sample.generate(checkpoint, x_bar, 0, 0, study.settings, evaluate.generator(study.options.seed, j),
+                                  guides=some, callback=(lambda step: shares.append(step.share)) if some else None)
+            out.append(checkpoint.decode(x_0)[0].cpu())
+    moved = torch.stack([evaluate.mel_distance(b, a, SAMPLE_RATE) for a, b in zip(plain, guided)]).mean()
+    return plain, guided, f"share {sum(shares) / len(shares):.2f}, mel distance to the unguided {moved:.2f}"
+
+
+def about_examples(study):
+    references, step = study.clips, study.options.steps_of[0]
+    hear = lambda x: study.listener.listen(study.checkpoint.decode(x), SAMPLE_RATE)[1]
+    aims = embed(study.listener, references)
+    guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step) for y in aims]
+    plain, guided, facts = guided_pairs(study, guides)
+    before, after = ((embed(study.listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
+    print(f"by example, {len(aims)} cases, step {step:g}, {facts}: distance to the example, median "
+          f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
+    if study.second:
+        aims = F.normalize(embed(study.second, references))
+        print(f"  the second listener: {'':11} cosine with its own, with others; nearest is its own (chance "
+              f"{1 / len(aims):.2f})")
+        for name, clips in (("unguided", plain), ("guided", guided)):
+            print("    {:10} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(embed(study.second, clips), aims)))
+
+
+def own_and_others(made, aims):
+    """Embeddings (n, width) and unit vectors (n, width): mean cosine with the own aim, with the others, and how often
+    the nearest is the own."""
+    cosine, n = F.normalize(made) @ aims.T, len(made)
+    own = cosine.diag()
+    right = (cosine.argmax(1) == torch.arange(n)).double().mean()
+    return own.mean().item(), ((cosine.sum() - own.sum()) / max(1, n * (n - 1))).item(), right.item()
+
+
+def about_classes(study):
+    wanted, step = [j % len(study.classes) for j in range(study.options.clips)], study.options.steps_of[1]
+    hear = lambda x, i: study.listener.listen(study.checkpoint.decode(x), SAMPLE_RATE)[0][:, i:i + 1]
+    y = torch.ones(1, 1, device=study.device)
+    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step) for i in wanted]
+    plain, guided, facts = guided_pairs(study, guides)
+    print(f"by class, {len(wanted)} cases, step {step:g}, {facts}")
+    for name, judge in (("the guide", study.listener), ("the second", study.second)):
+        if judge:
             with torch.no_grad():
-                x_0 = sample.generate(checkpoint, x_bar, 0, 0, settings, generator, guides=guides, callback=listening)
-                out.append(checkpoint.decode(x_0)[0])
-    return plain, guided, sum(shares) / len(shares)
-
-
-def changed(plain, guided, judge, heard):
-    """Mel distance that guidance made, and FAD to the training windows without and with it, as text."""
-    moved = torch.stack([evaluate.mel_distance(b[None], a[None], SAMPLE_RATE)[0] for a, b in zip(plain, guided)]).mean()
-    text = f"mel distance to the unguided {moved:.2f}"
-    if heard is not None:
-        music = evaluate.GaussianStatistics([heard])
-        fads = [evaluate.frechet_distance(music.mean, music.covariance, group.mean, group.covariance)
-                for group in (evaluate.GaussianStatistics([embed(judge, clips)]) for clips in (plain, guided))]
-        text += f"; FAD without {fads[0]:.1f}, with {fads[1]:.1f}"
-    return text
-
-
-def about_examples(checkpoint, listener, references, settings, options, heard):
-    hear = lambda x: listener.listen(checkpoint.decode(x), SAMPLE_RATE)[1]
-    aims, step = embed(listener, references), options.steps_of[0]
-    guides = [lambda z, y=y[None]: tasks.embedder_guidance(hear, y, z, step) for y in aims]
-    plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
-    before, after = ((embed(listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
-    print(f"by example, step {step:g}, share {share:.2f}: distance to the example, median "
-          f"{before.median():.3f} -> {after.median():.3f} ({100 * (after.median() / before.median() - 1):+.0f}%), "
-          f"nearer in {(after < before).sum()} of {len(aims)}; {changed(plain, guided, listener, heard)}")
-
-
-def about_classes(checkpoint, listener, second, classes, settings, options, heard):
-    wanted, step = [j % len(classes) for j in range(options.cases)], options.steps_of[1]
-    hear = lambda x, i: listener.listen(checkpoint.decode(x), SAMPLE_RATE)[0][:, i:i + 1]
-    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), torch.ones(1, 1), z, step) for i in wanted]
-    plain, guided, share = guided_pairs(checkpoint, guides, settings, options.seconds, options.seed)
-
-    def gain(judge):
-        logits = lambda clip, i: judge.listen(clip[None], SAMPLE_RATE)[0][0, i]
-        with torch.no_grad():
-            return torch.stack([logits(b, i) - logits(a, i) for a, b, i in zip(plain, guided, wanted)])
-    own = gain(listener)
-    text = (f"by class, step {step:g}, share {share:.2f}: log-odds {own.mean():+.2f} on average, "
-            f"up in {(own > 0).sum()} of {len(own)}")
-    if second:
-        text += f"; the second classifier's {gain(second).mean():+.2f}, up in {(gain(second) > 0).sum()}"
-    print(f"{text}; {changed(plain, guided, listener, heard)}")
+                logits = [[judge.listen(clip[None].to(study.device), SAMPLE_RATE)[0][0, i].item()
+                           for clip, i in zip(clips, wanted)] for clips in (plain, guided)]
+            gain = torch.tensor(logits[1]) - torch.tensor(logits[0])
+            print(f"  log-odds of {name}: {gain.mean():+.2f} on average, up in {(gain > 0).sum()}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+TABLES = {"likeness": about_likeness, "v-loss": about_v_loss, "prompts": about_prompts, "memory": about_memory,
+          "example": about_examples, "class": about_classes}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
+    add("tables", nargs="+", choices=TABLES)
     add("--model", choices=("latent", "waveform"), default="latent")
     add("--checkpoint")
-    add("--listener")
+    add("--listener", help="the classifier that listens, and guides")
+    add("--second", help="example, class: a classifier that never guides")
     add("--data", required=True, help="folder of test music")
-    add("--train", nargs="*", default=[], help="folders of the training music: looks for memorised excerpts")
-    add("--second", help="a classifier that never guides")
-    add("--clips", type=int, default=18)
-    add("--cases", type=int, default=0, help="of guidance by example, and by class")
-    add("--seconds", type=float, default=2.0, help="length of the guided samples")
-    add("--samplers", nargs=1, type=evaluate.sampler_and_steps, default=[("ddim", 50)])
+    add("--train", nargs="+", help="memory: folders of the training music")
+    add("--task", choices=("continuation", "infill", "regenerate"), default="continuation", help="of likeness")
+    add("--clips", type=train.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
+    add("--seconds", type=float, default=2.0, help="example, class: length of a sample")
+    add("--sampler", choices=("ddim", "ddpm"), default=sample.Settings.sampler)
+    add("--steps", type=train.within(1, 100000, int), default=sample.Settings.steps)
     sample.Settings.add_flags(add)
     add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
         metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")
     add("--seed", type=int, default=0)
+    add("--device", default="cpu")
     options = parser.parse_args(argv)
-    checkpoint = train.open_checkpoint(options.model, options.checkpoint)
-    classifier = train.open_checkpoint("classifier", options.listener)
-    listener, second = classifier.net, options.second and train.open_checkpoint("classifier", options.second).net
-    (sampler, steps), = options.samplers
-    chosen = argparse.Namespace(**vars(options), sampler=sampler, steps=steps)
-    settings = sample.Settings.of(chosen, checkpoint.kind)
-    window = checkpoint.window * checkpoint.hop
-    excerpts = evaluate.find_excerpts(options.data, window, max(options.clips, options.cases), options.seed)
-    clips = [evaluate.read_excerpt(*excerpt) for excerpt in excerpts]
-    heard = None
-    if options.clips:
-        made, prompts, real = continuations(checkpoint, clips[:options.clips], settings, options.seed)
-        about_continuations(made, prompts, real, listener)
-        if options.train:
-            heard = about_memory(made, real, listener, options.train)
-    if options.cases:
-        about_examples(checkpoint, listener, clips[:options.cases], settings, options, heard)
-        about_classes(checkpoint, listener, second, classifier.classes, settings, options, heard)
+    if "memory" in options.tables and not options.train:
+        raise train.UserError("--train is missing: the table memory needs folders of training music")
+    study = Study(options)
+    for table in options.tables:
+        TABLES[table](study)
 
 
 if __name__ == "__main__":

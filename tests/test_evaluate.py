@@ -1,6 +1,4 @@
 """The metrics, the rows and the driver of Table 1 (evaluate.py)."""
-import csv
-import dataclasses
 import json
 import math
 import subprocess
@@ -14,11 +12,12 @@ import torch
 
 import dit
 import evaluate
+import golden
 import train
 import vae
 from conftest import save_checkpoint
-from evaluate import GaussianStatistics, VGGish, frechet_distance, kl_divergence, mel_distance, realism
-from tasks import PASST_PRESETS, PaSST, load_official
+from evaluate import VGGish, frechet_distance, gaussian, kl_divergence, mel_distance, realism
+from tasks import PASST_PRESETS, PaSST, PaSSTConfig, load_official
 
 METRICS = Path(__file__).resolve().parents[2] / "shared" / "metrics"
 
@@ -27,13 +26,8 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def statistics(x, chunk=None):
-    return GaussianStatistics(x.split(chunk or len(x)))
-
-
-def fad(x, y, chunk=None):
-    x, y = statistics(x, chunk), statistics(y)
-    return frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
+def fad(x, y):
+    return frechet_distance(*gaussian(x), *gaussian(y))
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -45,6 +39,40 @@ def test_metrics_agree_with_the_reference_codes():
     command = [sys.executable, METRICS / "check_metrics.py", "--golden", METRICS / "golden", "--adapter", adapter]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "failed: 0" in done.stdout, done.stdout + done.stderr
+
+
+def loaded(net, shapes):
+    net.load_state_dict({key: torch.from_numpy(array) for key, array in golden.weights(shapes).items()})
+    return net.eval().requires_grad_(False)
+
+
+def test_metrics_agree_with_golden_vectors():
+    """What tests/golden.py computes from the formulas, in numpy and float64, comes out here in torch."""
+    expected = {name: torch.from_numpy(array) for name, array in np.load(golden.FILE).items()}
+    found = {"frechet": torch.tensor(fad(*map(torch.from_numpy, golden.embeddings()))),
+             "kl": kl_divergence(*map(torch.from_numpy, golden.posteriors()))}
+    one, two = map(torch.from_numpy, golden.embeddings())
+    found |= {"realism": realism(one, two), "realism_all": realism(one, two, k=5, prune=False)}
+    x, y = (torch.from_numpy(golden.signal(name, 44100, 0.3)).float() for name in "xy")
+    found["mel_distance"] = torch.stack([mel_distance(x, z, 44100) for z in (y, x / 2, 0 * x)])
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_listeners_agree_with_golden_vectors():
+    """The front ends and networks of VGGish and PaSST, with random weights under the official keys."""
+    expected = {name: torch.from_numpy(array) for name, array in np.load(golden.FILE).items()}
+    mono = {name: torch.from_numpy(golden.signal(name, rate, seconds).mean(0)).float()[None]
+            for name, rate, seconds in (("v", 16000, 1.0), ("p", 32000, 0.5))}
+    net = loaded(VGGish(), golden.vggish_shapes())
+    patches = net.patches(mono["v"])[0]
+    torch.testing.assert_close(patches[:, ::8], expected["vggish_patches"], rtol=0, atol=2e-4)
+    torch.testing.assert_close(net(patches), expected["vggish"].float(), rtol=1e-4, atol=1e-4)
+    net = loaded(PaSST(PaSSTConfig(**golden.PASST)), golden.passt_shapes(**golden.PASST))
+    mel = net.mel(mono["p"])
+    torch.testing.assert_close(mel[0, :, ::5], expected["passt_mel"], rtol=0, atol=1e-3)
+    for value, name in zip(net(mel), ("passt_logits", "passt_embedding")):
+        torch.testing.assert_close(value[0], expected[name].float(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("n", [2, 20, 500])
@@ -66,18 +94,14 @@ def test_fad_of_few_samples_is_finite_and_symmetric():
     assert math.isfinite(fad(x, y)) and fad(x, y) == pytest.approx(fad(y, x), rel=1e-9)
 
 
-def test_statistics_do_not_depend_on_order_or_chunks():
-    """Streaming in chunks of 1, 3 or all, forwards or backwards, gives numpy's mean and covariance."""
-    x = normal(50, 8) * 3 + 5
-    for gathered in (statistics(x), statistics(x, 3), statistics(x.flip(0), 1)):
-        np.testing.assert_allclose(gathered.mean, np.mean(x.numpy(), 0), atol=1e-12)
-        np.testing.assert_allclose(gathered.covariance, np.cov(x.numpy(), rowvar=False), atol=1e-11)
-
-
-def test_one_sample_has_no_covariance():
-    """A sentence instead of a division by zero."""
+def test_a_gaussian_has_the_mean_and_covariance_of_numpy():
+    """In float64, over n - 1; a single embedding has no covariance, and a sentence says so."""
+    x = 3 * normal(50, 8, dtype=torch.float32) + 5
+    mean, covariance = gaussian(x)
+    np.testing.assert_allclose(mean, np.mean(x.double().numpy(), 0), atol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(x.double().numpy(), rowvar=False), atol=1e-11)
     with pytest.raises(ValueError, match="at least 2"):
-        statistics(normal(1, 4)).covariance
+        gaussian(x[:1])
 
 
 def test_kl_divergence_is_reference_against_generated():
@@ -172,7 +196,7 @@ def test_vggish_front_end_has_the_gradient_that_finite_differences_show():
 def test_layout_has_the_times_of_the_paper():
     """2.4 s up to 6 s, the middle 2 s and 2.5 s, 5 s; contexts rounded inwards to frames; 6 s in a longer window."""
     spans = evaluate.layout(2048 * 128, 128)
-    seconds = {task: [x / 44100 for x in dataclasses.astuple(span)] for task, span in spans.items()}
+    seconds = {task: [x / 44100 for x in span] for task, span in spans.items()}
     assert seconds["unconditional"] == pytest.approx([0, 5.944, 0, 5], abs=1e-3)
     assert seconds["continuation"] == pytest.approx([2.4, 5.944, 0, 5.944], abs=4e-3)
     assert seconds["infill"] == pytest.approx([1.972, 3.972, 0, 5.944], abs=4e-3)
@@ -222,7 +246,7 @@ def studio(tmp_path_factory):
 
 def arguments(studio, out, *more):
     return ["--checkpoint", str(studio / "latent.pt"), "--listener", str(studio / "classifier.pt"), "--data",
-            str(studio / "test"), "--reference", str(studio / "train"), "--samplers", "ddpm-2", "--transitions", "2",
+            str(studio / "test"), "--reference", str(studio / "train"), "--sampler", "ddpm", "--steps", "2",
             "--out", str(out), "--device", "cpu", *more]
 
 
@@ -234,31 +258,32 @@ def test_edits_hear_nothing_of_the_region(studio):
     for task, deaf in (("infill", True), ("continuation", True), ("regenerate", False)):
         changed = torch.cat([x[..., :span[task].a], 1 - x[..., span[task].a:span[task].b], x[..., span[task].b:]], -1)
         generators = [[torch.Generator().manual_seed(0)] for _ in range(2)]
-        made = [evaluate.edit(checkpoint, task, audio, span[task], None, settings, generator, None)
+        made = [evaluate.generate(checkpoint, evaluate.Clips(task, span[task], audio, None, generator), settings)
                 for audio, generator in zip((x, changed), generators)]
         assert torch.equal(*made) == deaf, task
 
 
 def figures(out):
-    with open(out / "table.csv") as file:
-        return {(line["row"], line["task"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    return {(row, task, metric): value for row, by_task in rows.items() for task, found in by_task.items()
+            for metric, (value, _, _) in found.items() if metric != "Figure 1"}
 
 
 def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, capsys):
     """All tasks; a lost record is measured again and nothing else is; batches of another size give the same figures."""
-    evaluate.main(arguments(studio, tmp_path / "a", "--figure1"))
+    evaluate.main(arguments(studio, tmp_path / "a"))
     printed = capsys.readouterr().out
-    assert "PaSST tiny" in printed and "2 transition" in printed and "reference: 6 excerpts" in printed
+    assert "FAD by PaSST" in printed and "3 transition" in printed and "6 excerpts" in printed
     first = figures(tmp_path / "a")
     assert {task for row, task, _ in first if row == "Latent DDPM 2"} == set(evaluate.TASKS)
     assert first["Test set", "infill", "MR"] == 0 and first["Test set", "transition", "Realism"] == pytest.approx(1)
     assert first["Latent DDPM 2", "regenerate", "MR"] != first["Latent DDPM 2", "infill", "MR"]
     assert first["VAE", "regenerate", "MR"] == first["VAE", "infill", "MR"]
-    assert first["Silence", "infill", "MR"] > 2 and first["Silence", "unconditional", "silent"] == 1
+    assert first["Silence", "infill", "MR"] > 2
     assert all(math.isfinite(value) for value in first.values())
-    curves = list(csv.reader(open(tmp_path / "a" / "figure1.csv")))
-    assert len(curves) == 20 and "Latent DDPM 2" in curves[0]
-    assert (tmp_path / "a" / "figure1.svg").read_text().count("<polyline") == len(curves[0]) - 1
+    table = json.loads((tmp_path / "a" / "table.json").read_text())
+    curve, _, n = table["rows"]["Latent DDPM 2"]["transition"]["Figure 1"]
+    assert n == 3 and len(curve) == 19 and curve[0] < curve[-1]                       # away from the first track
     records = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.pt")}
     lost = next(path for path in records if "latent-ddpm-2/infill" in path.as_posix())
     lost.unlink()
@@ -268,6 +293,46 @@ def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, cap
     evaluate.main(arguments(studio, tmp_path / "b", "--batch", "1", "--tasks", "infill"))
     alone = figures(tmp_path / "b")
     assert alone == pytest.approx({key: first[key] for key in alone}, abs=1e-5)
+
+
+def test_what_other_code_measured_is_measured_again(studio, tmp_path, monkeypatch):
+    """A module that changes by a byte changes the name of every file that is kept."""
+    def names():
+        evaluate.code_hash.cache_clear()
+        evaluate.main(arguments(studio, tmp_path / "out", "--tasks", "infill", "--sampler", "none"))
+        return {path.name for path in (tmp_path / "out").rglob("*.pt")}
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    (tmp_path / "tasks.py").write_text("one")
+    before = names()
+    assert names() == before
+    (tmp_path / "tasks.py").write_text("two")
+    after = names()
+    assert before < after and len(after) == 2 * len(before)
+    evaluate.code_hash.cache_clear()
+
+
+def test_runs_into_one_folder_make_one_table(studio, tmp_path):
+    """A second run with another sampler adds its row, and measures no other again; other clips begin a new table."""
+    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill"))
+    one = figures(tmp_path)
+    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill", "--sampler", "ddim"))
+    both = figures(tmp_path)
+    assert both == {**one, **{key: value for key, value in both.items() if key[0] == "Latent DDIM 2"}}
+    assert len(both) == len(one) + 3
+    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill", "--sampler", "none", "--clips", "2"))
+    assert {row for row, *_ in figures(tmp_path)} == {row for row, *_ in one} - {"Latent DDPM 2"}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(studio, tmp_path):
+    """Under torchrun they share the clips, and one of them writes the table."""
+    more = ["--tasks", "infill", "transition"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               Path(evaluate.__file__), *arguments(studio, tmp_path / "two", *more)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("Latent DDPM 2") == 1, done.stdout + done.stderr
+    evaluate.main(arguments(studio, tmp_path / "one", *more))
+    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), abs=1e-5)
 
 
 def test_few_clips_are_announced_with_their_number(studio, tmp_path, capfd):
@@ -291,14 +356,13 @@ def test_files_of_another_system_are_scored_the_same_way(studio, tmp_path):
     soundfile.write(generated / "4.wav", np.zeros((400, 2)), 44100)
     (generated / "5.wav").write_text("words")
     evaluate.main([*command, str(tmp_path / "odd")])
-    clean, odd = (sorted((tmp_path / out).glob("records/*/generated/files/*.pt")) for out in ("clean", "odd"))
+    clean, odd = (sorted((tmp_path / out).glob("records/generated/files/*.pt")) for out in ("clean", "odd"))
     assert len(clean) == 3 and len(odd) == 4
     for a, b in zip(clean, odd):
         a, b = (torch.load(path, weights_only=True) for path in (a, b))
         assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
-    found = json.loads((tmp_path / "odd" / "table.json").read_text())["figures"]
-    assert [f["value"] for f in found if (f["row"], f["metric"]) == ("Generated", "silent")] == [0.25]
-    assert [f["value"] for f in found if (f["row"], f["metric"]) == ("Test set", "MR")] == [0]
+    found = figures(tmp_path / "odd")
+    assert found["Test set", "files", "MR"] == 0 < found["Generated", "files", "MR"]
 
 
 def test_a_file_that_changed_is_measured_again(studio, tmp_path):
@@ -333,48 +397,29 @@ def test_a_part_of_the_music_is_a_part_of_every_folder(tmp_path):
     assert set(drawn) < set(evaluate.find_excerpts(tmp_path, 2000, 30, seed=0))
 
 
-def test_statistics_that_do_not_fit_are_refused(studio, tmp_path):
-    """Made with another listener or length, or no statistics at all: one sentence that says which."""
-    device, options = torch.device("cpu"), evaluate.parse(arguments(studio, tmp_path))
-    listeners = evaluate.load_listeners(options, device)
-    made = evaluate.hear_reference(studio / "train", [20000, 30000], listeners, options, device)
-    np.savez(tmp_path / "r.npz", **made)
-    reference = evaluate.load_reference(tmp_path / "r.npz", [20000], listeners)
-    assert reference["count"] == 6 and reference["20000_fad_mean"].shape == (32,)
-    with pytest.raises(train.UserError, match=r"clips of \[0.454, 0.68\] s, and 0.567 s are needed"):
-        evaluate.load_reference(tmp_path / "r.npz", [20000, 25000], listeners)
-    with pytest.raises(train.UserError, match="made with PaSST tiny [0-9a-f]{8}, not with VGGish"):
-        evaluate.load_reference(tmp_path / "r.npz", [20000], dataclasses.replace(listeners, fad_name="VGGish 12345678"))
-    (tmp_path / "bad.npz").write_bytes((tmp_path / "r.npz").read_bytes()[:3000])
-    for path in ("bad.npz", "none.npz"):
-        with pytest.raises(train.UserError, match=f"{path} does not hold statistics"):
-            evaluate.load_reference(tmp_path / path, [20000], listeners)
-
-
 def test_a_clip_with_samples_that_are_no_numbers_is_left_out(studio, tmp_path):
     """A model that breaks on one clip of three: the other two are counted, and every figure stays finite."""
     options = evaluate.parse(arguments(studio, tmp_path))
-    device, listeners = torch.device("cpu"), evaluate.load_listeners(options, torch.device("cpu"))
+    device, listeners = torch.device("cpu"), evaluate.Listeners(options, torch.device("cpu"))
     spans = {"unconditional": evaluate.Span(0, 30000, 0, 30000)}
-    pairs = {"unconditional": evaluate.draw_pairs(evaluate.find_excerpts(studio / "test", 30000, 3, 0), 0)}
-    reference = evaluate.prepare_reference(str(studio / "train"), tmp_path, [30000], listeners, options, device)
-    evaluation = evaluate.Evaluation(tmp_path, {}, pairs, spans, listeners, reference, options, device)
-
-    def produce(task, x, other, js, tick):
-        return torch.stack([clip / 0 if j == 1 else clip for j, clip in zip(js, x)])
-
-    row = evaluate.Row("Broken", ("unconditional",), produce)
-    evaluation.run([row, evaluate.TEST_SET])
-    found = evaluation.figures("Broken", "unconditional")
+    pairs = {"unconditional": evaluate.with_another(evaluate.find_excerpts(studio / "test", 30000, 3, 0), 0)}
+    reference = evaluate.hear_reference([30000], listeners, options, tmp_path, device)
+    evaluation = evaluate.Evaluation(tmp_path, pairs, spans, listeners, reference, options, device)
+    row = evaluate.Row("Broken", ("unconditional",), lambda clips: clips.x / torch.tensor([1, 0, 1])[:, None, None])
+    evaluation.run([row])
+    found = evaluation.figures(row, "unconditional")
     assert all(math.isfinite(value) and n == 2 for value, _, n in found.values())
 
 
 def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
-    """--data missing, no music in it, a sampler that does not exist, a checkpoint of the wrong kind."""
-    command = arguments(studio, tmp_path)
+    """Folders missing or too many, no music in one, a sampler that does not exist, a checkpoint of the wrong kind."""
+    command, folder = arguments(studio, tmp_path), str(studio / "test")
     at = command.index("--data")
-    with pytest.raises(train.UserError, match="--data is missing"):
-        evaluate.main(command[:at] + command[at + 2:])
+    bare = command[:at] + command[at + 2:]
+    for folders in ([], ["--generated", folder], ["--originals", folder], ["--data", folder, "--generated", folder],
+                    ["--data", folder, "--generated", folder, "--originals", folder]):
+        with pytest.raises(train.UserError, match="give either --data, .* or both --generated and --originals"):
+            evaluate.main(bare + folders)
     with pytest.raises(train.UserError, match="no audio file"):
         evaluate.main(command[:at + 1] + [str(tmp_path)] + command[at + 2:])
     with pytest.raises(train.UserError, match="holds a latent model, not a classifier"):
@@ -383,8 +428,8 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
         evaluate.main([*command, "--model", "waveform", "--checkpoint", str(studio / "latent.pt")])
     with pytest.raises(train.UserError, match="passt-s-f128"):
         evaluate.main([*command, "--passt", str(studio / "latent.pt")])
-    with pytest.raises(train.UserError, match="--figure1 draws transitions"):
-        evaluate.main([*command, "--tasks", "infill", "--figure1"])
-    for wrong in (["--samplers", "euler-50"], ["--transitions", "0"]):
+    with pytest.raises(train.UserError, match="under 5 excerpts"):
+        evaluate.main([*command, "--reference", folder])
+    for wrong in (["--sampler", "euler"], ["--steps", "0"]):
         with pytest.raises(SystemExit):
             evaluate.main([*command, *wrong])

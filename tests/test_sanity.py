@@ -1,0 +1,70 @@
+"""The measures and tables of tests/sanity.py."""
+import pytest
+import torch
+
+import sanity
+import train
+from test_evaluate import studio         # noqa: F401, the fixture
+
+T = torch.arange(3 * 44100) / 44100
+NOISE = torch.randn(2, len(T), generator=torch.Generator().manual_seed(0)) / 10
+
+
+def chord(*frequencies):
+    return sum(torch.sin(2 * torch.pi * f * T) for f in frequencies).expand(2, -1) / 10
+
+
+def measured(audio, context, *others):
+    own, *rest = (sanity.chroma(clip.mean(0).double()) for clip in (context, *others))
+    return dict(zip(("tonal", "pitch", "beat", "flux"), sanity.likeness(audio, own, torch.stack(rest)).tolist()))
+
+
+def test_a_chord_is_tonal_and_noise_is_not():
+    """Sines are all peaks; white noise hardly has one."""
+    a, b = chord(220, 275, 330), chord(233, 294, 349)
+    assert measured(a, a, b)["tonal"] > 0.99 and measured(NOISE, a, b)["tonal"] < 0.02
+
+
+def test_pitch_tells_the_own_context_from_another():
+    """1 for the notes of the own context and none of the other's, -1 the other way round; an octave changes nothing."""
+    a, b = chord(220, 440), chord(311.1)
+    assert measured(chord(880), a, b)["pitch"] == pytest.approx(1, abs=0.01)
+    assert measured(chord(622.3), a, b)["pitch"] == pytest.approx(-1, abs=0.01)
+
+
+def test_regular_bursts_have_a_beat_and_uneven_flux():
+    """Bursts of noise twice a second against the same noise, steady."""
+    bursts, a = NOISE * (torch.exp(-20 * (T % 0.5)) + 1e-3), chord(220)
+    assert measured(bursts, a, a)["beat"] > 0.8 > 0.3 > measured(NOISE, a, a)["beat"]
+    assert measured(bursts, a, a)["flux"] > 5 * measured(NOISE, a, a)["flux"]
+
+
+def test_cosine_with_the_own_aim_and_with_others():
+    """Of three samples the first two have each other's aim: one own cosine of 1, two of the six others, one right."""
+    made = 5 * torch.eye(3)[[1, 0, 2]]
+    assert sanity.own_and_others(made, torch.eye(3)) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+
+
+def test_a_copied_excerpt_is_found():
+    """The highest correlation of an excerpt of the track is 1, that of other noise is far lower."""
+    generator = torch.Generator().manual_seed(1)
+    track = torch.randn(50000, generator=generator)
+    best = sanity.best_correlation([track[20000:24000], torch.randn(4000, generator=generator)], track)
+    assert best[0] == pytest.approx(1, abs=1e-3) and best[1] < 0.1
+
+
+def test_every_table_is_printed(studio, capsys):         # noqa: F811
+    """All six, for a tiny latent model; the v-loss again, alone, is the same."""
+    classifier = str(studio / "classifier.pt")
+    command = ["--checkpoint", str(studio / "latent.pt"), "--listener", classifier, "--second", classifier, "--data",
+               str(studio / "train"), "--clips", "3", "--steps", "2", "--seconds", "0.3"]
+    sanity.main([*sanity.TABLES, *command, "--train", str(studio / "test")])
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    for words in ("white noise", "v-loss on 6 whole windows", "own prompt wins", "training windows",
+                  "by example, 3 cases", "second listener", "log-odds of the second"):
+        assert words in printed
+    sanity.main(["v-loss", *command])
+    assert capsys.readouterr().out.splitlines()[-1] in printed
+    with pytest.raises(train.UserError, match="--train is missing"):
+        sanity.main(["memory", *command])
