@@ -26,7 +26,7 @@ from torch import nn
 import sample
 import tasks
 import train
-from tasks import PASST_FILE, PASST_PRESETS, PaSST, load_official, mel_triangles, resample
+from tasks import PASST_FILE, PASST_PRESETS, PaSST, full_precision, load_official, mel_triangles, resample
 from train import SAMPLE_RATE, UserError
 
 VGGISH_FILE = "vggish-10086976.pth, published on GitHub by harritaylor/torchvggish, release v0.1"
@@ -72,7 +72,8 @@ class VGGish(nn.Module):
         if mono.shape[-1] < self.shortest:
             raise ValueError(f"audio of {audio.shape[-1] / rate:.3f} s is too short for VGGish, which needs 0.975 s")
         patches = self.patches(mono)
-        return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+        with full_precision(audio):
+            return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -330,10 +331,10 @@ def generate(checkpoint, clips, settings, passt=None):
     """The model's own, unspliced audio (B, 2, window); passt is needed for guidance by example ("embedding")."""
     guides, span = (), clips.span
     if clips.task == "embedding":
-        def listen(audio):
-            return passt.listen(audio[..., span.c:span.d], SAMPLE_RATE)[1]
-        y, step = listen(clips.x), sample.XI_GUIDE["embedding"]
-        guides = (lambda z: tasks.embedder_guidance(lambda x_0: listen(checkpoint.decode(x_0)), y, z, step),)
+        heard, step = slice(span.c, span.d), sample.XI_GUIDE["embedding"]
+        y = passt.listen(clips.x[..., heard], SAMPLE_RATE)[1]
+        A = lambda x_0: sample.hear(passt, checkpoint, x_0, heard)[1]
+        guides = (lambda z: tasks.embedder_guidance(A, y, z, step),)
     return sample.fill(checkpoint, clips.x, span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop,
                        settings, clips.generators, from_x_bar=clips.task in sample.FROM_X_BAR, guides=guides)
 
@@ -376,9 +377,10 @@ def model_rows(checkpoint, listeners, options):
     """The model with the sampler of the options, and its VAE's reconstruction."""
     rows, file = [], {"checkpoint": sample.digest(checkpoint.path)}
     if options.sampler != "none":
-        settings = sample.Settings(options.sampler, options.steps, **sample.Settings.given(options, checkpoint.kind))
-        rows.append(Row(f"{checkpoint.kind.title()} {options.sampler.upper()} {options.steps}", tuple(options.tasks),
-                        lambda clips: generate(checkpoint, clips, settings, listeners.passt), file | asdict(settings)))
+        settings = sample.Settings.of(options, checkpoint.kind)
+        name = f"{options.model.title()} {settings.sampler.upper()} {settings.steps}" + ", printed" * options.as_printed
+        produce = functools.partial(generate, checkpoint, settings=settings, passt=listeners.passt)
+        rows.append(Row(name, tuple(options.tasks), produce, file | asdict(settings)))
     if checkpoint.kind == "latent":
         rows.append(Row("VAE", TASKS, lambda clips: checkpoint.decode(checkpoint.encode(clips.x)), file))
     return rows
@@ -524,9 +526,8 @@ def parse(argv):
     add("--originals", help="this folder")
     add("--region", type=float, nargs=2, metavar=("START", "END"), help="seconds of --generated that were generated")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    add("--sampler", choices=("ddim", "ddpm", "none"), default=sample.Settings.sampler,
-        help="none: only the rows that need no sampling")
-    add("--steps", type=whole, default=sample.Settings.steps)
+    add("--sampler", choices=("ddim", "ddpm", "none"), help="none: only the rows that need no sampling (ddim)")
+    add("--steps", type=whole, help="sampling steps (50)")
     add("--clips", type=whole, default=100, help="excerpts of the test music, for each task")
     add("--listener", help="checkpoint of train.py --model classifier, who judges by default")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
@@ -574,7 +575,6 @@ def main(argv=None):
     options = parse(argv)
     device = train.pick_device(options.device)
     train.join_processes(device)
-    torch.backends.cudnn.allow_tf32 = False              # its 10 bits would show in the resampler and in embeddings
     listeners = Listeners(options, device)
     if options.generated:
         (pairs, spans), rows, out = plan_files(options), [GENERATED, TEST_SET], "files"

@@ -51,8 +51,7 @@ class Study:
         classifier = train.open_checkpoint("classifier", options.listener, device)
         self.listener, self.classes = classifier.net, classifier.classes
         self.second = train.open_checkpoint("classifier", options.second, device).net if options.second else None
-        given = sample.Settings.given(options, self.checkpoint.kind)
-        self.settings = sample.Settings(options.sampler, options.steps, **given)
+        self.settings = sample.Settings.of(options, self.checkpoint.kind)
         self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
         self.spans, self.known = evaluate.layout(self.window, self.checkpoint.hop), {}
         self.clips = self.excerpts(options.clips)
@@ -266,7 +265,7 @@ def guided_pairs(study, guides):
 
 def about_examples(study):
     references, step = study.clips, study.options.steps_of[0]
-    hear = lambda x: study.listener.listen(study.checkpoint.decode(x), SAMPLE_RATE)[1]
+    hear = lambda x: sample.hear(study.listener, study.checkpoint, x)[1]
     aims = embed(study.listener, references)
     guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step) for y in aims]
     plain, guided, facts = guided_pairs(study, guides)
@@ -292,7 +291,7 @@ def own_and_others(made, aims):
 
 def about_classes(study):
     wanted, step = [j % len(study.classes) for j in range(study.options.clips)], study.options.steps_of[1]
-    hear = lambda x, i: study.listener.listen(study.checkpoint.decode(x), SAMPLE_RATE)[0][:, i:i + 1]
+    hear = lambda x, i: sample.hear(study.listener, study.checkpoint, x)[0][:, i:i + 1]
     y = torch.ones(1, 1, device=study.device)
     guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step) for i in wanted]
     plain, guided, facts = guided_pairs(study, guides)
@@ -325,8 +324,8 @@ def main(argv=None):
     add("--task", choices=("continuation", "infill", "regenerate"), default="continuation", help="of likeness")
     add("--clips", type=train.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
     add("--seconds", type=float, default=2.0, help="example, class: length of a sample")
-    add("--sampler", choices=("ddim", "ddpm"), default=sample.Settings.sampler)
-    add("--steps", type=train.within(1, 100000, int), default=sample.Settings.steps)
+    add("--sampler", choices=("ddim", "ddpm"))
+    add("--steps", type=train.within(1, 100000, int))
     sample.Settings.add_flags(add)
     add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
         metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")

@@ -32,6 +32,7 @@ def fad(x, y):
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (METRICS / "check_metrics.py").exists(), reason="no golden vectors beside the checkout")
 def test_metrics_agree_with_the_reference_codes():
     """The golden vectors made with the original metric codes, every part."""
