@@ -452,8 +452,8 @@ def main(argv=None):
         write_track(path, track)
         text = json.dumps(record | {"variation": i, "output": str(path)}, indent=1)
         write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}, of which {(edit.end - edit.a) / rate:.2f} s "
-              f"are new; it took {time.time() - began:.1f} s")
+        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}, of which {(edit.end - edit.a) / rate:.2f}"
+              f" s are new; it took {time.time() - began:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,23 @@
 """The exact bench: sources whose denoiser and posterior have a closed form, so that guided sampling can be checked
 without any trained network.
 
-    python tests/exact.py        # prints the table of the README: what xi, the projection and the step count do
+    python tests/exact.py        # what xi, the projection and the number of steps do; some minutes
 
-For x_0 ~ N(m, S), the denoiser is E[x_0 | x_t] = m + alpha S (alpha^2 S + sigma^2 I)^-1 (x_t - alpha m), and the posterior
-given y = A x_0 is Gaussian with mean m + S A^T (A S A^T)^-1 (y - A m).
+For x_0 ~ N(m, S), the denoiser is E[x_0 | x_t] = m + alpha S (alpha^2 S + sigma^2 I)^-1 (x_t - alpha m), and the
+posterior given y = A x_0 is Gaussian with mean m + S A^T (A S A^T)^-1 (y - A m).
+
+The table is about infill of the middle third of clips of 96 positions, against the true posterior: the error of the
+mean over the posterior's standard deviation, for the clip sin(i / 8) and for random draws of the source, which the
+context says less about; the ratio of the variances; and the largest error in the context. It says: projection alone
+meets the context but joins it badly, with the mean off and too much variance (DDPM, 50 steps, projecting x_t: 0.20 and
+1.09); the gradient mends both (xi = 3e-2: 0.18 and 1.00). What counts is xi times the number of steps: what is right at
+50 is too strong at 500 (0.84). Projecting x0_hat joins the context less by itself and takes a larger step to advantage:
+xi = 0.2 brings a typical clip's mean nearer to the posterior's (0.28) than anything else at 50 steps of DDPM. Without a
+projection 3e-2 is too little for 50 steps. More noise, gamma, raises the variance ratio from 0.90 to 0.95 at 0.9.
+The last lines are what k = 0.85 leaves of the original in regenerate, by start: from t = 1 ("paper") nothing or little.
+
+These sources are tame: all positions have variance 1, and the denoiser is exact whatever it is shown. On trained
+networks the two projections differ far more.
 """
 import sys
 from pathlib import Path

@@ -110,7 +110,7 @@ def test_loss_squares_the_weighed_error():
 
 @pytest.mark.parametrize("s, t", [(0.0, 0.02), (0.3, 0.5), (0.98, 1.0)])
 def test_a_forward_step_stays_on_the_forward_process(s, t):
-    """From q(x_s | x_0) it leads to q(x_t | x_0): mean alpha_t x_0, variance sigma_t^2; to t = 1 nothing of x_s is left."""
+    """From q(x_s | x_0) it leads to q(x_t | x_0): mean alpha_t x_0, variance sigma_t^2."""
     zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
     (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(s), alpha_sigma(t)
     from_x_s, from_noise = forward_step(one, s, t, zero).item(), forward_step(zero, s, t, one).item()
