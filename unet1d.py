@@ -88,7 +88,6 @@ class UNetConfig:
     attention: int = 2                  # how many levels attend, counted from the lowest resolution
     head_width: int = 64
     groups: int = 32                    # of GroupNorm
-    checkpointing: bool = False         # does nothing: the shipped checkpoint names it
 
 
 PRESETS = {

@@ -114,18 +114,18 @@ def at_random(model, device):
 
 @torch.no_grad()
 def presets(rounds, device):
-    """Parameters, and FLOPs of one forward over the window of each preset; nothing is allocated (meta device)."""
+    """Parameters, and FLOPs of one forward over each preset's window; large ones take no memory (meta device)."""
     forwards = {
         vae.VAE: (vae.PRESETS, lambda net: net.decode(net.encode(torch.empty(1, 2, 2**18)))),
-        dit.DiT: (dit.PRESETS, lambda net: net(torch.empty(1, net.config.channels, net.config.frames), torch.empty(1))),
+        dit.build: (dit.PRESETS, lambda net: net(torch.empty(1, net.config.channels, net.config.frames), torch.empty(1))),
         unet1d.UNet1D: (unet1d.PRESETS, lambda net: net(torch.empty(1, 2, net.config.samples), torch.empty(1))),
         PaSST: (PASST_PRESETS, lambda net: net(torch.empty(1, 128, 1000)))}
-    with torch.device("meta"):
-        for network, (configs, forward) in forwards.items():
-            for size, config in configs.items():
+    for network, (configs, forward) in forwards.items():
+        for size, config in configs.items():
+            with torch.device("cpu" if getattr(config, "hops", ()) else "meta"):     # times of spectra are computed
                 net = network(config)
                 millions, (_, work) = sum(p.numel() for p in net.parameters()) / 1e6, flops(lambda: forward(net))
-                name = f"{network.__name__} {size}"
+                name = f"{type(net).__name__} {size}"
                 print(f"    {name:16}{millions:9.2f} M parameters{work / 1e9:10.1f} GF a forward")
 
 
@@ -152,12 +152,13 @@ def attention(rounds, device):
 
 
 def transformer(rounds, device):
-    """Goals 2 and 3: the forward over 2048 frames as a share of the GEMM rate, and a guided step."""
-    config = dit.PRESETS["small"]
-    model = at_random(dit.DiT(config), device)
+    """Goals 2 and 3: a DiT's forward over 2048 frames as a share of the GEMM rate; guided steps of it and of `small`."""
+    config = dit.DiTConfig(channels=16, frames=2048, width=192, depth=6, heads=3)
+    model, spectral = (at_random(dit.build(c), device) for c in (config, dit.PRESETS["small"]))
     x_t, t = torch.randn(1, config.channels, config.frames, device=device), torch.full((1,), 0.5, device=device)
-    share_of_gemm(2, "DiT small, forward", lambda: no_grad(model, x_t, t), 0.7, rounds, device)
-    guided(3, "DiT small", model, config.channels, config.frames, 2.5, rounds, device)
+    share_of_gemm(2, "DiT 6 x 192, forward", lambda: no_grad(model, x_t, t), 0.7, rounds, device)
+    guided(3, "DiT 6 x 192", model, config.channels, config.frames, 2.5, rounds, device)
+    guided(3, "SpectralDiT small", spectral, config.channels, config.frames, 2.5, rounds, device)
 
 
 @torch.no_grad()
