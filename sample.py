@@ -2,7 +2,6 @@
 
     python sample.py --task continuation --input song.mp3 --start 61.5 --length 8
     python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
-    python sample.py --task transition --input a.flac --input2 b.flac
 
 The result is the whole track in its own sample rate, channels and word length. Only the requested region is new; beside
 it lie cross-fades of at most 50 ms, in known audio; everything else is the input's own samples, bit for bit.
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import guidance
 import tasks
+import vae
 from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, within,
                    write_atomic)
 
@@ -143,8 +143,8 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, equalise=True):
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     if checkpoint.vae is None or not equalise:
         return audio
-    wanted, found = (tasks.spectrum(x[..., :left]) + tasks.spectrum(x[..., right:]) + 1e-9 for x in (known, audio))
-    return tasks.equalise(audio, (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20)))
+    wanted, found = (vae.spectrum(x[..., :left]) + vae.spectrum(x[..., right:]) + 1e-9 for x in (known, audio))
+    return vae.equalise(audio, (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20)))
 
 
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):

@@ -1,5 +1,5 @@
 """Table 2: measurement operators A, distances d, and one constructor for each creative task of Sect. 4.3; at the end
-the resampler, an equaliser and PaSST [30], through which embedder and classifier hear.
+the resampler and PaSST [30], through which embedder and classifier hear.
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.6)
     task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 5))
@@ -198,10 +198,7 @@ def combine(*tasks, weights=None):
     return Task(first.x_T, tuple(terms), first.t_T)
 
 
-# ---- the resampler and the equaliser, linear operators --------------------------------------------------------------
-
-FFT = 2048                                                # samples, in `spectrum`
-
+# ---- the resampler, a linear operator -------------------------------------------------------------------------------
 
 @contextmanager
 def full_precision(x):
@@ -276,22 +273,6 @@ def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
     block_first, block_last = first // up - margin, math.ceil(last / up) + margin
     blocks = excerpt(x, anchor + block_first * down, anchor + block_last * down, lo, hi)
     return resample(blocks, rate_in, rate_out)[:, first - block_first * up:last - block_first * up]
-
-
-def spectrum(audio):
-    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
-    frames = F.pad(audio, (FFT, FFT)).unfold(-1, FFT, FFT // 2) * torch.hann_window(FFT, device=audio.device)
-    power = torch.fft.rfft(frames).abs().square().sum((1, 2))                          # (B, 1025)
-    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
-    weights = torch.exp(-18 * (octave[:, None] - octave).square())
-    return power @ (weights / weights.sum(1, keepdim=True)).T
-
-
-def equalise(audio, gain):
-    """Audio (B, channels, n) through a filter of the amplitudes gain (B, 1025), at the frequencies of `spectrum`."""
-    n, size = audio.shape[-1], audio.shape[-1] + FFT                                   # the filter's tails do not wrap
-    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
-    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 
 
 # ---- PaSST, the Patchout transformer [30]: embedder and classifier --------------------------------------------------

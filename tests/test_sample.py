@@ -18,7 +18,7 @@ from conftest import save_checkpoint
 from dit import PRESETS as DIT, DiT
 from train import load_checkpoint, run
 from unet1d import PRESETS as UNET, UNet1D
-from vae import PRESETS as VAES, VAE
+from vae import PRESETS as VAES, VAE, spectrum
 
 ODD = Path(__file__).resolve().parents[2] / "shared" / "music" / "odd"
 
@@ -299,7 +299,7 @@ def test_what_decoding_takes_off_known_audio_is_given_back_everywhere():
     known, C_L, C_R = x.clone(), 200, 100
     known[..., 200 * 128:n - 100 * 128] = math.nan
     made = sample.decode_like(vae, x, known, C_L, C_R)
-    change = 10 * torch.log10(tasks.spectrum(made[..., 2**15:2**16]) / tasks.spectrum(x[..., 2**15:2**16]))
+    change = 10 * torch.log10(spectrum(made[..., 2**15:2**16]) / spectrum(x[..., 2**15:2**16]))
     assert change[:, 5:70].abs().max() < 1 and change[:, 120:].abs().max() < 1 and made.shape == x.shape
     faint = sample.decode_like(SimpleNamespace(vae=True, hop=128, decode=lambda x: x / 100), x, known, C_L, C_R)
     assert torch.allclose(faint, x / 100 * 10 ** (12 / 20), atol=1e-5)
