@@ -327,14 +327,14 @@ class Synthetic:
 
 class Clips:
     """clips(ks) -> batch of tensors: clip k and all that is random about it, a function of (seed, stream, k). Step i of
-    training takes clips of windows[i % len(windows)] samples: `batch` of the longest, of the shorter ones as many more.
-    With a count, that many clips spread evenly over the music; else endlessly many from anywhere."""
+    training takes clips of windows[i % len(windows)] samples: `batch` of the longest, and n times as many of one that
+    fits into it n times. With a count, that many clips spread evenly over the music; else endlessly many."""
 
     def __init__(self, source, windows, draw, classes, seed, stream=TRAIN, count=None, batch=1):
         self.source, self.windows, self.draw, self.batch = source, windows, draw, batch
         self.seed, self.stream, self.count = seed, stream, count
         self.labels = [classes.index(name) if name in classes else -1 for name in source.names]
-        self.most = batch * max(windows) // min(windows)        # clips that a step may have
+        self.most = batch * (max(windows) // min(windows))      # clips that a step may have
 
     def window(self, step):
         return self.windows[step % len(self.windows)]
@@ -342,7 +342,7 @@ class Clips:
     def of_step(self, step):
         """The numbers of the clips of that step."""
         first = step * self.most
-        return range(first, first + self.batch * max(self.windows) // self.window(step))
+        return range(first, first + self.batch * (max(self.windows) // self.window(step)))
 
     def clip(self, k):
         rng, window = random_numbers(self.seed, self.stream, k), self.window(k // self.most)
@@ -935,7 +935,7 @@ def settle(o):
         if "settings" not in state:
             raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
         for name, value in state["settings"].items():
-            if getattr(o, name, None) not in (None, value) and name != "steps":
+            if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
                 raise UserError(f"the run in {show(o.out)} has another --{name}: leave it out, or choose another --out")
     elif o.resume:
         say(f"no checkpoint in {show(o.out)} yet: beginning at step 0")
