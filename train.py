@@ -47,7 +47,7 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MIN_SECONDS = 0.25                      # shorter files are never used
 TRAIN, VALID, MEASURE = range(3)        # streams of random numbers
 MEASURED, VALIDATED = 1000, 32          # clips that statistics are taken of, and those of a validation
-COLUMNS = ["step", "core_hours", "loss", "lr", "gradient_norm", "audio_per_s", "validation"]       # of log.csv
+COLUMNS = ["step", "core_hours", "loss", "lr", "gradient_norm", "validation"]       # of log.csv
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
 NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
@@ -481,15 +481,14 @@ def export(run_folder, file):
     say(f"{show(file)}: {small['kind']} model, {os.path.getsize(file) / 1e6:.1f} MB")
 
 
-# ---- objectives: forward(**batch) -> {"loss": ..., and what else validation shows} ----------------------------------------
+# ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
 
 class Autoencoding(nn.Module):
     """Reconstruction; then (`adversarial`) the decoder against a discriminator, with the encoder frozen (App. C.1)."""
 
-    def __init__(self, net, autocast):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.autocast, self.adversarial = net, autocast, False
-        self.critic = autoencoder.Discriminator(net.config)
+        self.net, self.critic = net, autoencoder.Discriminator(net.config)
 
     def set_stage(self, adversarial):
         self.adversarial = adversarial
@@ -501,8 +500,7 @@ class Autoencoding(nn.Module):
         return {"noise": rng.standard_normal(shape, dtype=np.float32)}
 
     def forward(self, x, noise, **_):
-        with self.autocast():
-            reconstruction, mean, logvar = self.net(x, noise if self.training else None)
+        reconstruction, mean, logvar = self.net(x, noise if self.training else None)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
         if self.adversarial and self.training:
             loss = loss + self.contest(reconstruction, x)
@@ -513,10 +511,9 @@ class Autoencoding(nn.Module):
 
     def contest(self, reconstruction, x):
         """Both sides in one backward pass: the discriminator judges a constant, the decoder meets a frozen judge."""
-        with self.autocast():
-            real, fake = self.critic(x), self.critic(reconstruction.detach())
-            with frozen(self.critic):
-                judged = self.critic(reconstruction)
+        real, fake = self.critic(x), self.critic(reconstruction.detach())
+        with frozen(self.critic):
+            judged = self.critic(reconstruction)
         return (autoencoder.discriminator_loss(real, fake)
                 + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(judged)
                 + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, judged))
@@ -525,9 +522,9 @@ class Autoencoding(nn.Module):
 class Denoising(nn.Module):
     """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms."""
 
-    def __init__(self, net, autocast, vae=None):
+    def __init__(self, net, vae=None):
         super().__init__()
-        self.net, self.autocast = net, autocast
+        self.net = net
         self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
         self.weigh = getattr(net, "weigh", None)                                # the U-Net has one
 
@@ -539,32 +536,27 @@ class Denoising(nn.Module):
             drawn["start"] = np.int64(rng.integers(self.space.window - n + 1))
         return drawn
 
-    def encode(self, x):
-        """Audio (B, 2, n), or latents from the cache -> model space."""
-        return self.space.encode(x) if x.shape[1] == 2 else x
-
     def forward(self, x, t, noise, start=None, **_):
+        x_0 = self.space.encode(x) if x.shape[1] == 2 else x                    # latents, from the cache
         net = self.net if start is None else partial(self.net, start=start)
-        with self.autocast():
-            return {"loss": v_loss(net, self.encode(x), t, noise, self.weigh).mean()}
+        return {"loss": v_loss(net, x_0, t, noise, self.weigh).mean()}
 
 
 class Classifying(nn.Module):
     """Binary cross-entropy of each class, with structured patchout [30]."""
 
-    def __init__(self, net, autocast):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.autocast = net, autocast
+        self.net = net
 
     def draw(self, rng, window):
         return {"patchout": np.int64(rng.integers(2**62))}
 
     def forward(self, x, label, patchout, **_):
-        with self.autocast():
-            mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))                # (B, 128, frames)
-            generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
-            dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
-            logits = self.net(mel, generators, dropped)[0].float()
+        mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))                    # (B, 128, frames)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
+        dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
+        logits = self.net(mel, generators, dropped)[0].float()
         truth = (label[:, None] == torch.arange(logits.shape[1], device=label.device)).float()     # label -1: no class
         return {"loss": F.binary_cross_entropy_with_logits(logits, truth),
                 "accuracy": (logits.argmax(1) == label).float().mean()}
@@ -595,7 +587,7 @@ class Trainer:
         self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out
         self.header, self.out, self.total = header, Path(options.out), options.steps + options.finetune_steps
         self.ema = copy.deepcopy(objective.net).requires_grad_(False).eval()
-        self.step, self.skipped, self.bad_in_a_row, self.stop, self.found = 0, 0, 0, None, {}
+        self.step, self.skipped, self.bad_in_a_row, self.stop, self.found = 0, 0, 0, False, {}
         self.spent = state["core_hours"] if state else 0.0
         if not state:
             return self.begin_stage(adversarial=False)
@@ -617,13 +609,6 @@ class Trainer:
         parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         self.model = parallel(objective) if WORLD > 1 else objective
 
-    def schedule(self):
-        """For each step, and each part of it, the clips that this process takes."""
-        parts = self.options.accumulate
-        for step in range(self.step, self.total):
-            mine = self.clips.of_step(step)[RANK::WORLD]
-            yield from (mine[part::parts] for part in range(parts))
-
     def learning_rate(self):
         """Warm-up, a constant, then linearly to zero over the last --cooldown share, in each stage of a VAE."""
         o = self.options
@@ -631,24 +616,25 @@ class Trainer:
         warmup = max(1, min(o.warmup, steps // 10))
         return o.lr * min(1, (done + 1) / warmup, (1 - done / steps) / o.cooldown)
 
+    def values(self, model, batch):
+        """What the objective says of a batch. Times (float64, which some devices lack) and seeds stay on the CPU."""
+        device, half = self.options.device, self.options.precision == "bf16"
+        batch = {name: x.to(device) if name in ("x", "noise", "label") else x for name, x in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return model(**batch)
+
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns that loss."""
-        parts = self.options.accumulate
+        parts, total = self.options.accumulate, 0.0
         self.objective.train()
-        total = torch.zeros((), device=self.options.device)
         for part in range(parts):
-            batch = next(stream)
             with self.model.no_sync() if WORLD > 1 and part < parts - 1 else nullcontext():
-                loss = self.model(**self.on_device(batch))["loss"]
-                (loss / parts).backward()
-            total += loss.detach() / parts
+                loss = self.values(self.model, next(stream))["loss"] / parts
+                loss.backward()
+            total += loss.detach()
         if WORLD > 1:
             dist.all_reduce(total)
         return total.item() / WORLD
-
-    def on_device(self, batch):
-        """Times (float64, which some devices lack) and seeds stay on the CPU."""
-        return {name: x.to(self.options.device) if name in ("x", "noise", "label") else x for name, x in batch.items()}
 
     def update(self, stream):
         """One step; returns its row of the log."""
@@ -671,13 +657,15 @@ class Trainer:
             raise UserError(f"ten losses or gradients in a row were not finite, up to step {self.step}: lower --lr, or "
                             "take --precision fp32. The last checkpoint is whole", status=1)
         self.step += 1
-        return {"step": self.step, "loss": loss, "lr": lr, "gradient_norm": norm}
+        hours = round(self.core_hours(), 4)
+        return {"step": self.step, "core_hours": hours, "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):
         """Train to the end, the time limit or a signal; save, and say how it went. True if the run is complete."""
         o, first, began = self.options, self.step, time.perf_counter()
         self.deadline = began + 60 * o.minutes if o.minutes is not None else math.inf
-        stream = prefetch(self.clips, self.schedule(), o.workers)
+        mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
+        stream = prefetch(self.clips, (ks[part::o.accumulate] for ks in mine for part in range(o.accumulate)), o.workers)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         file = os.devnull if RANK else self.out / "log.csv"
@@ -690,13 +678,9 @@ class Trainer:
                     self.objective.net.load_state_dict(self.ema.state_dict())       # whose encoder is final
                     self.begin_stage(adversarial=True)
                 row = self.update(stream)
-                if self.step == first + 1:
-                    began = time.perf_counter()         # the first clips had no time to be ready
                 self.now_and_then(row)
-                rate = (self.step - first - 1) * o.batch * max(o.windows) / SAMPLE_RATE / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {rate:.1f} s of audio/s", False)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}", False)
                 bar.update()
-                row |= {"audio_per_s": round(rate, 2), "core_hours": round(self.core_hours(), 4)}
                 print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log)
         stream.close()
         self.save()
@@ -704,9 +688,9 @@ class Trainer:
         self.farewell()
         return self.step == self.total
 
-    def on_signal(self, number, frame):
+    def on_signal(self, *_):
         """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
-        self.stop = signal.Signals(number).name
+        self.stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def core_hours(self):
@@ -715,13 +699,10 @@ class Trainer:
 
     def stopping(self):
         """Whether to end now, because of a signal or the time limit; all processes agree."""
-        if time.perf_counter() > self.deadline:
-            self.stop = self.stop or f"--minutes {self.options.minutes:g}"
+        stop = torch.tensor(float(self.stop or time.perf_counter() > self.deadline), device=self.options.device)
         if WORLD > 1:
-            flag = torch.tensor(float(bool(self.stop)), device=self.options.device)
-            dist.all_reduce(flag)
-            self.stop = self.stop or ("another process" if flag.item() else None)
-        return bool(self.stop)
+            dist.all_reduce(stop)
+        return stop.item() > 0
 
     def now_and_then(self, row):
         """A validation and a checkpoint, every so many steps; and at the end, where fit saves."""
@@ -743,7 +724,7 @@ class Trainer:
             batch = self.held_out([i])
             if "t" in batch:                            # evenly spaced times: a steadier figure
                 batch["t"] = torch.full_like(batch["t"], (i + 0.5) / self.held_out.count)
-            found.append(self.objective(**self.on_device(batch)))
+            found.append(self.values(self.objective, batch))
         self.objective.net = net
         return {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
 
@@ -766,7 +747,7 @@ class Trainer:
             say(f"  could not be read: {show(path)} ({why})")
         o = self.options
         if self.step < self.total:
-            say(f"stopped by {self.stop}; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
+            say(f"stopped; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
         elif o.model in ("latent", "waveform"):
             say(f"to use it: python sample.py --model {o.model} --checkpoint {show(self.out / 'model.pt')} "
                 "--task continuation --input clip.wav")
@@ -939,9 +920,9 @@ def train(o):
         config = replace(config, classes=len(classes))
 
     torch.manual_seed(o.seed)
-    autocast = partial(torch.autocast, o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
-    objective = {"vae": Autoencoding, "latent": partial(Denoising, vae=vae), "waveform": Denoising,
-                 "classifier": Classifying}[o.model](make(config), autocast).to(o.device)
+    objectives = {"vae": Autoencoding, "latent": partial(Denoising, vae=vae), "waveform": Denoising,
+                  "classifier": Classifying}
+    objective = objectives[o.model](make(config)).to(o.device)
     if known:
         objective.net.load_state_dict(known["ema"])
     else:
