@@ -6,7 +6,8 @@
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) and nothing
 else, and step i takes the clips from i * batch on. So a resumed run needs no state of random numbers, and neither the
-number of threads nor that of processes changes what is trained.
+number of threads nor that of processes changes what is trained; but for the second stage of the VAE, whose feature
+matching is a ratio of means over the clips of one process.
 """
 import argparse
 import copy

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -118,6 +119,26 @@ def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
     assert [file.stat().st_mtime_ns for file in train.Cached(tracks, tmp_path / "cache").files] == stamps
 
 
+def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
+    """--cache of a latent run: the normalised latents of the audio at that place, away from its ends, once each; and
+    the loss is the same from either."""
+    vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval()
+    vae.latent_mean.normal_(), vae.latent_std.uniform_(0.5, 2)
+    tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
+    cached = train.Cached(tracks, tmp_path / "cache", vae)
+    edge = -(-vae.encoder_field // vae.hop)
+    for track, start in ((0, 0), (1, 200), (4, 700)):
+        fresh = vae.encode(torch.from_numpy(tracks.read(track, start * vae.hop, 256 * vae.hop))[None])[0]
+        kept = torch.tensor(cached.read(track, start, 256))
+        assert kept.shape == (8, 256) and (kept - fresh)[:, edge:-edge].abs().max() < 1e-3
+    audio, rows = tracks.read(0, 0, 2**15), torch.tensor(cached.read(0, 0, 2**8))
+    objective = train.Denoising(train.dit.build(train.dit.PRESETS["tiny"]).eval(), vae)
+    x_0, draw = vae.encode(torch.from_numpy(audio)[None]), objective.draw(train.random_numbers(0), 2**15)
+    t, noise = torch.tensor([draw["t"]]), torch.from_numpy(draw["noise"])[None]
+    fresh, same_clip, kept = (objective(x, t, noise)["loss"] for x in (torch.from_numpy(audio)[None], x_0, rows[None]))
+    assert fresh == same_clip and abs(kept - fresh) < 0.01 * fresh
+
+
 def damaged_flac(path):
     """A file that opens, at its beginning and its end, and cannot be decoded in between."""
     sf.write(path, synthetic.clip(7, 9, 3.0)[0].T, RATE)
@@ -195,13 +216,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
-    """Muon takes the matrices of the blocks and AdamW the rest; the states of both are kept, and matter."""
+    """Muon takes the matrices of the blocks and AdamW the rest; the states of both are kept, and matter. The windows
+    of two lengths go on in turn."""
     save_checkpoint(tmp_path / "vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
-    args = ["--model", "latent", "--size", "tiny", "--vae", tmp_path / "vae.pt", "--batch", 2, "--device", "cpu"]
+    args = ["--model", "latent", "--size", "tiny", "--vae", tmp_path / "vae.pt", "--batch", 2, "--device", "cpu",
+            "--windows", 0.2, 0.6]
     run = lambda out, *more: train.main([str(word) for word in [*args, "--out", tmp_path / out, *more]])
     run("whole", "--steps", 8)
     stopping = train.Trainer.stopping
-    monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 6)     # blocks begin as nothing
+    monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 5)
     run("parts", "--steps", 8)
     monkeypatch.undo()
     monkeypatch.setattr(train, "MEASURED", 20)
@@ -277,6 +300,19 @@ def test_a_run_is_not_overwritten_by_mistake(tmp_path):
     assert (tmp_path / "model.pt").stat().st_mtime_ns != stamp and len(losses(tmp_path)) == 2
 
 
+def test_resuming_restores_the_settings(tmp_path):
+    """Of a run with settings of its own, --out and --resume are enough; another --batch is refused, more --steps not."""
+    train.main(vae_args(tmp_path, "--steps", 2, "--finetune-steps", 0, "--lr", 5e-4, "--windows", 0.2, 0.4))
+    before = train.load_state(tmp_path / "model.pt")
+    again = ["--model", "vae", "--device", "cpu", "--out", str(tmp_path), "--resume"]
+    train.main(again + ["--steps", "3"])
+    after = train.load_state(tmp_path / "model.pt")
+    assert after["size"] == "tiny" and after["step"] == 3
+    assert after["settings"] == before["settings"] | {"steps": 3}
+    with pytest.raises(train.UserError, match="another --batch: leave it out"):
+        train.main(again + ["--batch", "4"])
+
+
 def test_what_cannot_be_resumed_is_named(tmp_path):
     """--resume in the folder of another kind of model, or with an export in the run's place."""
     args = vae_args(tmp_path, "--steps", 1, "--finetune-steps", 0)
@@ -332,6 +368,36 @@ def test_two_processes_agree_with_one(tmp_path):
     assert (a - b).abs().max() < 1e-5
 
 
+STAGES = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import train
+train.MEASURED, train.VALIDATED, out = 4, 2, Path(sys.argv[2])
+validate = train.Trainer.validate
+train.Trainer.validate = lambda self: time.sleep(2) or validate(self)         # on the first process only
+tiny = ["--size", "tiny", "--batch", "2", "--device", "cpu", "--steps", "2"]
+train.main(["--model", "vae", "--finetune-steps", "2", "--out", str(out / "vae"), *tiny])
+assert train.load_state(out / "vae" / "model.pt")["step"] == 4
+train.main(["--model", "latent", "--vae", str(out / "vae" / "model.pt"), "--out", str(out / "latent"),
+            "--data", str(out / "music"), "--cache", "--windows", "0.2", "0.4", *tiny])
+assert train.load_checkpoint(out / "latent" / "model.pt").step == 2
+(out / f"done.{train.RANK}").touch()
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_end_together(music, tmp_path):
+    """torchrun, gloo, both stages of a VAE and a latent model: the checkpoint is there for every process when it
+    leaves the run, although the first one alone validates and saves."""
+    (tmp_path / "stages.py").write_text(STAGES)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*words, str(tmp_path / "stages.py"), str(ROOT), str(tmp_path)], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "done.0").exists() and (tmp_path / "done.1").exists()
+
+
 # ---- bad input and bad luck -----------------------------------------------------------------------------------------
 
 def test_bad_files_are_named_once_and_left_out(music, tmp_path, capsys):
@@ -359,6 +425,35 @@ def test_a_truncated_file_is_as_long_as_what_can_be_decoded(tmp_path):
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
         frames, _, _ = train.probe(str(path))
         assert frames == train.read_audio(path)[0].shape[1] and abs(frames / RATE - 3) < 0.3
+
+
+def endless_ogg(path):
+    """An ogg cut after its first page, which has more samples than it says: libsndfile takes it for 2^63 - 1 frames."""
+    sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 1)), RATE)
+    data = bytearray(path.read_bytes())
+    pages = [i for i in range(len(data)) if data[i:i + 4] == b"OggS"]
+    first, end = next((i, j) for i, j in zip(pages, pages[1:]) if any(data[i + 6:i + 14]))       # with audio in it
+    data[first + 6:first + 14], data[first + 22:first + 26], crc = struct.pack("<q", 32), bytes(4), 0
+    for byte in data[first:end]:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = crc << 1 ^ (0x104C11DB7 if crc >> 31 else 0)
+    data[first + 22:first + 26] = struct.pack("<I", crc)
+    path.write_bytes(data[:end + 100])
+
+
+def test_a_cut_ogg_is_no_longer_than_what_can_be_read(music, tmp_path, capsys):
+    """Its header claims 2^63 - 1 frames: it is used as far as it reaches, or left out, and training runs."""
+    path = music / "loud" / "endless.ogg"
+    endless_ogg(path)
+    with sf.SoundFile(path) as file:
+        assert file.frames == 2**63 - 1
+    frames, rate, channels = train.probe(str(path))
+    assert frames == train.read_audio(path)[0].shape[1] < RATE and (rate, channels) == (RATE, 1)
+    train.main(vae_args(tmp_path / "run", "--data", music, "--steps", 1, "--finetune-steps", 0, "--windows", 1))
+    assert "endless.ogg (too short" in capsys.readouterr().out
+    clip = train.Tracks({str(path): [frames, rate, channels]}).read(0, 1000, 500)
+    assert np.array_equal(clip, train.to_stereo_44k(*train.read_audio(path)).numpy()[:, 1000:1500])
 
 
 @pytest.mark.parametrize("name", ["nothing", "only text", "too short"])
