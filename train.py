@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py --model latent --size paper --data path/to/fma_full
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) and nothing
-else, and step i takes the clips from i * batch on. So a resumed run needs no state of random numbers, and neither the
-number of threads nor that of processes changes what is trained; but for the second stage of the VAE, whose feature
-matching is a ratio of means over the clips of one process.
+else, and the step says which clips it takes. So a resumed run needs no state of random numbers, and neither the number
+of threads nor that of processes changes what is trained; but for the second stage of the VAE, whose feature matching is
+a ratio of means over the clips that a process takes at a time.
 """
 import argparse
 import copy
@@ -275,13 +275,12 @@ class Tracks:
 
 
 class Cached(Tracks):
-    """Clips of prepared tracks, each kept in a file of the folder as rows (n / unit, C): decoded audio or, with a VAE,
-    latents."""
+    """Clips of tracks kept as rows (n / unit, C), a file each in the folder: decoded audio or, with a VAE, latents."""
 
     def __init__(self, tracks, folder, vae=None):
         self.paths, self.names, self.unit = tracks.paths, tracks.names, VAE.hop if vae else 1
-        weights = b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values()) if vae else b""
-        key = hashlib.sha256(weights).hexdigest()
+        weights = vae.state_dict().values() if vae else ()
+        key = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights)).hexdigest()
         versions = [f"{key} {show(path)} {os.stat(path).st_mtime_ns}" for path in self.paths]
         self.files = [folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.npy" for version in versions]
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,8 +363,7 @@ class Checkpoint:
     net: nn.Module
     vae: VAE | None = None              # of a latent model
     classes: list | None = None         # of a classifier
-    step: int = 0
-    seed: int = 0
+    step: int = 0                       # of the run, and of those whose weights it began with
     size: str = ""
     path: str = ""                      # of its file
 
@@ -412,8 +410,8 @@ def save_atomic(path, state):
     write_atomic(path, lambda file: torch.save(state, file))
 
 
-def load_state(path):
-    """The dictionary in a checkpoint file; UserError if it is none. Tensors stay in the file until they are used."""
+def load_state(path, kinds=tuple(NETS)):
+    """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -422,17 +420,17 @@ def load_state(path):
         raise UserError(f"{show(path)} is damaged, or no checkpoint of train.py ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("kind") not in NETS:
         raise UserError(f"{show(path)} is no checkpoint of train.py")
+    if state["kind"] not in kinds:
+        raise UserError(f"{show(path)} holds a {state['kind']} model, not a {' or '.join(kinds)}: give a file that "
+                        f"train.py --model {kinds[0]} wrote")
     return state
 
 
-def config_of(config_class, values):
-    """A configuration from a checkpoint, whose settings that no longer exist are passed over."""
-    return config_class(**{field.name: values[field.name] for field in fields(config_class) if field.name in values})
-
-
 def rebuild(kind, config, weights):
+    """A network from a checkpoint; settings of it that no longer exist are passed over."""
     make, config_class, _ = NETS[kind]
-    net = make(config_of(config_class, config))
+    known = {field.name for field in fields(config_class)}
+    net = make(config_class(**{name: value for name, value in config.items() if name in known}))
     try:
         net.load_state_dict(weights)
     except RuntimeError:
@@ -440,18 +438,13 @@ def rebuild(kind, config, weights):
     return net.eval().requires_grad_(False)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
     """Read what train.py wrote, a run's checkpoint or an export. Raises UserError if the file cannot be used."""
-    state = load_state(path)
+    state = load_state(path, kinds)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    facts = {name: state[name] for name in ("kind", "classes", "seed", "size")}
-    return Checkpoint(net=net, vae=vae, path=str(path), step=steps_made(state), **facts)
-
-
-def steps_made(state):
-    """Of the run and of the runs whose weights it began with."""
-    return state["step"] + state.get("before", 0)
+    facts = {name: state[name] for name in ("kind", "classes", "size")}
+    return Checkpoint(net=net, vae=vae, path=str(path), step=state["step"] + state.get("before", 0), **facts)
 
 
 def shipped(kind):
@@ -461,11 +454,7 @@ def shipped(kind):
 
 def open_checkpoint(kind, path=None, device="cpu"):
     """The one rule of all scripts: the file given, else the shipped one. UserError for another kind of model."""
-    found = load_checkpoint(path or shipped(kind), device)
-    if found.kind != kind:
-        raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: give a file that train.py "
-                        f"--model {kind} wrote")
-    return found
+    return load_checkpoint(path or shipped(kind), device, (kind,))
 
 
 def export(run_folder, file):
@@ -473,8 +462,7 @@ def export(run_folder, file):
     state = load_state(Path(run_folder) / "model.pt")
     halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
     small = {name: state[name] for name in ("format", "kind", "size", "config", "classes", "seed", "vae")}
-    small["step"] = steps_made(state)
-    small["ema"] = halve(state["ema"])
+    small |= {"step": state["step"] + state.get("before", 0), "ema": halve(state["ema"])}
     if small["vae"]:
         small["vae"] = {**small["vae"], "weights": halve(small["vae"]["weights"])}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -607,8 +595,8 @@ class Trainer:
         groups = [[p for p in part.parameters() if p.requires_grad] for part in objective.children()]
         self.groups = [group for group in groups if group]
         self.optimizers = make_optimizers(objective, o)
-        parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-        self.model = parallel(objective) if WORLD > 1 else objective
+        DDP = nn.parallel.DistributedDataParallel
+        self.model = DDP(objective, broadcast_buffers=False) if WORLD > 1 else objective
 
     def learning_rate(self):
         """Warm-up, a constant, then linearly to zero over the last --cooldown share, in each stage of a VAE."""
@@ -655,18 +643,16 @@ class Trainer:
         self.bad_in_a_row = 0 if usable else self.bad_in_a_row + 1
         self.skipped += not usable
         if self.bad_in_a_row == 10:
-            raise UserError(f"ten losses or gradients in a row were not finite, up to step {self.step}: lower --lr, or "
-                            "take --precision fp32. The last checkpoint is whole", status=1)
+            raise UserError(f"ten steps up to {self.step} were not finite: lower --lr, or use --precision fp32", 1)
         self.step += 1
-        hours = round(self.core_hours(), 4)
-        return {"step": self.step, "core_hours": hours, "loss": loss, "lr": lr, "gradient_norm": norm}
+        return {"step": self.step, "core_hours": self.core_hours(), "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):
         """Train to the end, the time limit or a signal; save, and say how it went. True if the run is complete."""
-        o, first, began = self.options, self.step, time.perf_counter()
-        self.deadline = began + 60 * o.minutes if o.minutes is not None else math.inf
+        o, first, self.deadline = self.options, self.step, time.perf_counter() + 60 * self.options.minutes
         mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
-        stream = prefetch(self.clips, (ks[part::o.accumulate] for ks in mine for part in range(o.accumulate)), o.workers)
+        parts = (ks[part::o.accumulate] for ks in mine for part in range(o.accumulate))
+        stream = prefetch(self.clips, parts, o.workers)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         file = os.devnull if RANK else self.out / "log.csv"
@@ -679,7 +665,11 @@ class Trainer:
                     self.objective.net.load_state_dict(self.ema.state_dict())       # whose encoder is final
                     self.begin_stage(adversarial=True)
                 row = self.update(stream)
-                self.now_and_then(row)
+                last = self.step == self.total
+                if last or self.step % o.save_every == 0:
+                    row["validation"] = self.validate() if RANK == 0 else None
+                    if not last:
+                        self.save()
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}", False)
                 bar.update()
                 print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log)
@@ -696,7 +686,7 @@ class Trainer:
 
     def core_hours(self):
         """Processor time of this process, and of the calls that the run began with."""
-        return self.spent + time.process_time() / 3600
+        return round(self.spent + time.process_time() / 3600, 4)
 
     def stopping(self):
         """Whether to end now, because of a signal or the time limit; all processes agree."""
@@ -705,19 +695,9 @@ class Trainer:
             dist.all_reduce(stop)
         return stop.item() > 0
 
-    def now_and_then(self, row):
-        """A validation and a checkpoint, every so many steps; and at the end, where fit saves."""
-        last = self.step == self.total
-        if last or self.step % self.options.save_every == 0:
-            if RANK == 0:
-                self.found = self.validate()
-                row["validation"] = self.found["loss"]
-            if not last:
-                self.save()
-
     @torch.no_grad()
     def validate(self):
-        """Loss and more on held-out clips, with the averaged weights; each time the same clips, noise and times."""
+        """Loss (more in `found`) on held-out clips, by the averaged weights; always the same clips, noise and times."""
         net, self.objective.net = self.objective.net, self.ema
         self.objective.eval()
         found = []
@@ -727,7 +707,8 @@ class Trainer:
                 batch["t"] = torch.full_like(batch["t"], (i + 0.5) / self.held_out.count)
             found.append(self.values(self.objective, batch))
         self.objective.net = net
-        return {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
+        self.found = {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
+        return self.found["loss"]
 
     def save(self):
         o = self.options
@@ -740,26 +721,21 @@ class Trainer:
                 "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
 
     def farewell(self):
-        say(f"{self.options.model}: step {self.step} of {self.total} in {show(self.out / 'model.pt')}, "
-            f"{self.skipped} of them skipped")
-        for name, value in self.found.items():
-            say(f"  validation, {name}: {value:.4g}")
+        o, found = self.options, "".join(f"; validation {name} {value:.4g}" for name, value in self.found.items())
+        file = show(self.out / "model.pt")
+        say(f"{o.model}: step {self.step} of {self.total} in {file}, {self.skipped} of them skipped{found}")
         for path, why in self.clips.source.broken.items():
             say(f"  could not be read: {show(path)} ({why})")
-        o = self.options
         if self.step < self.total:
             say(f"stopped; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
         elif o.model in ("latent", "waveform"):
-            say(f"to use it: python sample.py --model {o.model} --checkpoint {show(self.out / 'model.pt')} "
-                "--task continuation --input clip.wav")
+            say(f"to use it: python sample.py --model {o.model} --checkpoint {file} --task infill --input clip.wav")
 
 
 @torch.no_grad()
 def measure(o, objective, source):
     """What a new network keeps of the training set: a latent model its latents' mean, deviation and cross-spectra, a
     waveform model the deviations of its coefficients."""
-    if o.model not in ("latent", "waveform"):
-        return
     net, vae, seen = objective.net, objective.space.vae, []
     clips = Clips(source, [min(*o.windows, 2**15)], lambda *_: {}, [], o.seed, MEASURE, MEASURED)
     for k in progress(range(MEASURED), "statistics", unit="clip", leave=False):
@@ -797,8 +773,7 @@ def parse(argv):
     add("--out", help="folder of the run; default: runs/MODEL")
     add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: the shipped latent model's")
     add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
-    add("--windows", nargs="+", type=clip_length, metavar="SECONDS", help="lengths of clips, of one step after another; "
-        "default: the recipe's")
+    add("--windows", nargs="+", type=clip_length, metavar="SECONDS", help="lengths of clips, of one step after another")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
     add("--batch", type=count, help="clips of the longest window in a step, all processes together")
@@ -811,7 +786,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--workers", type=count, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="threads that prepare clips")
     add("--cache", **flag, help="decode (latent: encode) all music once, into the run's folder")
-    add("--minutes", type=within(0, math.inf), help="save and stop after so long; --resume goes on")
+    add("--minutes", type=within(0, math.inf), default=math.inf, help="save and stop after so long; --resume goes on")
     add("--save-every", type=count, metavar="STEPS", help="save, and validate, every so many steps")
     add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
     add("--force", **flag, help="begin again in an --out that holds a run")
@@ -820,8 +795,8 @@ def parse(argv):
 
 
 def settle(o):
-    """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns the
-    checkpoint that the network is taken from, the run's own or that of --init, or None; and whether it is the run's."""
+    """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns that run's
+    state, or None; and the Checkpoint that the network is taken from, the run's own or that of --init, or None."""
     file = Path(o.out) / "model.pt"
     resumed = bool(o.resume) and file.exists()
     if file.exists() and not (o.resume or o.force):
@@ -829,16 +804,15 @@ def settle(o):
     if o.init and o.vae and not resumed:
         raise UserError("--vae does not go with --init, whose checkpoint brings its own VAE: leave one of them out")
     path = file if resumed else o.init
-    known = load_state(path) if path else None
-    if known and known["kind"] != o.model:
-        raise UserError(f"{show(path)} is of --model {known['kind']}: say that, or choose another --out or --init")
-    if resumed and "settings" not in known:
+    known = load_checkpoint(path, kinds=(o.model,)) if path else None
+    state = load_state(path) if resumed else None
+    if state and "settings" not in state:
         raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
-    settings = known["settings"] if resumed else {}
+    settings = state["settings"] if state else {}
     for name, value in settings.items():
         if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
             raise UserError(f"the run in {show(o.out)} has another --{name}: leave it out, or choose another --out")
-    o.size = o.size or (known["size"] if known else "small")
+    o.size = o.size or (known.size if known else "small")
     recipe = asdict(RECIPES[o.model][o.size])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
@@ -850,7 +824,7 @@ def settle(o):
     o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
     if o.batch % (o.accumulate * WORLD):
         raise UserError(f"--batch {o.batch} is no multiple of {WORLD} processes x --accumulate {o.accumulate}")
-    return known, resumed
+    return state, known
 
 
 def survey(folders, window, flag):
@@ -862,11 +836,10 @@ def survey(folders, window, flag):
     seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
     usable = {path: facts[path] for path in seconds if seconds[path] >= window / SAMPLE_RATE}
     usable = usable or {path: facts[path] for path in seconds if seconds[path] >= MIN_SECONDS}
-    for path in facts.keys() - usable.keys():
+    for path in sorted(facts.keys() - usable.keys()):
         say(f"  left out: {show(path)} ({f'too short, {seconds[path]:.2f} s' if path in seconds else facts[path]})")
     if not usable:
-        raise UserError(f"{flag} {' '.join(map(show, folders))}: no usable wav, flac, ogg or mp3 file of at least "
-                        f"{MIN_SECONDS} s")
+        raise UserError(f"{flag}: no usable wav, flac, ogg or mp3 file in {' '.join(map(show, folders))}: give another")
     say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
     return usable
 
@@ -887,37 +860,35 @@ def music(o):
 
 def vae_for(o):
     """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model."""
-    found = load_checkpoint(o.vae or shipped("latent"))
-    if found.kind not in ("vae", "latent"):
-        raise UserError(f"--vae {show(o.vae)} holds a {found.kind} model; a VAE's or a latent model's is needed")
+    found = load_checkpoint(o.vae or shipped("latent"), kinds=("vae", "latent"))
     if not o.vae and found.size != o.size:
-        raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} first, "
-                        "and add --vae runs/vae/model.pt")
+        raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} "
+                        "first, and add --vae runs/vae/model.pt")
     say(f"VAE: from {show(found.path)}, a {found.kind} checkpoint of size {found.size}, {found.step} steps")
     return found.vae or found.net
 
 
 def train(o):
     """Prepare a run, and train. True if it is complete."""
-    known, resumed = settle(o)
+    state, known = settle(o)
     join_processes(o.device)
-    make, config_class, presets = NETS[o.model]
-    config = config_of(config_class, known["config"]) if known else presets[o.size]
+    make, _, presets = NETS[o.model]
+    config = known.net.config if known else presets[o.size]
     longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", None)
     o.windows = o.windows or [longest]
     if longest and max(o.windows) > longest:
-        raise UserError(f"--windows has {max(o.windows) / SAMPLE_RATE:.2f} s; the model's is at most "
-                        f"{longest / SAMPLE_RATE:.2f} s")
+        raise UserError(f"--windows: a clip of this model has at most {longest / SAMPLE_RATE:.2f} s")
+    Path(o.out).mkdir(parents=True, exist_ok=True)
     vae, classes = None, []
     if o.model == "latent":
-        vae = (rebuild("vae", **known["vae"]) if known else vae_for(o)).to(o.device)
+        vae = (known.vae if known else vae_for(o)).to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":
-        classes = known["classes"] if known else sorted(set(source.names))
+        classes = known.classes if known else sorted(set(source.names))
         if not set(classes) & set(source.names):
-            raise UserError("no folder of the music has the name of one of the model's classes: rename the folders, or "
-                            f"leave out --init; the classes are {', '.join(map(show, classes))}")
+            names = ", ".join(map(show, classes))
+            raise UserError(f"--init: no folder of the music has the name of one of its classes, {names}: rename one")
         config = replace(config, classes=len(classes))
 
     torch.manual_seed(o.seed)
@@ -925,11 +896,10 @@ def train(o):
                   "classifier": Classifying}
     objective = objectives[o.model](make(config)).to(o.device)
     if known:
-        objective.net.load_state_dict(known["ema"])
-    else:
+        objective.net.load_state_dict(known.net.state_dict())
+    elif o.model in ("latent", "waveform"):
         measure(o, objective, source)
-    Path(o.out).mkdir(parents=True, exist_ok=True)
-    if o.force and not resumed and RANK == 0:
+    if o.force and not state and RANK == 0:
         (Path(o.out) / "model.pt").unlink(missing_ok=True)
     if o.cache and o.data:
         source = Cached(source, Path(o.out) / "cache", vae)
@@ -941,9 +911,9 @@ def train(o):
     clips = make_clips(source, o.windows, batch=o.batch)
     validation = make_clips(held_out, [longest or max(o.windows)], stream=VALID, count=VALIDATED)
     header = {"config": asdict(config), "classes": classes or None,
-              "before": 0 if not known else known.get("before", 0) if resumed else steps_made(known),
+              "before": known.step - (state["step"] if state else 0) if known else 0,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
-    return Trainer(o, objective, clips, validation, header, known if resumed else None).fit()
+    return Trainer(o, objective, clips, validation, header, state).fit()
 
 
 def main(argv=None):
