@@ -5,12 +5,12 @@
     torchrun --nproc_per_node=8 train.py --model latent --size paper --data path/to/fma_full
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) and nothing
-else, and step i takes the clips from i * batch on. So a resumed run needs no state of random numbers, and neither the
-number of threads nor that of processes changes what is trained.
+else, and the step says which clips it takes. So a resumed run needs no state of random numbers, and neither the number
+of threads nor that of processes changes what is trained; but for the second stage of the VAE, whose feature matching is
+a ratio of means over the clips that a process takes at a time.
 """
 import argparse
 import copy
-import csv
 import hashlib
 import math
 import os
@@ -19,10 +19,11 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ import unet1d
 import vae as autoencoder
 from diffusion import v_loss
 from examples import synthetic
-from guidance import frozen, sample
+from guidance import frozen
 from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, resample
 from vae import VAE
 
@@ -46,7 +47,8 @@ SAMPLE_RATE = 44100                     # Hz, of all audio inside
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MIN_SECONDS = 0.25                      # shorter files are never used
 TRAIN, VALID, MEASURE = range(3)        # streams of random numbers
-MEASURED = 1000                         # clips that statistics are taken of
+MEASURED, VALIDATED = 1000, 32          # clips that statistics are taken of, and those of a validation
+COLUMNS = ["step", "core_hours", "loss", "lr", "gradient_norm", "validation"]       # of log.csv
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
 NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
@@ -215,12 +217,11 @@ def probe(path):
     try:
         if not os.path.isfile(path):            # opening a pipe would wait for ever
             return "no such file"
-        if not os.path.getsize(path):
-            return "empty file"
         with sf.SoundFile(path) as file:
-            file.seek(max(file.frames - 2**15, 0))
-            whole, frames = len(file.read()) == min(file.frames, 2**15), file.frames
-        if not whole:                           # the header promises more than there is
+            frames = file.frames
+            file.seek(max(frames - 2**15, 0))
+            whole = len(file.read(2**15)) == min(frames, 2**15)
+        if not whole:                           # the header promises more than there is: a cut ogg, 2^63 - 1 frames
             with sf.SoundFile(path) as file:
                 frames = sum(map(len, audio_blocks(file)))
         return [frames, file.samplerate, file.channels]
@@ -274,44 +275,31 @@ class Tracks:
 
 
 class Cached(Tracks):
-    """Clips of prepared tracks, each kept in a file of the folder as rows (n / unit, C): decoded audio or, with a VAE,
-    the mean of its posterior."""
-    peak = 16383                                # int16 for amplitude 1: decoded peaks may exceed it
+    """Clips of tracks kept as rows (n / unit, C), a file each in the folder: decoded audio or, with a VAE, latents."""
 
     def __init__(self, tracks, folder, vae=None):
-        self.__dict__.update(vars(tracks))
-        key = "audio"
-        if vae:
-            self.unit, vae = VAE.hop, copy.deepcopy(vae)
-            vae.latent_mean.zero_(), vae.latent_std.fill_(1)
-            weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.encoder.parameters())
-            key = hashlib.sha256(weights).hexdigest()
-        folder.mkdir(parents=True, exist_ok=True)
+        self.paths, self.names, self.unit = tracks.paths, tracks.names, VAE.hop if vae else 1
+        weights = vae.state_dict().values() if vae else ()
+        key = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights)).hexdigest()
         versions = [f"{key} {show(path)} {os.stat(path).st_mtime_ns}" for path in self.paths]
         self.files = [folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.npy" for version in versions]
+        folder.mkdir(parents=True, exist_ok=True)
         for path, file in progress(list(zip(self.paths, self.files))[RANK::WORLD], "cache", unit="track"):
             if not file.exists():
                 try:
-                    rows = self.prepare(to_stereo_44k(*read_audio(path)), vae)
+                    x = to_stereo_44k(*read_audio(path))
                 except UserError:
                     continue                    # damaged in its middle, where `probe` did not look
-                write_atomic(file, lambda out: np.save(out, rows))
+                x = vae.encode(x[None].to(vae.latent_mean.device))[0].cpu() if vae else x
+                write_atomic(file, lambda out: np.save(out, x.T.numpy()))
         barrier()
         self.broken = {path: "damaged" for path, file in zip(self.paths, self.files) if not file.exists()}
-        kept = [track for track in zip(self.paths, self.rates, self.names, self.files) if track[-1].exists()]
-        if not kept:
+        self.lengths = np.array([len(np.load(file, mmap_mode="r")) if file.exists() else 0 for file in self.files])
+        if not self.lengths.any():
             raise UserError(f"none of the {len(self.files)} files of --data can be decoded: give others")
-        self.paths, self.rates, self.names, self.files = zip(*kept)
-        self.lengths = np.array([len(np.load(file, mmap_mode="r")) for file in self.files], dtype=np.int64)
-
-    def prepare(self, audio, vae):
-        if vae:
-            return vae.encode(audio[None].to(vae.latent_mean.device))[0].T.half().cpu().numpy()
-        return (audio.clamp(-2, 2) * self.peak).short().T.numpy()
 
     def read(self, track, start, n):
-        rows = np.load(self.files[track], mmap_mode="r")[start:start + n].T
-        return rows / np.float32(self.peak) if rows.dtype == np.int16 else rows.astype(np.float32)
+        return np.load(self.files[track], mmap_mode="r")[start:start + n].T
 
 
 class Synthetic:
@@ -327,14 +315,14 @@ class Synthetic:
 
 class Clips:
     """clips(ks) -> batch of tensors: clip k and all that is random about it, a function of (seed, stream, k). Step i of
-    training takes clips of windows[i % len(windows)] samples: `batch` of the longest, of the shorter ones as many more.
-    With a count, that many clips spread evenly over the music; else endlessly many from anywhere."""
+    training takes clips of windows[i % len(windows)] samples: `batch` of the longest, and n times as many of one that
+    fits into it n times. With a count, that many clips spread evenly over the music; else endlessly many."""
 
     def __init__(self, source, windows, draw, classes, seed, stream=TRAIN, count=None, batch=1):
         self.source, self.windows, self.draw, self.batch = source, windows, draw, batch
         self.seed, self.stream, self.count = seed, stream, count
         self.labels = [classes.index(name) if name in classes else -1 for name in source.names]
-        self.most = batch * max(windows) // min(windows)        # clips that a step may have
+        self.most = batch * (max(windows) // min(windows))      # clips that a step may have
 
     def window(self, step):
         return self.windows[step % len(self.windows)]
@@ -342,7 +330,7 @@ class Clips:
     def of_step(self, step):
         """The numbers of the clips of that step."""
         first = step * self.most
-        return range(first, first + self.batch * max(self.windows) // self.window(step))
+        return range(first, first + self.batch * (max(self.windows) // self.window(step)))
 
     def clip(self, k):
         rng, window = random_numbers(self.seed, self.stream, k), self.window(k // self.most)
@@ -356,34 +344,13 @@ class Clips:
 
 def prefetch(load, schedule, workers):
     """load(ks) for each ks of the schedule, in order, prepared by threads (libsndfile and numpy let others run)."""
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for ks in schedule:
-            waiting.append(pool.submit(load, ks))
-            if len(waiting) > workers + 1:
-                yield waiting.popleft().result()
+    schedule = iter(schedule)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(load, ks) for ks in islice(schedule, workers + 1))
         while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def short_clips(clips, count):
-    """x of `count` clips of at most 0.74 s, (1, C, n) each, from all over the training set."""
-    short = Clips(clips.source, [min([*clips.windows, 2**15])], lambda *_: {}, [], clips.seed, MEASURE, count)
-    batches = prefetch(short, [[k] for k in range(count)], workers=2)
-    for batch in progress(batches, "statistics", count, unit="clip", leave=False):
-        yield batch["x"]
-
-
-@torch.no_grad()
-def moments(batches):
-    """Mean and standard deviation (C,) of the batches (B, C, n)."""
-    n, total, squares = 0, 0.0, 0.0
-    for z in batches:
-        z = z.cpu().double()                             # MPS has no float64
-        n, total, squares = n + z[:, 0].numel(), total + z.sum((0, 2)), squares + z.square().sum((0, 2))
-    return (total / n).float(), (squares / n - (total / n).square()).clamp(min=1e-8).sqrt().float()
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(load, ks) for ks in islice(schedule, 1))
+            yield batch
 
 
 # ---- checkpoints: dictionaries of primitives and tensors ------------------------------------------------------------
@@ -396,8 +363,7 @@ class Checkpoint:
     net: nn.Module
     vae: VAE | None = None              # of a latent model
     classes: list | None = None         # of a classifier
-    step: int = 0
-    seed: int = 0
+    step: int = 0                       # of the run, and of those whose weights it began with
     size: str = ""
     path: str = ""                      # of its file
 
@@ -444,8 +410,8 @@ def save_atomic(path, state):
     write_atomic(path, lambda file: torch.save(state, file))
 
 
-def load_state(path):
-    """The dictionary in a checkpoint file; UserError if it is none. Tensors stay in the file until they are used."""
+def load_state(path, kinds=tuple(NETS)):
+    """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -454,17 +420,17 @@ def load_state(path):
         raise UserError(f"{show(path)} is damaged, or no checkpoint of train.py ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("kind") not in NETS:
         raise UserError(f"{show(path)} is no checkpoint of train.py")
+    if state["kind"] not in kinds:
+        raise UserError(f"{show(path)} holds a {state['kind']} model, not a {' or '.join(kinds)}: give a file that "
+                        f"train.py --model {kinds[0]} wrote")
     return state
 
 
-def config_of(config_class, values):
-    """A configuration from a checkpoint, whose settings that no longer exist are passed over."""
-    return config_class(**{field.name: values[field.name] for field in fields(config_class) if field.name in values})
-
-
 def rebuild(kind, config, weights):
+    """A network from a checkpoint; settings of it that no longer exist are passed over."""
     make, config_class, _ = NETS[kind]
-    net = make(config_of(config_class, config))
+    known = {field.name for field in fields(config_class)}
+    net = make(config_class(**{name: value for name, value in config.items() if name in known}))
     try:
         net.load_state_dict(weights)
     except RuntimeError:
@@ -472,18 +438,13 @@ def rebuild(kind, config, weights):
     return net.eval().requires_grad_(False)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
     """Read what train.py wrote, a run's checkpoint or an export. Raises UserError if the file cannot be used."""
-    state = load_state(path)
+    state = load_state(path, kinds)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    facts = {name: state[name] for name in ("kind", "classes", "seed", "size")}
-    return Checkpoint(net=net, vae=vae, path=str(path), step=steps_made(state), **facts)
-
-
-def steps_made(state):
-    """Of the run and of the runs whose weights it began with."""
-    return state["step"] + state.get("before", 0)
+    facts = {name: state[name] for name in ("kind", "classes", "size")}
+    return Checkpoint(net=net, vae=vae, path=str(path), step=state["step"] + state.get("before", 0), **facts)
 
 
 def shipped(kind):
@@ -493,11 +454,7 @@ def shipped(kind):
 
 def open_checkpoint(kind, path=None, device="cpu"):
     """The one rule of all scripts: the file given, else the shipped one. UserError for another kind of model."""
-    found = load_checkpoint(path or shipped(kind), device)
-    if found.kind != kind:
-        raise UserError(f"{show(found.path)} holds a {found.kind} model, not a {kind}: give a file that train.py "
-                        f"--model {kind} wrote")
-    return found
+    return load_checkpoint(path or shipped(kind), device, (kind,))
 
 
 def export(run_folder, file):
@@ -505,8 +462,7 @@ def export(run_folder, file):
     state = load_state(Path(run_folder) / "model.pt")
     halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
     small = {name: state[name] for name in ("format", "kind", "size", "config", "classes", "seed", "vae")}
-    small["step"] = steps_made(state)
-    small["ema"] = halve(state["ema"])
+    small |= {"step": state["step"] + state.get("before", 0), "ema": halve(state["ema"])}
     if small["vae"]:
         small["vae"] = {**small["vae"], "weights": halve(small["vae"]["weights"])}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -514,15 +470,14 @@ def export(run_folder, file):
     say(f"{show(file)}: {small['kind']} model, {os.path.getsize(file) / 1e6:.1f} MB")
 
 
-# ---- objectives: forward(**batch) -> (loss, values of each clip for summary) ----------------------------------------
+# ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
 
 class Autoencoding(nn.Module):
     """Reconstruction; then (`adversarial`) the decoder against a discriminator, with the encoder frozen (App. C.1)."""
 
-    def __init__(self, net, autocast):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.autocast, self.adversarial = net, autocast, False
-        self.critic = autoencoder.Discriminator(net.config)
+        self.net, self.critic = net, autoencoder.Discriminator(net.config)
 
     def set_stage(self, adversarial):
         self.adversarial = adversarial
@@ -534,36 +489,31 @@ class Autoencoding(nn.Module):
         return {"noise": rng.standard_normal(shape, dtype=np.float32)}
 
     def forward(self, x, noise, **_):
-        with self.autocast():
-            reconstruction, mean, logvar = self.net(x, noise if self.training else None)
+        reconstruction, mean, logvar = self.net(x, noise if self.training else None)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
         if self.adversarial and self.training:
             loss = loss + self.contest(reconstruction, x)
         elif self.training:
             loss = loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
-        signal, error = (y.square().flatten(1).sum(1) + 1e-6 for y in (x, reconstruction.float() - x))
-        return loss, 10 * torch.log10(signal / error)
+        signal, error = (y.detach().square().sum() + 1e-6 for y in (x, reconstruction.float() - x))
+        return {"loss": loss, "SNR in dB": 10 * torch.log10(signal / error)}
 
     def contest(self, reconstruction, x):
         """Both sides in one backward pass: the discriminator judges a constant, the decoder meets a frozen judge."""
-        with self.autocast():
-            real, fake = self.critic(x), self.critic(reconstruction.detach())
-            with frozen(self.critic):
-                judged = self.critic(reconstruction)
+        real, fake = self.critic(x), self.critic(reconstruction.detach())
+        with frozen(self.critic):
+            judged = self.critic(reconstruction)
         return (autoencoder.discriminator_loss(real, fake)
                 + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(judged)
                 + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, judged))
-
-    def summary(self, snr, labels, classes):
-        return {"SNR in dB": snr.mean().item()}
 
 
 class Denoising(nn.Module):
     """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms."""
 
-    def __init__(self, net, autocast, vae=None):
+    def __init__(self, net, vae=None):
         super().__init__()
-        self.net, self.autocast = net, autocast
+        self.net = net
         self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
         self.weigh = getattr(net, "weigh", None)                                # the U-Net has one
 
@@ -575,52 +525,30 @@ class Denoising(nn.Module):
             drawn["start"] = np.int64(rng.integers(self.space.window - n + 1))
         return drawn
 
-    def encode(self, x):
-        """Audio, or latents from the cache, which are not normalised -> model space."""
-        vae = self.space.vae
-        if vae and x.shape[1] == vae.config.latent_channels:
-            return (x - vae.latent_mean[:, None]) / vae.latent_std[:, None]
-        return self.space.encode(x)
-
     def forward(self, x, t, noise, start=None, **_):
+        x_0 = self.space.encode(x) if x.shape[1] == 2 else x                    # latents, from the cache
         net = self.net if start is None else partial(self.net, start=start)
-        with self.autocast():
-            loss = v_loss(net, self.encode(x), t, noise, self.weigh)
-        return loss.mean(), loss
-
-    def summary(self, loss, labels, classes):
-        return {}
+        return {"loss": v_loss(net, x_0, t, noise, self.weigh).mean()}
 
 
 class Classifying(nn.Module):
     """Binary cross-entropy of each class, with structured patchout [30]."""
 
-    def __init__(self, net, autocast):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.autocast = net, autocast
+        self.net = net
 
     def draw(self, rng, window):
         return {"patchout": np.int64(rng.integers(2**62))}
 
     def forward(self, x, label, patchout, **_):
-        with self.autocast():
-            mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))                # (B, 128, frames)
-            generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
-            dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
-            logits = self.net(mel, generators, dropped)[0].float()
+        mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))                    # (B, 128, frames)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
+        dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
+        logits = self.net(mel, generators, dropped)[0].float()
         truth = (label[:, None] == torch.arange(logits.shape[1], device=label.device)).float()     # label -1: no class
-        return F.binary_cross_entropy_with_logits(logits, truth), logits
-
-    def summary(self, logits, labels, classes):
-        """Mean average precision, and that of each class of which there are clips."""
-        each = {name: average_precision(logits[:, i], labels == i) for i, name in enumerate(classes) if i in labels}
-        return {"mean average precision": sum(each.values()) / max(1, len(each)), **each}
-
-
-def average_precision(scores, truth):
-    """Mean, over the true clips, of the share of true ones among the clips that score at least as high."""
-    hits = truth[scores.argsort(descending=True)].double()
-    return ((hits.cumsum(0) / torch.arange(1, len(hits) + 1) * hits).sum() / hits.sum()).item()
+        return {"loss": F.binary_cross_entropy_with_logits(logits, truth),
+                "accuracy": (logits.argmax(1) == label).float().mean()}
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -648,7 +576,7 @@ class Trainer:
         self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out
         self.header, self.out, self.total = header, Path(options.out), options.steps + options.finetune_steps
         self.ema = copy.deepcopy(objective.net).requires_grad_(False).eval()
-        self.step, self.skipped, self.bad_in_a_row, self.waited, self.stop, self.found = 0, 0, 0, 0.0, None, {}
+        self.step, self.skipped, self.bad_in_a_row, self.stop, self.found = 0, 0, 0, False, {}
         self.spent = state["core_hours"] if state else 0.0
         if not state:
             return self.begin_stage(adversarial=False)
@@ -667,15 +595,8 @@ class Trainer:
         groups = [[p for p in part.parameters() if p.requires_grad] for part in objective.children()]
         self.groups = [group for group in groups if group]
         self.optimizers = make_optimizers(objective, o)
-        parallel = partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-        self.model = parallel(objective) if WORLD > 1 else objective
-
-    def schedule(self):
-        """For each step, and each part of it, the clips that this process takes."""
-        parts = self.options.accumulate
-        for step in range(self.step, self.total):
-            mine = self.clips.of_step(step)[RANK::WORLD]
-            yield from (mine[part::parts] for part in range(parts))
+        DDP = nn.parallel.DistributedDataParallel
+        self.model = DDP(objective, broadcast_buffers=False) if WORLD > 1 else objective
 
     def learning_rate(self):
         """Warm-up, a constant, then linearly to zero over the last --cooldown share, in each stage of a VAE."""
@@ -684,26 +605,25 @@ class Trainer:
         warmup = max(1, min(o.warmup, steps // 10))
         return o.lr * min(1, (done + 1) / warmup, (1 - done / steps) / o.cooldown)
 
+    def values(self, model, batch):
+        """What the objective says of a batch. Times (float64, which some devices lack) and seeds stay on the CPU."""
+        device, half = self.options.device, self.options.precision == "bf16"
+        batch = {name: x.to(device) if name in ("x", "noise", "label") else x for name, x in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return model(**batch)
+
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns that loss."""
-        parts = self.options.accumulate
+        parts, total = self.options.accumulate, 0.0
         self.objective.train()
-        total = torch.zeros((), device=self.options.device)
         for part in range(parts):
-            began = time.perf_counter()
-            batch = next(stream)
-            self.waited += time.perf_counter() - began
             with self.model.no_sync() if WORLD > 1 and part < parts - 1 else nullcontext():
-                loss, _ = self.model(**self.on_device(batch))
-                (loss / parts).backward()
-            total += loss.detach() / parts
+                loss = self.values(self.model, next(stream))["loss"] / parts
+                loss.backward()
+            total += loss.detach()
         if WORLD > 1:
             dist.all_reduce(total)
         return total.item() / WORLD
-
-    def on_device(self, batch):
-        """Times (float64, which some devices lack) and seeds stay on the CPU."""
-        return {name: x.to(self.options.device) if name in ("x", "noise", "label") else x for name, x in batch.items()}
 
     def update(self, stream):
         """One step; returns its row of the log."""
@@ -723,93 +643,72 @@ class Trainer:
         self.bad_in_a_row = 0 if usable else self.bad_in_a_row + 1
         self.skipped += not usable
         if self.bad_in_a_row == 10:
-            raise UserError(f"ten losses or gradients in a row were not finite, up to step {self.step}: lower --lr, or "
-                            "take --precision fp32. The last checkpoint is whole", status=1)
+            raise UserError(f"ten steps up to {self.step} were not finite: lower --lr, or use --precision fp32", 1)
         self.step += 1
-        return {"step": self.step, "loss": loss, "lr": lr, "gradient_norm": norm}
+        return {"step": self.step, "core_hours": self.core_hours(), "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):
         """Train to the end, the time limit or a signal; save, and say how it went. True if the run is complete."""
-        o, first, began = self.options, self.step, time.perf_counter()
-        self.deadline = began + 60 * o.minutes if o.minutes is not None else math.inf
-        stream = prefetch(self.clips, self.schedule(), o.workers)
-        with stop_signals(self), open_log(self.out / "log.csv", new=not first) as log, progress(
+        o, first, self.deadline = self.options, self.step, time.perf_counter() + 60 * self.options.minutes
+        mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
+        parts = (ks[part::o.accumulate] for ks in mine for part in range(o.accumulate))
+        stream = prefetch(self.clips, parts, o.workers)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        file = os.devnull if RANK else self.out / "log.csv"
+        with open(file, "a" if first else "w", buffering=1) as log, progress(
                 total=self.total, initial=first, desc=o.model, unit="step") as bar:
+            if not first:
+                print(*COLUMNS, sep=",", file=log)
             while self.step < self.total and not self.stopping():
                 if self.step >= o.steps and not self.adversarial:
                     self.objective.net.load_state_dict(self.ema.state_dict())       # whose encoder is final
                     self.begin_stage(adversarial=True)
                 row = self.update(stream)
-                if self.step == first + 1:
-                    began, self.waited = time.perf_counter(), 0.0       # the first clips had no time to be ready
-                self.now_and_then(row)
-                rate = (self.step - first - 1) * o.batch * max(o.windows) / SAMPLE_RATE / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {rate:.1f} s of audio/s", False)
+                last = self.step == self.total
+                if last or self.step % o.save_every == 0:
+                    row["validation"] = self.validate() if RANK == 0 else None
+                    if not last:
+                        self.save()
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}", False)
                 bar.update()
-                log(row | {"audio_per_s": round(rate, 2), "core_hours": round(self.core_hours(), 4)})
+                print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log)
         stream.close()
         self.save()
         barrier()                           # rank 0 validates and saves; what comes next may read that
-        self.farewell(time.perf_counter() - began)
+        self.farewell()
         return self.step == self.total
+
+    def on_signal(self, *_):
+        """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def core_hours(self):
         """Processor time of this process, and of the calls that the run began with."""
-        return self.spent + time.process_time() / 3600
+        return round(self.spent + time.process_time() / 3600, 4)
 
     def stopping(self):
         """Whether to end now, because of a signal or the time limit; all processes agree."""
-        if time.perf_counter() > self.deadline:
-            self.stop = self.stop or f"--minutes {self.options.minutes:g}"
+        stop = torch.tensor(float(self.stop or time.perf_counter() > self.deadline), device=self.options.device)
         if WORLD > 1:
-            flag = torch.tensor(float(bool(self.stop)), device=self.options.device)
-            dist.all_reduce(flag)
-            self.stop = self.stop or ("another process" if flag.item() else None)
-        return bool(self.stop)
-
-    def now_and_then(self, row):
-        """Validation, demo and checkpoint, each every so many steps; and at the end, where fit saves."""
-        o, last = self.options, self.step == self.total
-        if RANK == 0 and (self.step % o.every == 0 or last):
-            self.found = self.validate()
-            row["validation"] = self.found["validation loss"]
-            if o.model != "classifier":
-                self.demo()
-        if self.step % o.save_every == 0 and not last:
-            self.save()
+            dist.all_reduce(stop)
+        return stop.item() > 0
 
     @torch.no_grad()
     def validate(self):
-        """Loss and more on held-out clips, with the averaged weights; each time the same clips, noise and times."""
+        """Loss (more in `found`) on held-out clips, by the averaged weights; always the same clips, noise and times."""
         net, self.objective.net = self.objective.net, self.ema
         self.objective.eval()
-        losses, reports, labels, count = [], [], [], self.options.valid_clips
-        for i in range(count):
+        found = []
+        for i in range(self.held_out.count):
             batch = self.held_out([i])
             if "t" in batch:                            # evenly spaced times: a steadier figure
-                batch["t"] = torch.full_like(batch["t"], (i + 0.5) / count)
-            loss, report = self.objective(**self.on_device(batch))
-            losses.append(loss.item()), reports.append(report.cpu()), labels.append(batch["label"])
+                batch["t"] = torch.full_like(batch["t"], (i + 0.5) / self.held_out.count)
+            found.append(self.values(self.objective, batch))
         self.objective.net = net
-        more = self.objective.summary(torch.cat(reports), torch.cat(labels), self.header["classes"])
-        return {"validation loss": sum(losses) / count, **more}
-
-    @torch.no_grad()
-    def demo(self):
-        """demos/step_N.wav, by the averaged weights: two held-out clips, each before its reconstruction (VAE), or two
-        generated clips."""
-        o = self.options
-        with self.objective.autocast():
-            if o.model == "vae":
-                x = self.held_out([0, 1])["x"].to(o.device)
-                audio = torch.stack([x, self.ema(x)[0]], dim=1).flatten(0, 1)
-            else:
-                space, generator = replace(self.objective.space, net=self.ema), torch.Generator().manual_seed(o.seed)
-                x_T = torch.randn(2, space.channels, space.window, generator=generator).to(o.device)
-                audio = space.decode(sample(self.ema, x_T, steps=20, generator=generator))
-        path = self.out / "demos" / f"step_{self.step:07}.wav"
-        path.parent.mkdir(exist_ok=True)
-        sf.write(path, audio.float().clamp(-1, 1).cpu().numpy().transpose(0, 2, 1).reshape(-1, 2), SAMPLE_RATE)
+        self.found = {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
+        return self.found["loss"]
 
     def save(self):
         o = self.options
@@ -819,69 +718,41 @@ class Trainer:
                 "core_hours": self.core_hours(), "adversarial": self.adversarial, "skipped": self.skipped,
                 "ema": self.ema.state_dict(), "objective": self.objective.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "settings": {name: value for name, value in vars(o).items()
-                             if name not in (*PER_CALL, "every", "save_every", "valid_clips")}})
+                "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
 
-    def farewell(self, seconds):
-        say(f"{self.options.model}: step {self.step} of {self.total} in {self.out / 'model.pt'}; waited for data "
-            f"{100 * self.waited / max(seconds, 1e-9):.2f}% of {seconds:.0f} s; {self.skipped} steps skipped")
-        for name, value in self.found.items():
-            say(f"  {name}: {value:.4g}")
+    def farewell(self):
+        o, found = self.options, "".join(f"; validation {name} {value:.4g}" for name, value in self.found.items())
+        file = show(self.out / "model.pt")
+        say(f"{o.model}: step {self.step} of {self.total} in {file}, {self.skipped} of them skipped{found}")
         for path, why in self.clips.source.broken.items():
             say(f"  could not be read: {show(path)} ({why})")
-        if self.stop:
-            o = self.options
-            say(f"stopped by {self.stop}; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
-        elif self.options.model in ("latent", "waveform"):
-            say(f"to use it: python sample.py --model {self.options.model} --checkpoint {show(self.out / 'model.pt')} "
-                "--task continuation --input clip.wav")
-
-
-@contextmanager
-def stop_signals(trainer):
-    """Within the context Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
-    def handle(number, frame):
-        trainer.stop = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def open_log(path, new):
-    """The CSV log: log(row) adds a row. A run that is resumed goes on in it."""
-    columns = ["step", "core_hours", "loss", "lr", "gradient_norm", "audio_per_s", "validation"]
-    with open(os.devnull if RANK else path, "w" if new else "a", newline="", buffering=1) as file:
-        log = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            log.writeheader()
-        yield log.writerow
+        if self.step < self.total:
+            say(f"stopped; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
+        elif o.model in ("latent", "waveform"):
+            say(f"to use it: python sample.py --model {o.model} --checkpoint {file} --task infill --input clip.wav")
 
 
 @torch.no_grad()
-def measure(o, objective, clips):
+def measure(o, objective, source):
     """What a new network keeps of the training set: a latent model its latents' mean, deviation and cross-spectra, a
     waveform model the deviations of its coefficients."""
-    net, x = objective.net, (x.to(o.device) for x in short_clips(clips, MEASURED))
+    net, vae, seen = objective.net, objective.space.vae, []
+    clips = Clips(source, [min(*o.windows, 2**15)], lambda *_: {}, [], o.seed, MEASURE, MEASURED)
+    for k in progress(range(MEASURED), "statistics", unit="clip", leave=False):
+        x = clips([k])["x"].to(o.device)
+        seen.append(vae.posterior(x)[0].cpu() if vae else net.coefficients(x).square().mean((0, 2)).cpu())
+    seen = torch.cat(seen) if vae else torch.stack(seen)        # (MEASURED, C, n), (MEASURED, coefficients)
     if o.model == "waveform":
-        net.set_spectrum(moments(net.coefficients(x) for x in x)[1])
-    elif o.model == "latent":
-        vae = objective.space.vae
-        latents = [z if clips.source.unit > 1 else vae.posterior(z)[0] for z in x]
-        mean, std = moments(latents)
-        vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
-        if net.config.hops:
-            net.set_spectrum([objective.encode(z) for z in latents])
+        return net.set_spectrum(seen.mean(0).sqrt())            # the mean of music is zero
+    mean, std = seen.mean((0, 2)), seen.std((0, 2)).clamp(min=1e-4)
+    vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
+    if net.config.hops:
+        net.set_spectrum([(seen - mean[:, None]) / std[:, None]])
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-PER_CALL = ("resume", "force", "minutes", "device", "workers", "out", "export")     # not part of what a run is
+PER_CALL = ("resume", "force", "minutes", "save_every", "device", "workers", "out", "export")    # not what a run is
 
 
 def clip_length(seconds):
@@ -902,8 +773,7 @@ def parse(argv):
     add("--out", help="folder of the run; default: runs/MODEL")
     add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: the shipped latent model's")
     add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
-    add("--windows", nargs="+", type=clip_length, metavar="SECONDS", help="lengths of clips, of one step after another; "
-        "default: the recipe's")
+    add("--windows", nargs="+", type=clip_length, metavar="SECONDS", help="lengths of clips, of one step after another")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
     add("--batch", type=count, help="clips of the longest window in a step, all processes together")
@@ -916,8 +786,8 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--workers", type=count, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="threads that prepare clips")
     add("--cache", **flag, help="decode (latent: encode) all music once, into the run's folder")
-    add("--minutes", type=within(0, math.inf), help="save and stop after so long; --resume goes on")
-    add("--save-every", type=count, metavar="STEPS")
+    add("--minutes", type=within(0, math.inf), default=math.inf, help="save and stop after so long; --resume goes on")
+    add("--save-every", type=count, metavar="STEPS", help="save, and validate, every so many steps")
     add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
     add("--force", **flag, help="begin again in an --out that holds a run")
     add("--export", metavar="FILE", help="write the run's small checkpoint, for sampling, and end")
@@ -925,36 +795,36 @@ def parse(argv):
 
 
 def settle(o):
-    """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns the
-    checkpoint of that run, or None."""
-    file, state = Path(o.out) / "model.pt", None
-    if o.resume and file.exists():
-        state = load_state(file)
-        if state["kind"] != o.model:
-            raise UserError(f"the run in {show(o.out)} is of --model {state['kind']}: say that, or choose another --out")
-        if "settings" not in state:
-            raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
-        for name, value in state["settings"].items():
-            if getattr(o, name, None) not in (None, value) and name != "steps":
-                raise UserError(f"the run in {show(o.out)} has another --{name}: leave it out, or choose another --out")
-    elif o.resume:
-        say(f"no checkpoint in {show(o.out)} yet: beginning at step 0")
-    elif file.exists() and not o.force:
+    """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns that run's
+    state, or None; and the Checkpoint that the network is taken from, the run's own or that of --init, or None."""
+    file = Path(o.out) / "model.pt"
+    resumed = bool(o.resume) and file.exists()
+    if file.exists() and not (o.resume or o.force):
         raise UserError(f"{show(file)} exists: --resume goes on with it, --force begins again; or choose another --out")
-    o.size = o.size or (load_state(o.init)["size"] if o.init else "small")
+    if o.init and o.vae and not resumed:
+        raise UserError("--vae does not go with --init, whose checkpoint brings its own VAE: leave one of them out")
+    path = file if resumed else o.init
+    known = load_checkpoint(path, kinds=(o.model,)) if path else None
+    state = load_state(path) if resumed else None
+    if state and "settings" not in state:
+        raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
+    settings = state["settings"] if state else {}
+    for name, value in settings.items():
+        if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
+            raise UserError(f"the run in {show(o.out)} has another --{name}: leave it out, or choose another --out")
+    o.size = o.size or (known.size if known else "small")
     recipe = asdict(RECIPES[o.model][o.size])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"accumulate": 1, "seed": 0, **recipe, **(state["settings"] if state else {})}.items():
+    for name, value in {"accumulate": 1, "seed": 0, **recipe, **settings}.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
-    o.every = max(50, min(1000, o.steps // 10))             # steps between validations
-    o.save_every = o.save_every or o.every
+    o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
     if o.batch % (o.accumulate * WORLD):
         raise UserError(f"--batch {o.batch} is no multiple of {WORLD} processes x --accumulate {o.accumulate}")
-    return state
+    return state, known
 
 
 def survey(folders, window, flag):
@@ -964,118 +834,85 @@ def survey(folders, window, flag):
     with ThreadPoolExecutor(8) as pool:
         facts = dict(zip(paths, progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)))
     seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
-    usable = [path for path in seconds if seconds[path] >= window / SAMPLE_RATE]
-    usable = usable or [path for path in seconds if seconds[path] >= MIN_SECONDS]
-    say(f"{flag}: {len(usable)} files, {sum(seconds[path] for path in usable) / 60:.1f} minutes")
-    if len(usable) < len(facts):
-        say(f"{len(facts) - len(usable)} of {len(facts)} files are left out:")
-    for path in sorted(set(facts) - set(usable)):
-        say(f"  {show(path)}: {f'too short ({seconds[path]:.2f} s)' if path in seconds else facts[path]}")
+    usable = {path: facts[path] for path in seconds if seconds[path] >= window / SAMPLE_RATE}
+    usable = usable or {path: facts[path] for path in seconds if seconds[path] >= MIN_SECONDS}
+    for path in sorted(facts.keys() - usable.keys()):
+        say(f"  left out: {show(path)} ({f'too short, {seconds[path]:.2f} s' if path in seconds else facts[path]})")
     if not usable:
-        raise UserError(f"{flag} {' '.join(map(show, folders))}: no usable wav, flac, ogg or mp3 file of at least "
-                        f"{MIN_SECONDS} s")
-    return {path: facts[path] for path in usable}
+        raise UserError(f"{flag}: no usable wav, flac, ogg or mp3 file in {' '.join(map(show, folders))}: give another")
+    say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
+    return usable
 
 
 def music(o):
-    """Where clips come from, for training and for validation."""
+    """Where clips come from, for training and for validation: the files of --valid, else one file in twenty of --data,
+    which training leaves out if there are four or more."""
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
-    train = survey(o.data, max(o.windows), "--data")
+    files = survey(o.data, max(o.windows), "--data")
     if o.valid:
-        return Tracks(train), Tracks(survey(o.valid, max(o.windows), "--valid"))
-    if len(train) < 4:
-        say("fewer than four files: validation takes other clips of the same files")
-        return Tracks(train), Tracks(train)
+        return Tracks(files), Tracks(survey(o.valid, max(o.windows), "--valid"))
     digest = lambda path: hashlib.sha256(show("/".join(Path(path).parts[-2:])).encode()).digest()
-    held_out = sorted(train, key=digest)[:max(1, round(len(train) / 20))]
-    return Tracks({p: f for p, f in train.items() if p not in held_out}), Tracks({p: train[p] for p in held_out})
+    valid = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
+    train = [path for path in files if path not in valid or len(files) < 4]
+    return tuple(Tracks({path: files[path] for path in paths}) for paths in (train, valid))
 
 
 def vae_for(o):
     """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model."""
-    found = load_checkpoint(o.vae or shipped("latent"))
-    if found.kind not in ("vae", "latent"):
-        raise UserError(f"--vae {show(o.vae)} holds a {found.kind} model; a VAE's or a latent model's is needed")
+    found = load_checkpoint(o.vae or shipped("latent"), kinds=("vae", "latent"))
     if not o.vae and found.size != o.size:
-        raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} first, "
-                        "and add --vae runs/vae/model.pt")
+        raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} "
+                        "first, and add --vae runs/vae/model.pt")
     say(f"VAE: from {show(found.path)}, a {found.kind} checkpoint of size {found.size}, {found.step} steps")
     return found.vae or found.net
 
 
-def beginning(o):
-    """The checkpoint that --init names, or None."""
-    if not o.init:
-        return None
-    if o.vae:
-        raise UserError("--vae does not go with --init, whose checkpoint brings its own VAE: leave one of them out")
-    state = load_state(o.init)
-    if state["kind"] != o.model:
-        raise UserError(f"--init {show(o.init)} holds a {state['kind']} model; --model {o.model} needs one of its kind")
-    return state
-
-
-def make_objective(o, config, vae):
-    """A new network of that configuration, and what it is trained to do."""
-    torch.manual_seed(o.seed)
-    net = NETS[o.model][0](config)
-    autocast = partial(torch.autocast, o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
-    if o.model == "vae":
-        objective = Autoencoding(net, autocast)
-    elif o.model == "classifier":
-        objective = Classifying(net, autocast)
-    else:
-        objective = Denoising(net, autocast, vae)
-    return objective.to(o.device)
-
-
 def train(o):
     """Prepare a run, and train. True if it is complete."""
-    state = settle(o)
-    _, config_class, presets = NETS[o.model]
-    known = state or beginning(o)               # what gives the network's configuration, the VAE and the classes
-    config = config_of(config_class, known["config"]) if known else presets[o.size]
+    state, known = settle(o)
+    join_processes(o.device)
+    make, _, presets = NETS[o.model]
+    config = known.net.config if known else presets[o.size]
     longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", None)
     o.windows = o.windows or [longest]
     if longest and max(o.windows) > longest:
-        raise UserError(f"--windows has {max(o.windows) / SAMPLE_RATE:.2f} s; the model's is at most "
-                        f"{longest / SAMPLE_RATE:.2f} s")
-    join_processes(o.device)
+        raise UserError(f"--windows: a clip of this model has at most {longest / SAMPLE_RATE:.2f} s")
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    vae, classes = None, None
+    vae, classes = None, []
     if o.model == "latent":
-        vae = (rebuild("vae", **known["vae"]) if known else vae_for(o)).to(o.device)
+        vae = (known.vae if known else vae_for(o)).to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":
-        classes = known["classes"] if known else sorted(set(source.names))
+        classes = known.classes if known else sorted(set(source.names))
         if not set(classes) & set(source.names):
-            raise UserError("no folder of the music has the name of one of the model's classes: rename the folders, or "
-                            f"leave out --init; the classes are {', '.join(map(show, classes))}")
+            names = ", ".join(map(show, classes))
+            raise UserError(f"--init: no folder of the music has the name of one of its classes, {names}: rename one")
         config = replace(config, classes=len(classes))
-    o.valid_clips = min(4 * len(held_out.names), 400) if classes else 32
+
+    torch.manual_seed(o.seed)
+    objectives = {"vae": Autoencoding, "latent": partial(Denoising, vae=vae), "waveform": Denoising,
+                  "classifier": Classifying}
+    objective = objectives[o.model](make(config)).to(o.device)
+    if known:
+        objective.net.load_state_dict(known.net.state_dict())
+    elif o.model in ("latent", "waveform"):
+        measure(o, objective, source)
+    if o.force and not state and RANK == 0:
+        (Path(o.out) / "model.pt").unlink(missing_ok=True)
     if o.cache and o.data:
         source = Cached(source, Path(o.out) / "cache", vae)
-
-    objective = make_objective(o, config, vae)
-    if known:
-        objective.net.load_state_dict(known["ema"])
-    make_clips = partial(Clips, draw=objective.draw, classes=classes or [], seed=o.seed)
-    clips = make_clips(source, o.windows, batch=o.batch)
-    if not known:
-        measure(o, objective, clips)
     if o.compile:
         torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
         for block in (module for module in objective.net.modules() if isinstance(module, dit.Block)):
             block.compile(dynamic=False)
-    if o.force:
-        (Path(o.out) / "model.pt").unlink(missing_ok=True)
-    before = state.get("before", 0) if state else steps_made(known) if known else 0
-    header = {"config": asdict(config), "classes": classes, "before": before,
+    make_clips = partial(Clips, draw=objective.draw, classes=classes, seed=o.seed)
+    clips = make_clips(source, o.windows, batch=o.batch)
+    validation = make_clips(held_out, [longest or max(o.windows)], stream=VALID, count=VALIDATED)
+    header = {"config": asdict(config), "classes": classes or None,
+              "before": known.step - (state["step"] if state else 0) if known else 0,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
-    whole = [longest or max(o.windows)]
-    validation = make_clips(held_out, whole, stream=VALID, count=o.valid_clips)
     return Trainer(o, objective, clips, validation, header, state).fit()
 
 

@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch is imported; 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes ten seconds or more; leave these out with -m 'not slow'")
+
+
 def save_checkpoint(path, kind, net, vae=None, classes=None):
     """Write an untrained network as train.py's export would."""
     import torch                        # not earlier: the line above must come first
