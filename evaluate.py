@@ -526,7 +526,7 @@ def parse(argv):
     add("--originals", help="this folder")
     add("--region", type=float, nargs=2, metavar=("START", "END"), help="seconds of --generated that were generated")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    add("--sampler", choices=("ddim", "ddpm", "none"), help="none: only the rows that need no sampling (ddim)")
+    add("--sampler", choices=("ddpm", "ddim", "none"), help="none: only the rows that need no sampling (ddpm)")
     add("--steps", type=whole, help="sampling steps (50)")
     add("--clips", type=whole, default=100, help="excerpts of the test music, for each task")
     add("--listener", help="checkpoint of train.py --model classifier, who judges by default")

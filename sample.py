@@ -55,7 +55,7 @@ def flag(default, text, **kind):
 @dataclass
 class Settings:
     """How to sample. The defaults, by measurement, are said here; xi and gamma are by kind of model, see `of`."""
-    sampler: str = "ddim"
+    sampler: str = "ddpm"
     steps: int = 50
     xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform 0.05", type=within(0, 1e9))
     gamma: float = flag(GAMMA["latent"], "ddpm: more noise in each step; waveform, paper: 0", type=within(0, 0.99))
