@@ -20,10 +20,13 @@ from torch import nn
 from guidance import Task, Term, data_consistency, is_linear
 
 
-# ---- linear operators: A(x), the adjoint T(y) = A^T y, and solve(r) = (A A^T)^-1 r ----------------------------------
+# ---- the linear operator: A(x), the adjoint T(y) = A^T y, and solve(r) = (A A^T)^-1 r -------------------------------
 
 class KeepEnds:
-    """A = [A_L; A_R] of Table 2, the first C_L and the last C_R of n positions, as slices; A A^T = I."""
+    """A = [A_L; A_R] of Table 2, the first C_L and the last C_R of n positions, as slices; A A^T = I.
+
+    Any class with these three methods will do as a linear A of a Term: see Matrix in tests/test_guidance.py.
+    """
 
     def __init__(self, n, C_L, C_R=0):
         if C_L < 0 or C_R < 0 or not 0 < C_L + C_R < n:
@@ -39,46 +42,6 @@ class KeepEnds:
 
     def solve(self, r):
         return r
-
-
-class KeepMask:
-    """The general case of A_L and A_R: keep the positions where mask (n,), (B, 1, n) or (B, C, n) is True.
-
-    Clips may keep different numbers of positions, so y stays in the shape of x, with zeros where nothing is kept;
-    on the kept rows A A^T = I.
-    """
-
-    def __init__(self, mask):
-        if mask.dtype != torch.bool or not mask.any() or mask.all():
-            raise ValueError("mask must be boolean, with both kept (True) and free (False) positions")
-        self.mask = mask
-
-    def __call__(self, x):
-        return torch.where(self.mask, x, 0.0)
-
-    T = __call__
-
-    def solve(self, r):
-        return r
-
-
-class Matrix:
-    """A dense A (m, n) of full row rank, acting along the last axis. A^T = Q R is factorised once; A A^T = R^T R."""
-
-    def __init__(self, A):
-        if torch.linalg.matrix_rank(A) < len(A):
-            raise ValueError(f"A must have full row rank, but its {len(A)} rows are linearly dependent")
-        self.A = A
-        self.R = torch.linalg.qr(A.T).R                                                 # (m, m)
-
-    def __call__(self, x):
-        return x @ self.A.T                                                             # (B, C, m)
-
-    def T(self, y):
-        return y @ self.A                                                               # (B, C, n)
-
-    def solve(self, r):
-        return torch.cholesky_solve(r.mT, self.R, upper=True).mT
 
 
 # ---- distances: one number per clip, (B,), never divided by the batch -----------------------------------------------
@@ -100,27 +63,23 @@ def bce(y, logits):
 
 # ---- the rows of Table 2 --------------------------------------------------------------------------------------------
 
-def reconstruct(x_bar, A, z, weight=1.0, on="x0_hat", project="x0_hat"):
-    """The first rows of Table 2 for any linear A: y = A x_bar, d = L1, and x_T = A^T y + (I - A^T A) z.
+def infill(x_bar, C_L, C_R, z, weight=1.0, on="x0_hat", project="x0_hat"):
+    """Table 2, Infill: A keeps the first C_L and the last C_R positions, y = A x_bar, x_T = A^T y + (I - A^T A) z.
 
-    With A = KeepMask(mask): several gaps at once. project: see Term; with "x0_hat", x_T is z alone, as noisy in the
-    context as elsewhere.
+    The middle of x_bar is not read. project: see Term; with "x0_hat", x_T is z alone, as noisy in the context as
+    elsewhere.
     """
     if x_bar.shape != z.shape:
         raise ValueError(f"x_bar and z must have the same shape, not {tuple(x_bar.shape)} and {tuple(z.shape)}")
+    A = KeepEnds(z.shape[-1], C_L, C_R)
     y = A(x_bar)
-    x_T = z if project == "x0_hat" else data_consistency(z, y, A)       # the form that holds for A A^T != I as well
+    x_T = z if project == "x0_hat" else data_consistency(z, y, A)
     return Task(x_T, (Term(A, l1, y, weight, on, project),))
 
 
 def continuation(x_bar, C_L, z, **term):
-    """Table 2, Continuation: keep the first C_L positions of x_bar (the rest of it is not read)."""
-    return reconstruct(x_bar, KeepEnds(z.shape[-1], C_L), z, **term)
-
-
-def infill(x_bar, C_L, C_R, z, **term):
-    """Table 2, Infill: keep the first C_L and the last C_R positions of x_bar (the middle is not read)."""
-    return reconstruct(x_bar, KeepEnds(z.shape[-1], C_L, C_R), z, **term)
+    """Table 2, Continuation: as Infill, but A keeps the first C_L positions only; the rest of x_bar is not read."""
+    return infill(x_bar, C_L, 0, z, **term)
 
 
 def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
@@ -142,10 +101,11 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
             raise ValueError("k must be above 0 with start_from='matched': 0 leaves no noise to remove")
         scale, t_T = torch.hypot(k, 1 - k), 2 / math.pi * torch.atan2(k, 1 - k)
     of_z, of_x_bar = (share.to(z.dtype).to(z.device).reshape(-1, 1, 1) for share in (k / scale, (1 - k) / scale))
-    A, mixed = KeepEnds(z.shape[-1], C_L, C_R), of_z * z + of_x_bar * x_bar
+    mixed = of_z * z + of_x_bar * x_bar
     if start_from == "paper":
+        A = KeepEnds(z.shape[-1], C_L, C_R)
         mixed = data_consistency(mixed, A(z), A)                        # the context is noise at t = 1, or else y
-    return replace(reconstruct(x_bar, A, mixed, **term), t_T=t_T)
+    return replace(infill(x_bar, C_L, C_R, mixed, **term), t_T=t_T)
 
 
 def crossfade(x_bar_L, x_bar_R, C_L, C_R):
@@ -308,16 +268,12 @@ def mel_triangles(bands, low, high, bins):
 
 def load_official(net, path, published):
     """Load an official checkpoint file strictly into net and freeze it; `published` says which file, from where.
-
-    Raises ValueError with one sentence when the file is missing, damaged or another model's.
-    """
+    ValueError, one sentence, if the file is missing, damaged or another model's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(state.get("model", state))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; it should be {published}") from None
     except Exception as error:    # a damaged or foreign file raises whatever its parser, or load_state_dict, met first
-        raise ValueError(f"{path} is damaged, or not made for {type(net).__name__} ({type(error).__name__}); "
+        raise ValueError(f"{path} cannot be loaded into {type(net).__name__} ({type(error).__name__}); "
                          f"it should be {published}") from None
     return net.eval().requires_grad_(False)
 
@@ -338,13 +294,12 @@ class PaSSTBlock(nn.Module):
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
-def drop_patches(x, columns, rows, generator):
+def drop_patches(x, columns, rows, generators):
     """Structured patchout [30]: x (B, width, rows, columns) without `columns` time columns and `rows` frequency rows.
 
-    Each clip draws its own, from one generator or from a list with one per clip (then no clip depends on its batch).
+    Each clip draws its own, from its own one of B generators.
     """
     assert rows < x.shape[2] and columns < x.shape[3], f"no patch is left without {columns} columns and {rows} rows"
-    generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(x)
     kept = []
     for patches, g in zip(x, generators):                                               # (width, rows, columns)
         row = torch.randperm(patches.shape[1], generator=g)[rows:].to(x.device)
@@ -386,15 +341,15 @@ class PaSST(nn.Module):
             power = X.real**2 + X.imag**2                                               # (B, 513, T)
             return ((self.triangles @ power + 1e-5).log() + 4.5) / 5
 
-    def forward(self, mel, generator=None, patchout=(0, 0)):
+    def forward(self, mel, generators=(), patchout=(0, 0)):
         """mel (B, 128, T), 16 <= T <= 1005 -> logits (B, classes), embedding (B, width).
 
-        For training, patchout = (time columns, frequency rows) are dropped at random: see drop_patches.
+        For training, patchout = (time columns, frequency rows) are dropped at random by B generators: see drop_patches.
         """
         x = self.patch_embed.proj(mel[:, None])                                         # (B, width, rows, columns)
         x = x + self.time_new_pos_embed[..., :x.shape[-1]] + self.freq_new_pos_embed
         if any(patchout):
-            x = drop_patches(x, *patchout, generator)
+            x = drop_patches(x, *patchout, generators)
         heads = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed    # (1, 2, width)
         x = torch.cat([heads.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)  # (B, 2 + patches, width)
         for block in self.blocks:
