@@ -1,5 +1,5 @@
-"""Puts the repository's root on the path, so that the tests import the modules as a user's script would; and writes
-the checkpoints that tests start from.
+"""Puts the repository's root on the path, so that the tests import the modules as a user's script would; writes the
+checkpoints that tests start from; and leaves out what is marked slow.
 
 One thread: tiny networks gain nothing from more, and on a busy machine waiting for each other costs them minutes.
 """
@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes ten seconds or more; leave these out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: several runs or processes; left out unless asked for, with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def save_checkpoint(path, kind, net, vae=None, classes=None):
