@@ -20,7 +20,7 @@ from torch import nn
 from guidance import Task, Term, data_consistency, is_linear
 
 
-# ---- the linear operator: A(x), the adjoint T(y) = A^T y, and solve(r) = (A A^T)^-1 r -------------------------------
+# ---- linear operators: A(x), the adjoint T(y) = A^T y, and solve(r) = (A A^T)^-1 r ----------------------------------
 
 class KeepEnds:
     """A = [A_L; A_R] of Table 2, the first C_L and the last C_R of n positions, as slices; A A^T = I.
@@ -39,6 +39,27 @@ class KeepEnds:
     def T(self, y):
         gap = y.new_zeros(*y.shape[:-1], self.n - self.C_L - self.C_R)
         return torch.cat([y[..., :self.C_L], gap, y[..., self.C_L:]], dim=-1)          # (B, C, n)
+
+    def solve(self, r):
+        return r
+
+
+class KeepMask:
+    """The general case of A_L and A_R: keep the positions where mask (n,), (B, 1, n) or (B, C, n) is True.
+
+    Clips may keep different numbers of positions, so y stays in the shape of x, with zeros where nothing is kept;
+    on the kept rows A A^T = I.
+    """
+
+    def __init__(self, mask):
+        if mask.dtype != torch.bool or not mask.any() or mask.all():
+            raise ValueError("mask must be boolean, with both kept (True) and free (False) positions")
+        self.mask = mask
+
+    def __call__(self, x):
+        return torch.where(self.mask, x, 0.0)
+
+    T = __call__
 
     def solve(self, r):
         return r
@@ -63,23 +84,27 @@ def bce(y, logits):
 
 # ---- the rows of Table 2 --------------------------------------------------------------------------------------------
 
-def infill(x_bar, C_L, C_R, z, weight=1.0, on="x0_hat", project="x0_hat"):
-    """Table 2, Infill: A keeps the first C_L and the last C_R positions, y = A x_bar, x_T = A^T y + (I - A^T A) z.
+def reconstruct(x_bar, A, z, weight=1.0, on="x0_hat", project="x0_hat"):
+    """The first rows of Table 2 for any linear A: y = A x_bar, d = L1, and x_T = A^T y + (I - A^T A) z.
 
-    The middle of x_bar is not read. project: see Term; with "x0_hat", x_T is z alone, as noisy in the context as
-    elsewhere.
+    With A = KeepMask(mask): several gaps at once. project: see Term; with "x0_hat", x_T is z alone, as noisy in the
+    context as elsewhere.
     """
     if x_bar.shape != z.shape:
         raise ValueError(f"x_bar and z must have the same shape, not {tuple(x_bar.shape)} and {tuple(z.shape)}")
-    A = KeepEnds(z.shape[-1], C_L, C_R)
     y = A(x_bar)
-    x_T = z if project == "x0_hat" else data_consistency(z, y, A)
+    x_T = z if project == "x0_hat" else data_consistency(z, y, A)       # the form that holds for A A^T != I as well
     return Task(x_T, (Term(A, l1, y, weight, on, project),))
 
 
 def continuation(x_bar, C_L, z, **term):
-    """Table 2, Continuation: as Infill, but A keeps the first C_L positions only; the rest of x_bar is not read."""
-    return infill(x_bar, C_L, 0, z, **term)
+    """Table 2, Continuation: keep the first C_L positions of x_bar (the rest of it is not read)."""
+    return reconstruct(x_bar, KeepEnds(z.shape[-1], C_L), z, **term)
+
+
+def infill(x_bar, C_L, C_R, z, **term):
+    """Table 2, Infill: keep the first C_L and the last C_R positions of x_bar (the middle is not read)."""
+    return reconstruct(x_bar, KeepEnds(z.shape[-1], C_L, C_R), z, **term)
 
 
 def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):

@@ -41,8 +41,10 @@ class Matrix:
         return torch.linalg.solve(self.A @ self.A.T, r.mT).mT
 
 
+mask = torch.zeros(2, 1, N, dtype=torch.bool)
+mask[0, :, 10:30] = mask[1, :, 5:9] = mask[1, :, 50:90] = True
 OPERATORS = {"matrix": Matrix(noise(12, N, seed=1)), "left": tasks.KeepEnds(N, 40), "right": tasks.KeepEnds(N, 0, 7),
-             "ends": tasks.KeepEnds(N, 30, 20)}
+             "ends": tasks.KeepEnds(N, 30, 20), "mask": tasks.KeepMask(mask)}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -67,12 +69,15 @@ def test_T_is_the_adjoint(name):
 
 
 def test_slices_and_dense_selection_agree():
-    """KeepEnds as slices equals the same rows of the identity as a Matrix."""
+    """KeepEnds as slices equals the same rows of the identity as a Matrix, and as a mask."""
     rows = torch.cat([torch.arange(30), torch.arange(N - 20, N)])
     dense, slices = Matrix(torch.eye(N, dtype=torch.float64)[rows]), tasks.KeepEnds(N, 30, 20)
+    kept = torch.zeros(N, dtype=torch.bool)
+    kept[rows] = True
     x, x_bar = noise(2, 2, N, seed=2), noise(2, 2, N, seed=3)
     expected = data_consistency(x, slices(x_bar), slices)
     assert torch.allclose(data_consistency(x, dense(x_bar), dense), expected, atol=1e-12)
+    assert torch.allclose(data_consistency(x, x_bar * kept, tasks.KeepMask(kept)), expected, atol=1e-12)
 
 
 # ---- the gradient step ----------------------------------------------------------------------------------------------

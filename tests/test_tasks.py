@@ -31,6 +31,14 @@ def test_continuation_and_infill_keep_their_context_and_start_from_noise_elsewhe
         assert torch.equal(again.x_T, task.x_T) and torch.equal(again.terms[0].y, task.terms[0].y)
 
 
+def test_a_mask_keeps_several_gaps_open_per_clip():
+    """KeepMask is the general case: x_T is x_bar where the mask is set and z elsewhere, for each clip its own."""
+    x_bar, z = signals(2)
+    mask = torch.rand(3, 1, n, generator=torch.Generator().manual_seed(1)) < 0.5
+    task = tasks.reconstruct(x_bar, tasks.KeepMask(mask), z, project="x_t")
+    assert torch.allclose(task.x_T, torch.where(mask, x_bar, z), atol=1e-12)
+
+
 def test_regenerate_starts_as_table_2_prints_it():
     """start_from="paper": k z + (1 - k) x_bar in the middle at t = 1, with one k or one per clip; k = 1 is infill. The
     context is y if x_t is projected, noise if x0_hat is."""
@@ -105,6 +113,7 @@ def test_bad_arguments_are_named():
                        ("k must", lambda: tasks.regenerate(x_bar, 4, 4, z, 0.0)),
                        ("start_from", lambda: tasks.regenerate(x_bar, 4, 4, z, 0.5, start_from="x")),
                        ("z must", lambda: tasks.continuation(x_bar[..., :5], 4, z)),
+                       ("mask", lambda: tasks.KeepMask(torch.ones(n, dtype=torch.bool))),
                        ("weights", lambda: tasks.combine(weights=[1.0])),
                        ("labels", lambda: tasks.classifier_guidance(lambda x: x, torch.tensor([[1.5]]), z))):
         with pytest.raises(ValueError, match=word):
