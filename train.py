@@ -19,7 +19,6 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -97,7 +96,7 @@ class UserError(Exception):
         self.status = status
 
 
-def run(main, need_memory="lower --batch (or, when training, raise --accumulate)"):
+def run(main, need_memory="lower --batch"):
     """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
     try:
         return main()
@@ -614,13 +613,10 @@ class Trainer:
 
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns that loss."""
-        parts, total = self.options.accumulate, 0.0
         self.objective.train()
-        for part in range(parts):
-            with self.model.no_sync() if WORLD > 1 and part < parts - 1 else nullcontext():
-                loss = self.values(self.model, next(stream))["loss"] / parts
-                loss.backward()
-            total += loss.detach()
+        loss = self.values(self.model, next(stream))["loss"]
+        loss.backward()
+        total = loss.detach()
         if WORLD > 1:
             dist.all_reduce(total)
         return total.item() / WORLD
@@ -651,8 +647,7 @@ class Trainer:
         """Train to the end, the time limit or a signal; save, and say how it went. True if the run is complete."""
         o, first, self.deadline = self.options, self.step, time.perf_counter() + 60 * self.options.minutes
         mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
-        parts = (ks[part::o.accumulate] for ks in mine for part in range(o.accumulate))
-        stream = prefetch(self.clips, parts, o.workers)
+        stream = prefetch(self.clips, mine, o.workers)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         file = os.devnull if RANK else self.out / "log.csv"
@@ -777,7 +772,6 @@ def parse(argv):
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
     add("--batch", type=count, help="clips of the longest window in a step, all processes together")
-    add("--accumulate", type=count, help="parts that a process does its clips in, to save memory")
     add("--lr", type=within(1e-9, 1))
     add("--cooldown", type=within(0.01, 1), help="share of the steps, at the end, over which the rate falls to zero")
     add("--seed", type=within(0, 2**63, int))
@@ -816,14 +810,14 @@ def settle(o):
     recipe = asdict(RECIPES[o.model][o.size])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"accumulate": 1, "seed": 0, **recipe, **settings}.items():
+    for name, value in {"seed": 0, **recipe, **settings}.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
-    if o.batch % (o.accumulate * WORLD):
-        raise UserError(f"--batch {o.batch} is no multiple of {WORLD} processes x --accumulate {o.accumulate}")
+    if o.batch % WORLD:
+        raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, known
 
 

@@ -344,26 +344,32 @@ torch.save({"seen": seen, "gradient": first[0]}, f"{sys.argv[2]}.{rank}")
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    """torchrun, gloo: first gradient and weights of two processes that accumulate; no clip is read twice."""
+    """torchrun, gloo: first gradient and weights of two processes; no clip is read twice."""
     (tmp_path / "worker.py").write_text(WORKER)
     more = ("--batch", 4, "--steps", 5, "--finetune-steps", 0)
 
-    def run(python, name, *extra):
-        words = [*python, tmp_path / "worker.py", ROOT, tmp_path / name]
-        words += vae_args(tmp_path / f"out-{name}", *more, *extra)
+    def run(python, name):
+        words = [*python, tmp_path / "worker.py", ROOT, tmp_path / name, *vae_args(tmp_path / f"out-{name}", *more)]
         subprocess.run([*map(str, words)], check=True, timeout=120, capture_output=True)
 
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], "two", "--accumulate", 2)
+    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], "two")
     run([sys.executable], "one")
     ranks, one = [torch.load(tmp_path / f"two.{r}") for r in (0, 1)], torch.load(tmp_path / "one.0")
-    for i in range(5):                                          # each step takes two parts of one clip on each process
-        parts = [rank["seen"][2 * i:2 * i + 2] for rank in ranks]
-        assert sorted(np.ravel(parts)) == list(range(4 * i, 4 * i + 4))
+    for i in range(5):                                          # each step takes two clips on each process
+        taken = [rank["seen"][i] for rank in ranks]
+        assert np.shape(taken) == (2, 2) and sorted(np.ravel(taken)) == list(range(4 * i, 4 * i + 4))
     flat = lambda tensors: torch.cat([g.flatten() for g in tensors])
     a, b = flat(ranks[0]["gradient"]), flat(one["gradient"])
     assert (a - b).norm() < 1e-6 * b.norm()
     a, b = (flat(train.load_state(tmp_path / out / "model.pt")["objective"].values()) for out in ("out-two", "out-one"))
     assert (a - b).abs().max() < 1e-5
+
+
+def test_a_batch_is_shared_out_evenly(tmp_path, monkeypatch):
+    """Each process takes as many clips as any other: another --batch is refused."""
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(train.UserError, match="--batch 3 is no multiple of the 2 processes"):
+        train.main(vae_args(tmp_path, "--batch", 3))
 
 
 STAGES = """
@@ -511,7 +517,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
     assert error.value.status == 1
 
 
-@pytest.mark.parametrize("words", ["--batch 0", "--accumulate 0", "--workers 0", "--save-every 0", "--steps -1",
+@pytest.mark.parametrize("words", ["--batch 0", "--workers 0", "--save-every 0", "--steps -1",
                                    "--lr 0", "--lr nan", "--seed -1", "--minutes -1", "--windows 0.1", "--windows inf",
                                    "--cooldown 0"])
 def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
