@@ -362,7 +362,7 @@ class Checkpoint:
     net: nn.Module
     vae: VAE | None = None              # of a latent model
     classes: list | None = None         # of a classifier
-    step: int = 0                       # of the run, and of those whose weights it began with
+    step: int = 0                       # of model.pt, with those of the weights that the run began with
     size: str = ""
     path: str = ""                      # of its file
 
@@ -438,35 +438,19 @@ def rebuild(kind, config, weights):
 
 
 def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
-    """Read what train.py wrote, a run's checkpoint or an export. Raises UserError if the file cannot be used."""
+    """Read what train.py wrote, model.pt or state.pt. Raises UserError if the file cannot be used."""
     state = load_state(path, kinds)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    facts = {name: state[name] for name in ("kind", "classes", "size")}
-    return Checkpoint(net=net, vae=vae, path=str(path), step=state["step"] + state.get("before", 0), **facts)
-
-
-def shipped(kind):
-    """The checkpoint of that kind that comes with this module."""
-    return Path(__file__).parent / "checkpoints" / f"{kind}.pt"
+    facts = {name: state[name] for name in ("kind", "classes", "step", "size")}
+    return Checkpoint(net=net, vae=vae, path=str(path), **facts)
 
 
 def open_checkpoint(kind, path=None, device="cpu"):
-    """The one rule of all scripts: the file given, else the shipped one. UserError for another kind of model."""
-    return load_checkpoint(path or shipped(kind), device, (kind,))
-
-
-def export(run_folder, file):
-    """The small checkpoint for sampling: averaged weights in half precision, and no optimizer."""
-    state = load_state(Path(run_folder) / "model.pt")
-    halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
-    small = {name: state[name] for name in ("format", "kind", "size", "config", "classes", "seed", "vae")}
-    small |= {"step": state["step"] + state.get("before", 0), "ema": halve(state["ema"])}
-    if small["vae"]:
-        small["vae"] = {**small["vae"], "weights": halve(small["vae"]["weights"])}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    save_atomic(file, small)
-    say(f"{show(file)}: {small['kind']} model, {os.path.getsize(file) / 1e6:.1f} MB")
+    """The one rule of all scripts: the file given, else the one that comes with this module. A VAE may be that of a
+    latent model. UserError for another kind of model."""
+    kinds = ("vae", "latent") if kind == "vae" else (kind,)
+    return load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
 
 
 # ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
@@ -575,15 +559,13 @@ class Trainer:
         self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out
         self.header, self.out, self.total = header, Path(options.out), options.steps + options.finetune_steps
         self.ema = copy.deepcopy(objective.net).requires_grad_(False).eval()
-        self.step, self.skipped, self.bad_in_a_row, self.stop, self.found = 0, 0, 0, False, {}
-        self.spent = state["core_hours"] if state else 0.0
-        if not state:
-            return self.begin_stage(adversarial=False)
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.objective.load_state_dict(state["objective"])
-        self.ema.load_state_dict(state["ema"])
-        self.begin_stage(state["adversarial"])
-        for optimizer, known in zip(self.optimizers, state["optimizers"]):
+        self.step, self.spent, self.bad_in_a_row, self.stop, self.found = 0, 0.0, 0, False, {}
+        if state:
+            self.step, self.spent = state["step"], state["core_hours"]
+            self.objective.load_state_dict(state["objective"])
+            self.ema.load_state_dict(state["ema"])
+        self.begin_stage(adversarial=bool(state) and state["adversarial"])
+        for optimizer, known in zip(self.optimizers, state["optimizers"] if state else ()):
             optimizer.load_state_dict(known)
 
     def begin_stage(self, adversarial):
@@ -637,14 +619,13 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.objective.net.parameters()), 1 - decay)
         self.bad_in_a_row = 0 if usable else self.bad_in_a_row + 1
-        self.skipped += not usable
         if self.bad_in_a_row == 10:
             raise UserError(f"ten steps up to {self.step} were not finite: lower --lr, or use --precision fp32", 1)
         self.step += 1
         return {"step": self.step, "core_hours": self.core_hours(), "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):
-        """Train to the end, the time limit or a signal; save, and say how it went. True if the run is complete."""
+        """Train to the end, the time limit or a signal; save, and say how it went."""
         o, first, self.deadline = self.options, self.step, time.perf_counter() + 60 * self.options.minutes
         mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
         stream = prefetch(self.clips, mine, o.workers)
@@ -672,7 +653,6 @@ class Trainer:
         self.save()
         barrier()                           # rank 0 validates and saves; what comes next may read that
         self.farewell()
-        return self.step == self.total
 
     def on_signal(self, *_):
         """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
@@ -706,19 +686,23 @@ class Trainer:
         return self.found["loss"]
 
     def save(self):
-        o = self.options
+        """state.pt, for --resume; and model.pt, for all else: averaged weights in half precision, no optimizer."""
+        o, vae = self.options, self.header["vae"]
+        halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
         if RANK == 0:
-            save_atomic(self.out / "model.pt", {
-                **self.header, "format": 1, "kind": o.model, "size": o.size, "step": self.step, "seed": o.seed,
-                "core_hours": self.core_hours(), "adversarial": self.adversarial, "skipped": self.skipped,
+            save_atomic(self.out / "state.pt", {
+                **self.header, "step": self.step, "core_hours": self.core_hours(), "adversarial": self.adversarial,
                 "ema": self.ema.state_dict(), "objective": self.objective.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
+            save_atomic(self.out / "model.pt", {
+                **self.header, "step": o.before + self.step, "ema": halve(self.ema.state_dict()),
+                "vae": vae and {**vae, "weights": halve(vae["weights"])}})
 
     def farewell(self):
         o, found = self.options, "".join(f"; validation {name} {value:.4g}" for name, value in self.found.items())
         file = show(self.out / "model.pt")
-        say(f"{o.model}: step {self.step} of {self.total} in {file}, {self.skipped} of them skipped{found}")
+        say(f"{o.model}: step {self.step} of {self.total} in {file}{found}")
         for path, why in self.clips.source.broken.items():
             say(f"  could not be read: {show(path)} ({why})")
         if self.step < self.total:
@@ -747,7 +731,7 @@ def measure(o, objective, source):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-PER_CALL = ("resume", "force", "minutes", "save_every", "device", "workers", "out", "export")    # not what a run is
+PER_CALL = ("resume", "minutes", "save_every", "device", "workers", "out")     # options that say not what a run is
 
 
 def clip_length(seconds):
@@ -783,25 +767,21 @@ def parse(argv):
     add("--minutes", type=within(0, math.inf), default=math.inf, help="save and stop after so long; --resume goes on")
     add("--save-every", type=count, metavar="STEPS", help="save, and validate, every so many steps")
     add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
-    add("--force", **flag, help="begin again in an --out that holds a run")
-    add("--export", metavar="FILE", help="write the run's small checkpoint, for sampling, and end")
     return parser.parse_args(argv)
 
 
 def settle(o):
     """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns that run's
     state, or None; and the Checkpoint that the network is taken from, the run's own or that of --init, or None."""
-    file = Path(o.out) / "model.pt"
+    file = Path(o.out) / "state.pt"
     resumed = bool(o.resume) and file.exists()
-    if file.exists() and not (o.resume or o.force):
-        raise UserError(f"{show(file)} exists: --resume goes on with it, --force begins again; or choose another --out")
-    if o.init and o.vae and not resumed:
+    if not resumed and any(file.parent.glob("*.pt")):
+        raise UserError(f"{show(o.out)} holds a model: choose another --out; or --resume goes on, if state.pt is there")
+    if o.init and o.vae:
         raise UserError("--vae does not go with --init, whose checkpoint brings its own VAE: leave one of them out")
     path = file if resumed else o.init
     known = load_checkpoint(path, kinds=(o.model,)) if path else None
     state = load_state(path) if resumed else None
-    if state and "settings" not in state:
-        raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
     settings = state["settings"] if state else {}
     for name, value in settings.items():
         if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
@@ -810,7 +790,7 @@ def settle(o):
     recipe = asdict(RECIPES[o.model][o.size])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"seed": 0, **recipe, **settings}.items():
+    for name, value in {"seed": 0, "before": known.step if known else 0, **recipe, **settings}.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
@@ -854,7 +834,7 @@ def music(o):
 
 def vae_for(o):
     """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model."""
-    found = load_checkpoint(o.vae or shipped("latent"), kinds=("vae", "latent"))
+    found = open_checkpoint("vae", o.vae)
     if not o.vae and found.size != o.size:
         raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} "
                         "first, and add --vae runs/vae/model.pt")
@@ -863,7 +843,7 @@ def vae_for(o):
 
 
 def train(o):
-    """Prepare a run, and train. True if it is complete."""
+    """Prepare a run, and train."""
     state, known = settle(o)
     join_processes(o.device)
     make, _, presets = NETS[o.model]
@@ -893,8 +873,6 @@ def train(o):
         objective.net.load_state_dict(known.net.state_dict())
     elif o.model in ("latent", "waveform"):
         measure(o, objective, source)
-    if o.force and not state and RANK == 0:
-        (Path(o.out) / "model.pt").unlink(missing_ok=True)
     if o.cache and o.data:
         source = Cached(source, Path(o.out) / "cache", vae)
     if o.compile:
@@ -904,19 +882,15 @@ def train(o):
     make_clips = partial(Clips, draw=objective.draw, classes=classes, seed=o.seed)
     clips = make_clips(source, o.windows, batch=o.batch)
     validation = make_clips(held_out, [longest or max(o.windows)], stream=VALID, count=VALIDATED)
-    header = {"config": asdict(config), "classes": classes or None,
-              "before": known.step - (state["step"] if state else 0) if known else 0,
+    header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
-    return Trainer(o, objective, clips, validation, header, state).fit()
+    Trainer(o, objective, clips, validation, header, state).fit()
 
 
 def main(argv=None):
     o = parse(argv)
     o.out = o.out or f"runs/{o.model}"
-    if o.export:
-        export(o.out, o.export)
-    else:
-        train(o)
+    train(o)
 
 
 if __name__ == "__main__":
