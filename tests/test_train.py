@@ -83,7 +83,7 @@ def test_a_clip_is_a_function_of_seed_and_number(music):
 
     batch, alone = make(0)([6, 4, 5]), make(0)([4])
     assert torch.equal(batch["x"][1], alone["x"][0]) and batch["u"][1] == alone["u"][0]
-    for other in (make(1)([4]), make(0, train.MEASURE)([4]), make(0)([1])):
+    for other in (make(1)([4]), make(0, train.VALID)([4]), make(0)([1])):
         assert other["u"] != alone["u"]
     clips = train.Clips(tracks, [2**10, 2**12, 3000], lambda rng, window: {"n": window}, [], 0, batch=4)
     assert [len(clips.of_step(i)) for i in range(4)] == [16, 4, 4, 16]
@@ -107,25 +107,15 @@ def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
             assert clip.shape == (2, 5000) and np.abs(clip - whole[:, start:start + 5000]).max() < 1e-4
 
 
-def test_cached_tracks_give_the_clips_of_the_files(music, tmp_path):
-    """--cache changes nothing, keeps peaks beyond 1, and decodes each file once."""
-    sf.write(music / "loud" / "over.wav", np.full((RATE, 2), 1.5), RATE, subtype="FLOAT")
-    tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
-    cached = train.Cached(tracks, tmp_path / "cache")
-    for j in range(12):
-        a, b = (source.crop(train.random_numbers(0, j), 4096, (j + 0.5) / 12)[0] for source in (tracks, cached))
-        assert np.array_equal(a, b)
-    stamps = [file.stat().st_mtime_ns for file in cached.files]
-    assert [file.stat().st_mtime_ns for file in train.Cached(tracks, tmp_path / "cache").files] == stamps
-
-
-def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
-    """--cache of a latent run: the normalised latents of the audio at that place, away from its ends, once each; and
-    the loss is the same from either."""
+def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypatch):
+    """--cache: the normalised latents of the audio at that place, away from its ends; the loss is the same from either.
+    Each file is encoded once, but again for another VAE."""
     vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval()
     vae.latent_mean.normal_(), vae.latent_std.uniform_(0.5, 2)
     tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
-    cached = train.Cached(tracks, tmp_path / "cache", vae)
+    cached = train.Latents(tracks, tmp_path / "cache", vae)
+    stamps = [file.stat().st_mtime_ns for file in cached.files]
+    assert [file.stat().st_mtime_ns for file in train.Latents(tracks, tmp_path / "cache", vae).files] == stamps
     edge = -(-vae.encoder_field // vae.hop)
     for track, start in ((0, 0), (1, 200), (4, 700)):
         fresh = vae.encode(torch.from_numpy(tracks.read(track, start * vae.hop, 256 * vae.hop))[None])[0]
@@ -137,6 +127,17 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     t, noise = torch.tensor([draw["t"]]), torch.from_numpy(draw["noise"])[None]
     fresh, same_clip, kept = (objective(x, t, noise)["loss"] for x in (torch.from_numpy(audio)[None], x_0, rows[None]))
     assert fresh == same_clip and abs(kept - fresh) < 0.01 * fresh
+    for place in (0.0, 0.1, 0.35, 0.8, 1 - 1e-9):               # the same track, within a frame of the same second
+        found = []
+        for source in (tracks, cached):
+            with monkeypatch.context() as spying:
+                read = source.read
+                spying.setattr(source, "read", lambda *asked: found.append(asked) or read(*asked))
+                assert source.crop(place, 2**15)[0].shape == ((8 if source is cached else 2), 2**15 // source.unit)
+        (a, start, _), (b, frame, _) = found
+        assert a == b and abs(start - frame * vae.hop) <= vae.hop
+    vae.latent_mean.add_(1)
+    assert not set(cached.files) & set(train.Latents(tracks, tmp_path / "cache", vae).files)
 
 
 def damaged_flac(path):
@@ -152,15 +153,16 @@ def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
     whole = {str(p): train.probe(str(p)) for p in train.find_files([music])}
     damaged = damaged_flac(music / "loud" / "1.5.flac")
     assert damaged == {str(music / "loud" / "1.5.flac"): [3 * RATE, RATE, 2]}
-    expected, every = train.Tracks(whole), train.Tracks(dict(sorted((whole | damaged).items())))
-    cached = train.Cached(every, tmp_path)
-    assert cached.broken == dict.fromkeys(damaged, "damaged")
+    vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval().requires_grad_(False)
+    expected = train.Latents(train.Tracks(whole), tmp_path / "expected", vae)
+    cached = train.Latents(train.Tracks(dict(sorted((whole | damaged).items()))), tmp_path / "cache", vae)
+    assert cached.broken == dict.fromkeys(damaged, "damaged") and expected.broken == {}
     for place in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1 - 1e-9):
-        (a, i), (b, j) = (source.crop(train.random_numbers(0), 4096, place) for source in (cached, expected))
+        (a, i), (b, j) = (source.crop(place, 4096) for source in (cached, expected))
         assert np.array_equal(a, b)
         assert cached.paths[i] == expected.paths[j] and cached.names[i] == expected.names[j]
     with pytest.raises(train.UserError, match="none of the 1 files"):
-        train.Cached(train.Tracks(damaged), tmp_path)
+        train.Latents(train.Tracks(damaged), tmp_path / "cache", vae)
 
 
 def test_files_are_found_once_through_links_and_loops(music):
@@ -335,7 +337,7 @@ train.MEASURED = 20
 gradients, seen, first = train.Trainer.gradients, [], []
 def spy(self, stream):
     loss = gradients(self, (seen.append(batch["k"].tolist()) or batch for batch in stream))
-    first or first.append([p.grad.clone() for group in self.groups for p in group])
+    first or first.append([p.grad.clone() for p in self.objective.parameters() if p.grad is not None])
     return loss
 train.Trainer.gradients = spy
 train.main(sys.argv[3:])
@@ -504,7 +506,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
         loss = gradients(self, stream)
         if self.step in poison:
             kept["before"] = [p.detach().clone() for p in (*self.objective.net.parameters(), *self.ema.parameters())]
-            self.groups[0][0].grad.fill_(float("nan"))
+            next(self.objective.net.parameters()).grad.fill_(float("nan"))
             return float("nan")
         if self.step - 1 in poison:
             kept["after"] = [p.detach().clone() for p in (*self.objective.net.parameters(), *self.ema.parameters())]
@@ -601,7 +603,7 @@ def test_a_latent_run_takes_the_vae_it_is_told(tmp_path):
     assert same(taken("tiny", tmp_path / "vae.pt"), own.state_dict())
     of_shipped = train.load_checkpoint(shipped).vae.state_dict()
     assert same(taken("small"), of_shipped) and same(taken("tiny", shipped), of_shipped)
-    with pytest.raises(train.UserError, match="run python train.py --model vae --size tiny first"):
+    with pytest.raises(train.UserError, match="not of size tiny: first train one, with --model vae"):
         taken("tiny")
     with pytest.raises(train.UserError, match="holds a classifier model"):
         taken("tiny", tmp_path / "classifier.pt")
@@ -620,7 +622,7 @@ def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_pa
         run("none known")
 
 
-def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatch):
+def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatch, capsys):
     """--init takes weights, VAE and statistics as they are; short clips see every position of the window."""
     monkeypatch.setattr(train.Trainer, "validate", lambda self: 0.0)
     train.main(vae_args(tmp_path / "vae", "--steps", 1, "--finetune-steps", 0))
@@ -644,9 +646,9 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
         train.main([str(a) for a in [*args, "--init", first / "model.pt", "--windows", 1, "--out", tmp_path / "third"]])
     with pytest.raises(train.UserError, match="holds a vae model"):
         train.main([str(a) for a in [*args, "--init", tmp_path / "vae/model.pt", "--out", tmp_path / "third"]])
-    with pytest.raises(train.UserError, match="--vae does not go with --init"):
-        train.main([str(a) for a in [*args, "--init", first / "model.pt", "--vae", first / "model.pt",
-                                     "--out", tmp_path / "third"]])
+    with pytest.raises(SystemExit) as end:
+        train.main([str(a) for a in [*args, "--init", first / "model.pt", "--vae", first / "model.pt"]])
+    assert end.value.code == 2 and "argument --vae: not allowed with argument --init" in capsys.readouterr().err
 
 
 @pytest.mark.slow
