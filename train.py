@@ -4,10 +4,9 @@
     python train.py --model latent --data path/to/music        # wav flac ogg mp3, at any depth; or --model vae ...
     torchrun --nproc_per_node=8 train.py --model latent --size paper --data path/to/fma_full
 
-All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) and nothing
-else, and the step says which clips it takes. So a resumed run needs no state of random numbers, and neither the number
-of threads nor that of processes changes what is trained; but for the second stage of the VAE, whose feature matching is
-a ratio of means over the clips that a process takes at a time.
+All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) alone, and the
+step says which clips it takes. So a resumed run needs no state of random numbers, and the numbers of threads and of
+processes do not change what is trained (but for the VAE's feature matching, a ratio of means over a process's clips).
 """
 import argparse
 import copy
@@ -19,11 +18,9 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +42,9 @@ from vae import VAE
 
 SAMPLE_RATE = 44100                     # Hz, of all audio inside
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-MIN_SECONDS = 0.25                      # shorter files are never used
-TRAIN, VALID, MEASURE = range(3)        # streams of random numbers
+MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
+TRAIN, VALID = range(2)                 # streams of random numbers
 MEASURED, VALIDATED = 1000, 32          # clips that statistics are taken of, and those of a validation
-COLUMNS = ["step", "core_hours", "loss", "lr", "gradient_norm", "validation"]       # of log.csv
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
 NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
         "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
@@ -97,7 +93,7 @@ class UserError(Exception):
         self.status = status
 
 
-def run(main, need_memory="lower --batch (or, when training, raise --accumulate)"):
+def run(main, need_memory="lower --batch"):
     """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
     try:
         return main()
@@ -110,10 +106,9 @@ def run(main, need_memory="lower --batch (or, when training, raise --accumulate)
             raise
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
-        message = (f"{error.filename or 'a file'} cannot be read or written ({error.strerror}): free some space, or "
-                   "choose another place; what was saved before is whole")
-        status = 1
-    print(f"error: {message}", file=sys.stderr)
+        place = error.filename or "a file"
+        message, status = f"{place} cannot be read or written ({error.strerror}): free some space, or move it", 1
+    print(show(f"error: {message}"), file=sys.stderr)
     sys.exit(status)
 
 
@@ -127,14 +122,14 @@ def within(low, high, kind=float):
     return number
 
 
+def show(text):
+    """Printable text: names of files need not be valid UTF-8."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
 def say(text):
     if RANK == 0:
-        tqdm.write(text)
-
-
-def show(path):
-    """A path as printable text: names need not be valid UTF-8."""
-    return str(path).encode(errors="backslashreplace").decode()
+        tqdm.write(show(text))
 
 
 def progress(*args, **kwargs):
@@ -181,9 +176,9 @@ def read_audio(path):
         with sf.SoundFile(path) as file:
             blocks = list(audio_blocks(file))
     except (OSError, RuntimeError, UnicodeError) as error:
-        raise UserError(f"{show(path)} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
+        raise UserError(f"{path} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
     if not blocks:
-        raise UserError(f"{show(path)} holds no audio")
+        raise UserError(f"{path} holds no audio")
     return torch.from_numpy(np.concatenate(blocks).T.copy()), file.samplerate
 
 
@@ -194,21 +189,19 @@ def to_stereo_44k(audio, rate):
 
 def reason(error):
     """What libsndfile says, without the path."""
-    return show(error).rsplit(": ", 1)[-1].rstrip(".")
+    return str(error).rsplit(": ", 1)[-1].rstrip(".")
 
 
 def find_files(folders):
     """Paths of all audio files in the folders, at any depth, sorted. Links are followed, loops are not."""
-    found, seen = [], set()
+    found, seen = [folder for folder in map(str, folders) if not os.path.isdir(folder)], set()
     for folder in map(str, folders):
-        if not os.path.isdir(folder):
-            found.append(folder)
         for root, below, names in os.walk(folder, followlinks=True):
             if os.path.realpath(root) in seen:
                 below.clear()
-                continue
+            else:
+                found += [os.path.join(root, name) for name in names if name.lower().endswith(SUFFIXES)]
             seen.add(os.path.realpath(root))
-            found += [os.path.join(root, name) for name in names if name.lower().endswith(SUFFIXES)]
     return sorted(found)
 
 
@@ -246,20 +239,19 @@ class Tracks:
         self.names = [Path(path).resolve().parent.name for path in facts]
         self.broken = {}                        # what could be opened when indexed, but not read
 
-    def crop(self, rng, window, place=None):
-        """(clip (C, window / unit) float32, track number). place: where in all the music, 0 to 1; None: anywhere."""
+    def crop(self, place, window):
+        """(clip (C, window / unit) float32, track number). place: where in all the music, 0 <= place < 1."""
         n, ends = window // self.unit, np.cumsum(self.lengths)
         for _ in range(10):
-            second = (rng.random() if place is None else place) * ends[-1]
-            track = int(np.searchsorted(ends, second, side="right"))
-            into = 1 - (ends[track] - second) / self.lengths[track]
+            track = int(np.searchsorted(ends, place * ends[-1], side="right"))
+            into = 1 - (ends[track] - place * ends[-1]) / self.lengths[track]
             start = int(into * max(self.lengths[track] - n + 1, 1))
             try:
                 clip = self.read(track, start, n)
                 return np.pad(clip, ((0, 0), (0, n - clip.shape[1]))), track
             except (OSError, RuntimeError) as error:
-                self.broken[self.paths[track]], place = reason(error), None
-        raise UserError(f"ten clips in a row could not be read, the last in {show(self.paths[track])}", status=1)
+                self.broken[self.paths[track]], place = reason(error), (place + 0.618) % 1
+        raise UserError(f"ten clips in a row could not be read, the last in {self.paths[track]}", status=1)
 
     def read(self, track, start, n):
         rate = self.rates[track]
@@ -274,24 +266,24 @@ class Tracks:
         return audio[:, start - before:][:, :n]
 
 
-class Cached(Tracks):
-    """Clips of tracks kept as rows (n / unit, C), a file each in the folder: decoded audio or, with a VAE, latents."""
+class Latents(Tracks):
+    """Clips of tracks that a VAE has encoded, each whole, and kept as rows (frames, C) of a file in the folder."""
+    unit = VAE.hop
 
-    def __init__(self, tracks, folder, vae=None):
-        self.paths, self.names, self.unit = tracks.paths, tracks.names, VAE.hop if vae else 1
-        weights = vae.state_dict().values() if vae else ()
-        key = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights)).hexdigest()
+    def __init__(self, tracks, folder, vae):
+        self.paths, self.names = tracks.paths, tracks.names
+        key = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())).hexdigest()
         versions = [f"{key} {show(path)} {os.stat(path).st_mtime_ns}" for path in self.paths]
         self.files = [folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.npy" for version in versions]
         folder.mkdir(parents=True, exist_ok=True)
         for path, file in progress(list(zip(self.paths, self.files))[RANK::WORLD], "cache", unit="track"):
             if not file.exists():
                 try:
-                    x = to_stereo_44k(*read_audio(path))
+                    audio = to_stereo_44k(*read_audio(path))
                 except UserError:
                     continue                    # damaged in its middle, where `probe` did not look
-                x = vae.encode(x[None].to(vae.latent_mean.device))[0].cpu() if vae else x
-                write_atomic(file, lambda out: np.save(out, x.T.numpy()))
+                rows = vae.encode(audio[None].to(vae.latent_mean.device))[0].T.cpu().numpy()
+                write_atomic(file, lambda out: np.save(out, rows))
         barrier()
         self.broken = {path: "damaged" for path, file in zip(self.paths, self.files) if not file.exists()}
         self.lengths = np.array([len(np.load(file, mmap_mode="r")) if file.exists() else 0 for file in self.files])
@@ -302,15 +294,14 @@ class Cached(Tracks):
         return np.load(self.files[track], mmap_mode="r")[start:start + n].T
 
 
+@dataclass
 class Synthetic:
     """Clips of endless music made by a program."""
-    names, broken, unit = list(synthetic.STYLES), {}, 1
+    seed: int
+    names, broken = list(synthetic.STYLES), {}
 
-    def __init__(self, seed):
-        self.seed = seed
-
-    def crop(self, rng, window, place=None):
-        return synthetic.clip(self.seed, int(rng.integers(2**40)), window / SAMPLE_RATE)
+    def crop(self, place, window):
+        return synthetic.clip(self.seed, int(place * 2**40), window / SAMPLE_RATE)
 
 
 class Clips:
@@ -334,7 +325,7 @@ class Clips:
 
     def clip(self, k):
         rng, window = random_numbers(self.seed, self.stream, k), self.window(k // self.most)
-        x, track = self.source.crop(rng, window, (k + 0.5) / self.count if self.count else None)
+        x, track = self.source.crop((k + 0.5) / self.count if self.count else rng.random(), window)
         return {"k": np.int64(k), "x": x, "label": np.int64(self.labels[track]), **self.draw(rng, window)}
 
     def __call__(self, ks):
@@ -344,13 +335,13 @@ class Clips:
 
 def prefetch(load, schedule, workers):
     """load(ks) for each ks of the schedule, in order, prepared by threads (libsndfile and numpy let others run)."""
-    schedule = iter(schedule)
+    waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(load, ks) for ks in islice(schedule, workers + 1))
-        while waiting:
-            batch = waiting.popleft().result()
-            waiting.extend(pool.submit(load, ks) for ks in islice(schedule, 1))
-            yield batch
+        for ks in schedule:
+            waiting.append(pool.submit(load, ks))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        yield from (batch.result() for batch in waiting)
 
 
 # ---- checkpoints: dictionaries of primitives and tensors ------------------------------------------------------------
@@ -363,23 +354,15 @@ class Checkpoint:
     net: nn.Module
     vae: VAE | None = None              # of a latent model
     classes: list | None = None         # of a classifier
-    step: int = 0                       # of the run, and of those whose weights it began with
+    step: int = 0                       # of model.pt, with those of the weights that the run began with
     size: str = ""
     path: str = ""                      # of its file
 
-    @property
-    def hop(self):
-        """Samples in a frame of model space."""
-        return VAE.hop if self.kind == "latent" else 1
-
-    @property
-    def window(self):
-        """Frames in the model's window."""
-        return self.net.config.frames if self.kind == "latent" else self.net.config.samples
-
-    @property
-    def channels(self):
-        return self.net.config.channels if self.kind == "latent" else 2
+    def __post_init__(self):
+        latent, config = self.kind == "latent", self.net.config
+        self.hop = VAE.hop if latent else 1                                     # samples in a frame of model space
+        self.window = config.frames if latent else getattr(config, "samples", None)     # frames in the model's window
+        self.channels = config.channels if latent else 2
 
     def encode(self, audio):
         return self.vae.encode(audio) if self.kind == "latent" else audio / self.net.scale
@@ -414,23 +397,20 @@ def load_state(path, kinds=tuple(NETS)):
     """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{show(path)} does not exist") from None
     except Exception as error:          # a damaged or foreign file raises whatever its parser met first
-        raise UserError(f"{show(path)} is damaged, or no checkpoint of train.py ({type(error).__name__})") from None
+        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or no checkpoint of train.py"
+        raise UserError(f"{path} {what} ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("kind") not in NETS:
-        raise UserError(f"{show(path)} is no checkpoint of train.py")
+        raise UserError(f"{path} is no checkpoint of train.py")
     if state["kind"] not in kinds:
-        raise UserError(f"{show(path)} holds a {state['kind']} model, not a {' or '.join(kinds)}: give a file that "
-                        f"train.py --model {kinds[0]} wrote")
+        raise UserError(f"{path} holds a {state['kind']} model, not a {' or '.join(kinds)}: give another file")
     return state
 
 
 def rebuild(kind, config, weights):
     """A network from a checkpoint; settings of it that no longer exist are passed over."""
     make, config_class, _ = NETS[kind]
-    known = {field.name for field in fields(config_class)}
-    net = make(config_class(**{name: value for name, value in config.items() if name in known}))
+    net = make(config_class(**{f.name: config[f.name] for f in fields(config_class) if f.name in config}))
     try:
         net.load_state_dict(weights)
     except RuntimeError:
@@ -439,35 +419,19 @@ def rebuild(kind, config, weights):
 
 
 def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
-    """Read what train.py wrote, a run's checkpoint or an export. Raises UserError if the file cannot be used."""
+    """Read what train.py wrote, model.pt or state.pt. Raises UserError if the file cannot be used."""
     state = load_state(path, kinds)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
     vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    facts = {name: state[name] for name in ("kind", "classes", "size")}
-    return Checkpoint(net=net, vae=vae, path=str(path), step=state["step"] + state.get("before", 0), **facts)
-
-
-def shipped(kind):
-    """The checkpoint of that kind that comes with this module."""
-    return Path(__file__).parent / "checkpoints" / f"{kind}.pt"
+    facts = {name: state[name] for name in ("kind", "classes", "step", "size")}
+    return Checkpoint(net=net, vae=vae, path=str(path), **facts)
 
 
 def open_checkpoint(kind, path=None, device="cpu"):
-    """The one rule of all scripts: the file given, else the shipped one. UserError for another kind of model."""
-    return load_checkpoint(path or shipped(kind), device, (kind,))
-
-
-def export(run_folder, file):
-    """The small checkpoint for sampling: averaged weights in half precision, and no optimizer."""
-    state = load_state(Path(run_folder) / "model.pt")
-    halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
-    small = {name: state[name] for name in ("format", "kind", "size", "config", "classes", "seed", "vae")}
-    small |= {"step": state["step"] + state.get("before", 0), "ema": halve(state["ema"])}
-    if small["vae"]:
-        small["vae"] = {**small["vae"], "weights": halve(small["vae"]["weights"])}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    save_atomic(file, small)
-    say(f"{show(file)}: {small['kind']} model, {os.path.getsize(file) / 1e6:.1f} MB")
+    """The one rule of all scripts: the file given, else the one that comes with this module. A VAE may be that of a
+    latent model. UserError for another kind of model."""
+    kinds = ("vae", "latent") if kind == "vae" else (kind,)
+    return load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
 
 
 # ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
@@ -479,11 +443,6 @@ class Autoencoding(nn.Module):
         super().__init__()
         self.net, self.critic = net, autoencoder.Discriminator(net.config)
 
-    def set_stage(self, adversarial):
-        self.adversarial = adversarial
-        self.net.encoder.requires_grad_(not adversarial)
-        self.critic.requires_grad_(adversarial)
-
     def draw(self, rng, window):
         shape = self.net.config.latent_channels, -(-window // VAE.hop)
         return {"noise": rng.standard_normal(shape, dtype=np.float32)}
@@ -491,10 +450,9 @@ class Autoencoding(nn.Module):
     def forward(self, x, noise, **_):
         reconstruction, mean, logvar = self.net(x, noise if self.training else None)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
-        if self.adversarial and self.training:
-            loss = loss + self.contest(reconstruction, x)
-        elif self.training:
-            loss = loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
+        if self.training:
+            kl = autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
+            loss = loss + (self.contest(reconstruction, x) if self.adversarial else kl)
         signal, error = (y.detach().square().sum() + 1e-6 for y in (x, reconstruction.float() - x))
         return {"loss": loss, "SNR in dB": 10 * torch.log10(signal / error)}
 
@@ -515,7 +473,6 @@ class Denoising(nn.Module):
         super().__init__()
         self.net = net
         self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
-        self.weigh = getattr(net, "weigh", None)                                # the U-Net has one
 
     def draw(self, rng, window):
         n = window // self.space.hop
@@ -528,7 +485,7 @@ class Denoising(nn.Module):
     def forward(self, x, t, noise, start=None, **_):
         x_0 = self.space.encode(x) if x.shape[1] == 2 else x                    # latents, from the cache
         net = self.net if start is None else partial(self.net, start=start)
-        return {"loss": v_loss(net, x_0, t, noise, self.weigh).mean()}
+        return {"loss": v_loss(net, x_0, t, noise, getattr(self.net, "weigh", None)).mean()}       # the U-Net weighs
 
 
 class Classifying(nn.Module):
@@ -554,15 +511,13 @@ class Classifying(nn.Module):
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def make_optimizers(objective, o):
-    """AdamW (App. C.2) for all that is to be trained. With `muon`, the weight matrices of transformer blocks get Muon
-    (Jordan et al., 2024) instead, whose steps here have the size of AdamW's: our small transformers learn in two thirds
-    of the time."""
+    """AdamW (App. C.2). With `muon`, the weight matrices of transformer blocks get Muon (Jordan et al., 2024) instead,
+    with steps of the size of AdamW's: our small transformers learn in two thirds of the time."""
     wanted = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in wanted.items()
                 if o.muon and "blocks" in name and name.endswith("weight") and p.dim() == 2}
     rest = [p for name, p in wanted.items() if name not in matrices]
-    optimizers = [torch.optim.AdamW(rest, o.lr, betas=(0.9, o.beta2), weight_decay=0.0,
-                                    fused=o.device.type in ("cpu", "cuda"))]
+    optimizers = [torch.optim.AdamW(rest, o.lr, betas=(0.9, o.beta2), weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices.values(), o.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -575,25 +530,24 @@ class Trainer:
     def __init__(self, options, objective, clips, held_out, header, state=None):
         self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out
         self.header, self.out, self.total = header, Path(options.out), options.steps + options.finetune_steps
-        self.ema = copy.deepcopy(objective.net).requires_grad_(False).eval()
-        self.step, self.skipped, self.bad_in_a_row, self.stop, self.found = 0, 0, 0, False, {}
-        self.spent = state["core_hours"] if state else 0.0
-        if not state:
-            return self.begin_stage(adversarial=False)
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.objective.load_state_dict(state["objective"])
-        self.ema.load_state_dict(state["ema"])
-        self.begin_stage(state["adversarial"])
-        for optimizer, known in zip(self.optimizers, state["optimizers"]):
+        self.averaged = copy.deepcopy(objective).requires_grad_(False).eval()
+        self.ema, self.bad_in_a_row, self.stop, self.found = self.averaged.net, 0, False, {}
+        self.step, self.spent = (state["step"], state["core_hours"]) if state else (0, 0.0)
+        self.core_hours = self.spent
+        if state:
+            self.objective.load_state_dict(state["objective"])
+            self.ema.load_state_dict(state["ema"])
+        self.begin_stage(adversarial=bool(state) and state["adversarial"])
+        for optimizer, known in zip(self.optimizers, state["optimizers"] if state else ()):
             optimizer.load_state_dict(known)
 
     def begin_stage(self, adversarial):
         """Freeze what this stage does not train, and make an optimizer for the rest."""
         o, objective, self.adversarial = self.options, self.objective, adversarial
         if o.model == "vae":
-            objective.set_stage(adversarial)
-        groups = [[p for p in part.parameters() if p.requires_grad] for part in objective.children()]
-        self.groups = [group for group in groups if group]
+            objective.adversarial = adversarial
+            objective.net.encoder.requires_grad_(not adversarial)
+            objective.critic.requires_grad_(adversarial)
         self.optimizers = make_optimizers(objective, o)
         DDP = nn.parallel.DistributedDataParallel
         self.model = DDP(objective, broadcast_buffers=False) if WORLD > 1 else objective
@@ -607,29 +561,23 @@ class Trainer:
 
     def values(self, model, batch):
         """What the objective says of a batch. Times (float64, which some devices lack) and seeds stay on the CPU."""
-        device, half = self.options.device, self.options.precision == "bf16"
-        batch = {name: x.to(device) if name in ("x", "noise", "label") else x for name, x in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return model(**batch)
+        o, moved = self.options, ("x", "noise", "label")
+        with torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
+            return model(**{name: x.to(o.device) if name in moved else x for name, x in batch.items()})
 
     def gradients(self, stream):
-        """Gradient of the mean loss over the step's clips, all processes together. Returns that loss."""
-        parts, total = self.options.accumulate, 0.0
+        """Gradient of the mean loss over the step's clips, all processes together. Returns the loss of this one's."""
         self.objective.train()
-        for part in range(parts):
-            with self.model.no_sync() if WORLD > 1 and part < parts - 1 else nullcontext():
-                loss = self.values(self.model, next(stream))["loss"] / parts
-                loss.backward()
-            total += loss.detach()
-        if WORLD > 1:
-            dist.all_reduce(total)
-        return total.item() / WORLD
+        loss = self.values(self.model, next(stream))["loss"]
+        loss.backward()
+        return loss.item()
 
     def update(self, stream):
         """One step; returns its row of the log."""
         loss, lr = self.gradients(stream), self.learning_rate()
-        norm = torch.stack([nn.utils.clip_grad_norm_(group, 1.0) for group in self.groups]).max().item()
-        usable = math.isfinite(loss) and math.isfinite(norm)
+        norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item() for part in self.objective.children()]
+        norm = math.hypot(*norms)               # of a VAE and its discriminator, which do not weaken each other
+        usable = math.isfinite(norm)            # which is the same in all processes
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -641,52 +589,44 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.objective.net.parameters()), 1 - decay)
         self.bad_in_a_row = 0 if usable else self.bad_in_a_row + 1
-        self.skipped += not usable
         if self.bad_in_a_row == 10:
             raise UserError(f"ten steps up to {self.step} were not finite: lower --lr, or use --precision fp32", 1)
         self.step += 1
-        return {"step": self.step, "core_hours": self.core_hours(), "loss": loss, "lr": lr, "gradient_norm": norm}
+        self.core_hours = round(self.spent + time.process_time() / 3600, 4)     # of this process, in all calls
+        return {"step": self.step, "core_hours": self.core_hours, "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):
-        """Train to the end, the time limit or a signal; save, and say how it went. True if the run is complete."""
+        """Train to the end, the time limit or a signal; save, and say how it went."""
         o, first, self.deadline = self.options, self.step, time.perf_counter() + 60 * self.options.minutes
         mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
-        parts = (ks[part::o.accumulate] for ks in mine for part in range(o.accumulate))
-        stream = prefetch(self.clips, parts, o.workers)
+        stream = prefetch(self.clips, mine, o.workers)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        file = os.devnull if RANK else self.out / "log.csv"
-        with open(file, "a" if first else "w", buffering=1) as log, progress(
-                total=self.total, initial=first, desc=o.model, unit="step") as bar:
-            if not first:
-                print(*COLUMNS, sep=",", file=log)
+        bar = progress(total=self.total, initial=first, desc=o.model, unit="step")
+        with bar, open(os.devnull if RANK else self.out / "log.csv", "a" if first else "w", buffering=1) as log:
             while self.step < self.total and not self.stopping():
                 if self.step >= o.steps and not self.adversarial:
                     self.objective.net.load_state_dict(self.ema.state_dict())       # whose encoder is final
                     self.begin_stage(adversarial=True)
                 row = self.update(stream)
-                last = self.step == self.total
-                if last or self.step % o.save_every == 0:
-                    row["validation"] = self.validate() if RANK == 0 else None
-                    if not last:
-                        self.save()
+                due, last = self.step % o.save_every == 0, self.step == self.total
+                row["validation"] = self.validate() if (due or last) and RANK == 0 else ""
+                if self.step == 1:
+                    print(*row, sep=",", file=log)
+                print(*row.values(), sep=",", file=log)
+                if due and not last:
+                    self.save()
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}", False)
                 bar.update()
-                print(*(row.get(name, "") for name in COLUMNS), sep=",", file=log)
         stream.close()
         self.save()
         barrier()                           # rank 0 validates and saves; what comes next may read that
         self.farewell()
-        return self.step == self.total
 
     def on_signal(self, *_):
         """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
         self.stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def core_hours(self):
-        """Processor time of this process, and of the calls that the run began with."""
-        return round(self.spent + time.process_time() / 3600, 4)
 
     def stopping(self):
         """Whether to end now, because of a signal or the time limit; all processes agree."""
@@ -698,36 +638,37 @@ class Trainer:
     @torch.no_grad()
     def validate(self):
         """Loss (more in `found`) on held-out clips, by the averaged weights; always the same clips, noise and times."""
-        net, self.objective.net = self.objective.net, self.ema
-        self.objective.eval()
         found = []
         for i in range(self.held_out.count):
             batch = self.held_out([i])
             if "t" in batch:                            # evenly spaced times: a steadier figure
                 batch["t"] = torch.full_like(batch["t"], (i + 0.5) / self.held_out.count)
-            found.append(self.values(self.objective, batch))
-        self.objective.net = net
+            found.append(self.values(self.averaged, batch))
         self.found = {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
         return self.found["loss"]
 
     def save(self):
-        o = self.options
+        """state.pt, for --resume; and model.pt, for all else: averaged weights in half precision, no optimizer."""
+        o, vae = self.options, self.header["vae"]
+        halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
         if RANK == 0:
-            save_atomic(self.out / "model.pt", {
-                **self.header, "format": 1, "kind": o.model, "size": o.size, "step": self.step, "seed": o.seed,
-                "core_hours": self.core_hours(), "adversarial": self.adversarial, "skipped": self.skipped,
+            save_atomic(self.out / "state.pt", {
+                **self.header, "step": self.step, "core_hours": self.core_hours, "adversarial": self.adversarial,
                 "ema": self.ema.state_dict(), "objective": self.objective.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
+            save_atomic(self.out / "model.pt", {
+                **self.header, "step": o.before + self.step, "ema": halve(self.ema.state_dict()),
+                "vae": vae and {**vae, "weights": halve(vae["weights"])}})
 
     def farewell(self):
         o, found = self.options, "".join(f"; validation {name} {value:.4g}" for name, value in self.found.items())
-        file = show(self.out / "model.pt")
-        say(f"{o.model}: step {self.step} of {self.total} in {file}, {self.skipped} of them skipped{found}")
+        file = self.out / "model.pt"
+        say(f"{o.model}: step {self.step} of {self.total} in {file}{found}")
         for path, why in self.clips.source.broken.items():
-            say(f"  could not be read: {show(path)} ({why})")
+            say(f"  could not be read: {path} ({why})")
         if self.step < self.total:
-            say(f"stopped; to go on: python train.py --model {o.model} --out {show(o.out)} --resume")
+            say(f"stopped; to go on: python train.py --model {o.model} --out {o.out} --resume")
         elif o.model in ("latent", "waveform"):
             say(f"to use it: python sample.py --model {o.model} --checkpoint {file} --task infill --input clip.wav")
 
@@ -737,9 +678,9 @@ def measure(o, objective, source):
     """What a new network keeps of the training set: a latent model its latents' mean, deviation and cross-spectra, a
     waveform model the deviations of its coefficients."""
     net, vae, seen = objective.net, objective.space.vae, []
-    clips = Clips(source, [min(*o.windows, 2**15)], lambda *_: {}, [], o.seed, MEASURE, MEASURED)
-    for k in progress(range(MEASURED), "statistics", unit="clip", leave=False):
-        x = clips([k])["x"].to(o.device)
+    for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
+        clip, _ = source.crop((i + 0.5) / MEASURED, min(*o.windows, 2**15))
+        x = torch.from_numpy(clip)[None].to(o.device)
         seen.append(vae.posterior(x)[0].cpu() if vae else net.coefficients(x).square().mean((0, 2)).cpu())
     seen = torch.cat(seen) if vae else torch.stack(seen)        # (MEASURED, C, n), (MEASURED, coefficients)
     if o.model == "waveform":
@@ -752,12 +693,7 @@ def measure(o, objective, source):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-PER_CALL = ("resume", "force", "minutes", "save_every", "device", "workers", "out", "export")    # not what a run is
-
-
-def clip_length(seconds):
-    """A type for argparse: samples in so many seconds, a multiple of a latent frame. PaSST needs 0.15 s."""
-    return round(within(0.16, 3600)(seconds) * SAMPLE_RATE / VAE.hop) * VAE.hop
+PER_CALL = ("resume", "minutes", "save_every", "device", "workers", "out")     # options that say not what a run is
 
 
 def parse(argv):
@@ -771,13 +707,13 @@ def parse(argv):
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
-    add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: the shipped latent model's")
-    add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
-    add("--windows", nargs="+", type=clip_length, metavar="SECONDS", help="lengths of clips, of one step after another")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: the shipped latent model's")
+    one("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
+    add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="of clips; they take turns")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
     add("--batch", type=count, help="clips of the longest window in a step, all processes together")
-    add("--accumulate", type=count, help="parts that a process does its clips in, to save memory")
     add("--lr", type=within(1e-9, 1))
     add("--cooldown", type=within(0.01, 1), help="share of the steps, at the end, over which the rate falls to zero")
     add("--seed", type=within(0, 2**63, int))
@@ -785,61 +721,55 @@ def parse(argv):
     add("--compile", **flag, help="compile the transformer's blocks: faster after a minute or two")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--workers", type=count, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="threads that prepare clips")
-    add("--cache", **flag, help="decode (latent: encode) all music once, into the run's folder")
+    add("--cache", **flag, help="latent: encode all music once, into the run's folder")
     add("--minutes", type=within(0, math.inf), default=math.inf, help="save and stop after so long; --resume goes on")
     add("--save-every", type=count, metavar="STEPS", help="save, and validate, every so many steps")
     add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
-    add("--force", **flag, help="begin again in an --out that holds a run")
-    add("--export", metavar="FILE", help="write the run's small checkpoint, for sampling, and end")
     return parser.parse_args(argv)
 
 
 def settle(o):
     """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns that run's
     state, or None; and the Checkpoint that the network is taken from, the run's own or that of --init, or None."""
-    file = Path(o.out) / "model.pt"
-    resumed = bool(o.resume) and file.exists()
-    if file.exists() and not (o.resume or o.force):
-        raise UserError(f"{show(file)} exists: --resume goes on with it, --force begins again; or choose another --out")
-    if o.init and o.vae and not resumed:
-        raise UserError("--vae does not go with --init, whose checkpoint brings its own VAE: leave one of them out")
-    path = file if resumed else o.init
+    o.out = o.out or f"runs/{o.model}"
+    o.windows = o.windows and [round(seconds * SAMPLE_RATE / VAE.hop) * VAE.hop for seconds in o.windows]    # samples
+    file = Path(o.out) / "state.pt"
+    state = load_state(file, (o.model,)) if o.resume and file.exists() else None
+    if not state and any(file.parent.glob("*.pt")):
+        raise UserError(f"{o.out} holds a model: choose another --out; or --resume goes on, if state.pt is there")
+    path = file if state else o.init
     known = load_checkpoint(path, kinds=(o.model,)) if path else None
-    state = load_state(path) if resumed else None
-    if state and "settings" not in state:
-        raise UserError(f"{show(file)} is an export, no run to go on with: choose another --out, and --init this")
     settings = state["settings"] if state else {}
     for name, value in settings.items():
         if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
-            raise UserError(f"the run in {show(o.out)} has another --{name}: leave it out, or choose another --out")
+            raise UserError(f"the run in {o.out} has another --{name}: leave it out, or choose another --out")
     o.size = o.size or (known.size if known else "small")
     recipe = asdict(RECIPES[o.model][o.size])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"accumulate": 1, "seed": 0, **recipe, **settings}.items():
+    for name, value in {"seed": 0, "before": known.step if known else 0, **recipe, **settings}.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
-    if o.batch % (o.accumulate * WORLD):
-        raise UserError(f"--batch {o.batch} is no multiple of {WORLD} processes x --accumulate {o.accumulate}")
+    if o.batch % WORLD:
+        raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, known
 
 
 def survey(folders, window, flag):
     """{path: [frames, rate, channels]} of the files that clips of `window` samples can come from; says which are left
-    out, and why. Files shorter than the window are taken, and filled up with zeros, only if there are no others."""
+    out, and why."""
     paths = find_files(folders)
     with ThreadPoolExecutor(8) as pool:
         facts = dict(zip(paths, progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)))
     seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
     usable = {path: facts[path] for path in seconds if seconds[path] >= window / SAMPLE_RATE}
-    usable = usable or {path: facts[path] for path in seconds if seconds[path] >= MIN_SECONDS}
     for path in sorted(facts.keys() - usable.keys()):
-        say(f"  left out: {show(path)} ({f'too short, {seconds[path]:.2f} s' if path in seconds else facts[path]})")
+        say(f"  left out: {path} ({f'too short, {seconds[path]:.2f} s' if path in seconds else facts[path]})")
     if not usable:
-        raise UserError(f"{flag}: no usable wav, flac, ogg or mp3 file in {' '.join(map(show, folders))}: give another")
+        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s: give others, or shorter --windows")
     say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
     return usable
 
@@ -860,16 +790,15 @@ def music(o):
 
 def vae_for(o):
     """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model."""
-    found = load_checkpoint(o.vae or shipped("latent"), kinds=("vae", "latent"))
+    found = open_checkpoint("vae", o.vae)
     if not o.vae and found.size != o.size:
-        raise UserError(f"the shipped VAE is not of size {o.size}: run python train.py --model vae --size {o.size} "
-                        "first, and add --vae runs/vae/model.pt")
-    say(f"VAE: from {show(found.path)}, a {found.kind} checkpoint of size {found.size}, {found.step} steps")
+        raise UserError(f"the shipped VAE is not of size {o.size}: first train one, with --model vae, then give --vae")
+    say(f"VAE: from {found.path}, a {found.kind} checkpoint of size {found.size}, {found.step} steps")
     return found.vae or found.net
 
 
 def train(o):
-    """Prepare a run, and train. True if it is complete."""
+    """Prepare a run, and train."""
     state, known = settle(o)
     join_processes(o.device)
     make, _, presets = NETS[o.model]
@@ -887,42 +816,31 @@ def train(o):
     if o.model == "classifier":
         classes = known.classes if known else sorted(set(source.names))
         if not set(classes) & set(source.names):
-            names = ", ".join(map(show, classes))
-            raise UserError(f"--init: no folder of the music has the name of one of its classes, {names}: rename one")
+            raise UserError(f"--init: no folder has the name of one of its classes, {', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
 
     torch.manual_seed(o.seed)
-    objectives = {"vae": Autoencoding, "latent": partial(Denoising, vae=vae), "waveform": Denoising,
-                  "classifier": Classifying}
-    objective = objectives[o.model](make(config)).to(o.device)
+    objectives = {"vae": Autoencoding, "classifier": Classifying}
+    objective = objectives.get(o.model, partial(Denoising, vae=vae))(make(config)).to(o.device)
     if known:
         objective.net.load_state_dict(known.net.state_dict())
     elif o.model in ("latent", "waveform"):
         measure(o, objective, source)
-    if o.force and not state and RANK == 0:
-        (Path(o.out) / "model.pt").unlink(missing_ok=True)
-    if o.cache and o.data:
-        source = Cached(source, Path(o.out) / "cache", vae)
+    if o.cache and vae and o.data:
+        source = Latents(source, Path(o.out) / "cache", vae)
     if o.compile:
         torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
         for block in (module for module in objective.net.modules() if isinstance(module, dit.Block)):
             block.compile(dynamic=False)
-    make_clips = partial(Clips, draw=objective.draw, classes=classes, seed=o.seed)
-    clips = make_clips(source, o.windows, batch=o.batch)
-    validation = make_clips(held_out, [longest or max(o.windows)], stream=VALID, count=VALIDATED)
-    header = {"config": asdict(config), "classes": classes or None,
-              "before": known.step - (state["step"] if state else 0) if known else 0,
+    clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
+    validation = Clips(held_out, [longest or max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
+    header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
-    return Trainer(o, objective, clips, validation, header, state).fit()
+    Trainer(o, objective, clips, validation, header, state).fit()
 
 
 def main(argv=None):
-    o = parse(argv)
-    o.out = o.out or f"runs/{o.model}"
-    if o.export:
-        export(o.out, o.export)
-    else:
-        train(o)
+    train(parse(argv))
 
 
 if __name__ == "__main__":

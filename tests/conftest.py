@@ -18,7 +18,7 @@ def pytest_configure(config):
 
 
 def save_checkpoint(path, kind, net, vae=None, classes=None):
-    """Write an untrained network as train.py's export would."""
+    """Write an untrained network as a run of train.py would."""
     import torch                        # not earlier: the line above must come first
     carried = {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None
     torch.save({"format": 1, "kind": kind, "size": "tiny", "config": asdict(net.config), "ema": net.state_dict(), "step": 1,
