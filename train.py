@@ -428,10 +428,10 @@ def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
 
 
 def open_checkpoint(kind, path=None, device="cpu"):
-    """The one rule of all scripts: the file given, else the one that comes with this module. A VAE may be that of a
-    latent model. UserError for another kind of model."""
+    """The one rule of all scripts: the file given, else the one beside this module. A latent model's VAE is a VAE."""
     kinds = ("vae", "latent") if kind == "vae" else (kind,)
-    return load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
+    found = load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
+    return found if found.kind == kind else replace(found, kind=kind, net=found.vae, vae=None)
 
 
 # ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
@@ -445,14 +445,17 @@ class Autoencoding(nn.Module):
 
     def draw(self, rng, window):
         shape = self.net.config.latent_channels, -(-window // VAE.hop)
-        return {"noise": rng.standard_normal(shape, dtype=np.float32)}
+        return {"noise": rng.standard_normal(shape, dtype=np.float32),
+                "level": np.float32(autoencoder.LATENT_NOISE * rng.random())}
 
-    def forward(self, x, noise, **_):
-        reconstruction, mean, logvar = self.net(x, noise if self.training else None)
+    def forward(self, x, noise, level, **_):
+        noise, level = noise if self.training else None, level if self.adversarial else None
+        reconstruction, mean, logvar = self.net(x, noise, level)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
-        if self.training:
-            kl = autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
-            loss = loss + (self.contest(reconstruction, x) if self.adversarial else kl)
+        if self.training and self.adversarial:
+            loss = loss + autoencoder.band_loss(reconstruction, x) + self.contest(reconstruction, x)
+        elif self.training:
+            loss = loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
         signal, error = (y.detach().square().sum() + 1e-6 for y in (x, reconstruction.float() - x))
         return {"loss": loss, "SNR in dB": 10 * torch.log10(signal / error)}
 
@@ -561,7 +564,7 @@ class Trainer:
 
     def values(self, model, batch):
         """What the objective says of a batch. Times (float64, which some devices lack) and seeds stay on the CPU."""
-        o, moved = self.options, ("x", "noise", "label")
+        o, moved = self.options, ("x", "noise", "level", "label")
         with torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             return model(**{name: x.to(o.device) if name in moved else x for name, x in batch.items()})
 
@@ -707,9 +710,8 @@ def parse(argv):
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; default: the shipped latent model's")
-    one("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
+    add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; beside --init, one with another decoder")
+    add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
     add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="of clips; they take turns")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
@@ -738,7 +740,7 @@ def settle(o):
     if not state and any(file.parent.glob("*.pt")):
         raise UserError(f"{o.out} holds a model: choose another --out; or --resume goes on, if state.pt is there")
     path = file if state else o.init
-    known = load_checkpoint(path, kinds=(o.model,)) if path else None
+    known = open_checkpoint(o.model, path) if path else None
     settings = state["settings"] if state else {}
     for name, value in settings.items():
         if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
@@ -793,8 +795,7 @@ def vae_for(o):
     found = open_checkpoint("vae", o.vae)
     if not o.vae and found.size != o.size:
         raise UserError(f"the shipped VAE is not of size {o.size}: first train one, with --model vae, then give --vae")
-    say(f"VAE: from {found.path}, a {found.kind} checkpoint of size {found.size}, {found.step} steps")
-    return found.vae or found.net
+    return found.net
 
 
 def train(o):
@@ -811,6 +812,8 @@ def train(o):
     vae, classes = None, []
     if o.model == "latent":
         vae = (known.vae if known else vae_for(o)).to(o.device)
+        if known and o.vae and not state:
+            vae.decoder.load_state_dict(vae_for(o).decoder.state_dict())
         config = replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":

@@ -1,7 +1,8 @@
 """The autoencoder of the latent model: stereo audio to latents 128 times slower, and back (App. C.1).
 
 Eight ConvNeXt-1D layers [41] a side, with a factor of 2 in time after every layer but the first; trained on spectra,
-L1, L2 and a small KL; the decoder is then fine-tuned against a discriminator of complex spectra, encoder frozen.
+L1, L2 and a small KL; the decoder is then fine-tuned against a discriminator of complex spectra, encoder frozen, on
+latents with noise, since a diffusion model's are never quite right (that, and band_loss, are ours).
 
     vae = VAE(PRESETS["small"])
     latents = vae.encode(audio)        # (B, 2, samples) -> (B, C, ceil(samples / 128))
@@ -20,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 FFT_SIZES = (512, 1024, 2048, 4096)      # samples at 44.1 kHz: 12 to 93 ms
 SPECTRAL_WEIGHT, L1_WEIGHT, L2_WEIGHT, KL_WEIGHT = 1.0, 20.0, 50.0, 1e-4
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1.0, 5.0
+LATENT_NOISE = 0.3                       # of the latents' deviation, at most, while the decoder is fine-tuned
 # STFT magnitude (white noise of power 1 has 1) below which all is silence. Lower hears fainter hiss, but the empty
 # bins of clean synthetic music then drown the rest: 50 steps on such a clip end at an SNR of 6.7 dB with 1e-3,
 # 5.2 with 3e-4, 0.2 with 1e-4.
@@ -141,10 +143,12 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(audio.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
         return mean, logvar.clamp(-20, 10)                          # exp() stays finite in half precision
 
-    def forward(self, audio, noise=None):
-        """For training: reconstruction (B, 2, samples), mean, log-variance. noise (B, C, frames) None: the mean."""
+    def forward(self, audio, noise=None, level=None):
+        """For training: reconstruction (B, 2, samples), mean, log-variance. noise (B, C, frames) None: the mean; it has
+        the posterior's deviation, or `level` (B,) times that of the clip's own latents over time."""
         mean, logvar = self.posterior(audio)
-        z = mean if noise is None else mean + (logvar / 2).exp() * noise
+        deviation = (logvar / 2).exp() if level is None else level[:, None, None] * mean.std(2, keepdim=True)
+        z = mean if noise is None else mean + deviation * noise
         return self.decoder(z.transpose(1, 2)).transpose(1, 2)[..., :audio.shape[-1]], mean, logvar
 
     @torch.no_grad()
@@ -242,6 +246,20 @@ def stft_loss(reconstruction, audio):
         convergence = ((Y - X).square().mean((1, 2, 3)) + 1e-12).sqrt() / scale
         loss = loss + convergence.mean() + (Y.log() - X.log()).abs().mean()
     return loss / len(FFT_SIZES)
+
+
+def band_loss(reconstruction, audio):
+    """L1 of the log power in thirds of an octave and four STFT frames: as loud as the original where its phases, and so
+    its single bins, are out of reach. (B, 2, n) twice -> scalar. For the decoder's fine-tuning."""
+    return sum((band_powers(reconstruction, size) - band_powers(audio, size)).abs().mean() for size in (512, 2048)) / 2
+
+
+def band_powers(audio, size):
+    """Log power of left, right, mid and side: (B, 2, n) -> (B, 4, bands, about frames / 2)."""
+    _, band = (3 * torch.arange(1, size // 2 + 1).log2()).long().unique(return_inverse=True)     # of each bin above 0 Hz
+    band, power = band.to(audio.device), magnitudes(audio, size)[:, :, 1:].square()
+    total = power.new_zeros(*power.shape[:2], int(band.max()) + 1, power.shape[-1]).index_add(2, band, power)
+    return F.avg_pool2d(total / band.bincount()[:, None], (1, 4), stride=(1, 2)).log()
 
 
 def reconstruction_loss(reconstruction, audio):

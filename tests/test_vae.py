@@ -1,4 +1,6 @@
 """The autoencoder: rate, locality, chunking, normalisation, losses on extreme signals, and that it learns."""
+import math
+
 import pytest
 import torch
 
@@ -129,10 +131,13 @@ def test_decode_keeps_a_graph_only_for_latents_that_ask():
 
 
 def test_the_posterior_is_sampled_with_the_noise_given():
-    """z = mean + exp(logvar / 2) * noise."""
-    net, audio, noise = narrow_vae(), torch.randn(1, 2, 1280), torch.randn(1, 4, 10)
+    """z = mean + exp(logvar / 2) * noise; with a level, that much of the deviation of each clip's own latents."""
+    net, audio, noise = narrow_vae(), torch.randn(2, 2, 1280), torch.randn(2, 4, 10)
     reconstruction, mean, logvar = net(audio, noise)
     torch.testing.assert_close(reconstruction, net.decode(mean + (logvar / 2).exp() * noise))
+    level = torch.tensor([0.1, 0.3])
+    expected = net.decode(torch.stack([m + c * m.std(1, keepdim=True) * z for m, c, z in zip(mean, level, noise)]))
+    torch.testing.assert_close(net(audio, noise, level)[0], expected)
 
 
 @pytest.mark.parametrize("audio", [SILENCE, NOISE, SQUARE], ids=["silence", "noise", "square"])
@@ -143,11 +148,22 @@ def test_nothing_is_nan_for_extreme_audio(audio):
     real, fake = judge(audio), judge(reconstruction)
     loss = (vae.reconstruction_loss(reconstruction, audio) + vae.reconstruction_loss(reconstruction * 0, audio)
             + vae.kl(mean, logvar) + vae.discriminator_loss(real, fake) + vae.adversarial_loss(fake)
-            + vae.feature_matching(real, fake))
+            + vae.feature_matching(real, fake) + vae.band_loss(reconstruction, audio))
     loss.backward()
     assert reconstruction.isfinite().all() and loss.isfinite()
     for p in [*net.parameters(), *judge.parameters()]:
         assert p.grad is None or p.grad.isfinite().all()
+
+
+def test_the_band_loss_hears_levels_and_no_phases():
+    """Twice the amplitude is log 4 in every band; other noise of the same level is far nearer to it than by stft_loss;
+    the bands are thirds of an octave."""
+    noise = 0.1 * torch.randn(2, 2, 2, 2**15, generator=torch.Generator().manual_seed(0))
+    assert vae.band_loss(2 * noise[0], noise[0]) == pytest.approx(math.log(4), rel=1e-3)
+    assert vae.band_loss(*noise) < vae.stft_loss(*noise) / 2
+    tone = 0.1 * torch.sin(2 * torch.pi * 72 / 2048 * torch.arange(2**15)).expand(1, 2, -1)     # bin 72 of 64 to 80
+    bands = vae.band_powers(tone, 2048)[0, 0, :, 5:-5].mean(1)
+    assert bands.argmax() == 18 - 3 and bands.sort().values[-2] < bands.max() - 5        # bins 1 to 3 leave three empty
 
 
 def test_the_spectral_loss_of_silence_against_silence_is_zero():
