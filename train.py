@@ -107,7 +107,7 @@ def run(main, need_memory="lower --batch"):
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
         place = error.filename or "a file"
-        message, status = f"{place} cannot be read or written ({error.strerror}): free some space, or move it", 1
+        message, status = f"{place} cannot be read or written ({error.strerror}): free some space, or choose another", 1
     print(show(f"error: {message}"), file=sys.stderr)
     sys.exit(status)
 
@@ -441,7 +441,7 @@ class Autoencoding(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net, self.critic = net, autoencoder.Discriminator(net.config)
+        self.net, self.critic, self.adversarial = net, autoencoder.Discriminator(net.config), False
 
     def draw(self, rng, window):
         shape = self.net.config.latent_channels, -(-window // VAE.hop)
@@ -712,7 +712,7 @@ def parse(argv):
     add("--out", help="folder of the run; default: runs/MODEL")
     add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; beside --init, one with another decoder")
     add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
-    add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="of clips; they take turns")
+    add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="lengths of clips, in turns")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
     add("--batch", type=count, help="clips of the longest window in a step, all processes together")
@@ -736,7 +736,7 @@ def settle(o):
     o.out = o.out or f"runs/{o.model}"
     o.windows = o.windows and [round(seconds * SAMPLE_RATE / VAE.hop) * VAE.hop for seconds in o.windows]    # samples
     file = Path(o.out) / "state.pt"
-    state = load_state(file, (o.model,)) if o.resume and file.exists() else None
+    state = load_state(file) if o.resume and file.exists() else None
     if not state and any(file.parent.glob("*.pt")):
         raise UserError(f"{o.out} holds a model: choose another --out; or --resume goes on, if state.pt is there")
     path = file if state else o.init

@@ -9,7 +9,7 @@ any length, 5.94 s there and back). Then each row says what was reached, beside 
 after one warm-up each, and the medians over all rounds are divided. A model's yardstick is the rate of a large matrix
 product (GEMM) that takes turns with it. FLOPs are those of matrix products and convolutions, a multiply-add counted as
 two. Peak memory is what one call adds at its fullest: on CUDA from the allocator, on the CPU as the running sum of
-torch.profiler's allocation events. How long training waits for data (goal 6) is printed by train.py.
+torch.profiler's allocation events.
 """
 import argparse
 import contextlib

@@ -84,7 +84,9 @@ def test_a_clip_is_a_function_of_seed_and_number(music):
     batch, alone = make(0)([6, 4, 5]), make(0)([4])
     assert torch.equal(batch["x"][1], alone["x"][0]) and batch["u"][1] == alone["u"][0]
     for other in (make(1)([4]), make(0, train.VALID)([4]), make(0)([1])):
-        assert other["u"] != alone["u"]
+        assert other["u"] != alone["u"] and not torch.equal(other["x"], alone["x"])
+    spread = train.Clips(tracks, [2**12], lambda *_: {}, ["loud", "quiet"], 0, train.VALID, count=5)
+    assert spread(range(5))["label"].tolist() == [0, 0, 1, 1, 1]            # one of each file, all as long
     clips = train.Clips(tracks, [2**10, 2**12, 3000], lambda rng, window: {"n": window}, [], 0, batch=4)
     assert [len(clips.of_step(i)) for i in range(4)] == [16, 4, 4, 16]
     taken = [k for i in range(6) for k in clips.of_step(i)]
@@ -562,8 +564,10 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
         (tmp_path / name).write_bytes(content)
     torch.save({"kind": "vae", "weights": torch.zeros(2)}, tmp_path / "other.pt")
     torch.save({"format": 1, "kind": "vae", "code": Touch(tmp_path / "executed")}, tmp_path / "code.pt")
-    for name in ("cut.pt", "text.pt", "empty.pt", "other.pt", "code.pt", "missing.pt"):
-        with pytest.raises(train.UserError, match=name):
+    messages = {"cut.pt": "is damaged", "text.pt": "is damaged", "empty.pt": "is damaged", "code.pt": "is damaged",
+                "other.pt": "is no checkpoint", "missing.pt": "does not exist"}
+    for name, words in messages.items():
+        with pytest.raises(train.UserError, match=f"{name} {words}"):
             train.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
