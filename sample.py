@@ -314,10 +314,10 @@ def pairs(text):
     return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
 
 
-def parse(argv):
+def parse(argv, add_flags=Settings.add_flags):
     """The options; of those with a default of their own below, and of all Settings, None says: not given."""
     def refuse(message):
-        raise UserError(f"{message} (all flags: python sample.py --help)")
+        raise UserError(f"{message} (all flags: --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.error, add, length = refuse, p.add_argument, within(0.01, math.inf)
     add("--task", choices=TASKS, help="what to do")
@@ -336,7 +336,7 @@ def parse(argv):
     add("--listener", help="checkpoint of the classifier that --reference and --classes use (the one shipped)")
     add("--sampler", choices=("ddpm", "ddim"), help=f"Algorithm 1 or 2 ({Settings.sampler})")
     add("--steps", type=within(1, 100000, int), help=f"sampling steps ({Settings.steps})")
-    Settings.add_flags(add)
+    add_flags(add)
     add("--splice", type=within(0, 50), help="cross-fade in ms (30); 0: the model's output as it is")
     add("--num", type=within(1, 1000, int), default=1, help="variations (1)")
     add("--seed", type=within(0, 2**63, int), default=0, help="another one, other music (0)")
@@ -422,18 +422,18 @@ def guide_terms(o, checkpoint, listener, device):
     return guides
 
 
-def main(argv=None):
-    o = parse(argv)
+def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both for examples/stable_audio_open.py
+    o = parse(argv, add_flags)
     check(o)
     settings, paths, device = Settings.of(o, o.model), output_paths(o), pick_device(o.device)
-    checkpoint = open_checkpoint(o.model, o.checkpoint, device)
-    print(f"model: {checkpoint.path}, trained for {checkpoint.step} steps")
+    checkpoint = open_model(o, device) if open_model else open_checkpoint(o.model, o.checkpoint, device)
+    print(f"model: {checkpoint.path}" + ("" if checkpoint.step is None else f", trained for {checkpoint.step} steps"))
     edit, fade = Edit(checkpoint, *region(o, checkpoint)), SPLICE if o.splice is None else o.splice / 1000
     print(edit.times(fade))
     listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
     guides = guide_terms(o, checkpoint, listener, device)
     used = [path for path in (o.input, o.input2, o.reference, checkpoint.path, listener and listener.path) if path]
-    record = {"command": shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)]),
+    record = {"command": shlex.join(["python", *(sys.argv if argv is None else ["sample.py", *argv])]),
               "settings": asdict(settings), "times": edit.times(fade), "sha256": {path: digest(path) for path in used},
               "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
     from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate

@@ -354,13 +354,13 @@ class Checkpoint:
     net: nn.Module
     vae: VAE | None = None              # of a latent model
     classes: list | None = None         # of a classifier
-    step: int = 0                       # of model.pt, with those of the weights that the run began with
+    step: int = 0                       # of model.pt, with those of the weights that the run began with; None: unknown
     size: str = ""
     path: str = ""                      # of its file
 
     def __post_init__(self):
         latent, config = self.kind == "latent", self.net.config
-        self.hop = VAE.hop if latent else 1                                     # samples in a frame of model space
+        self.hop = self.vae.hop if latent else 1                                # samples in a frame of model space
         self.window = config.frames if latent else getattr(config, "samples", None)     # frames in the model's window
         self.channels = config.channels if latent else 2
 
