@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ("README.md", "checkpoints/README.md")
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$|`(python [^`]+)`", re.MULTILINE | re.DOTALL)       # fenced, or in a sentence
 RUN = {"sample.py": ["--steps", "1", "--num", "1"], "examples/synthetic.py": []}             # with these arguments more
-PARSED = ("train.py", "evaluate.py", "tests/sanity.py", "tests/benchmark.py")
+PARSED = ("train.py", "evaluate.py", "examples/stable_audio_open.py", "tests/sanity.py", "tests/benchmark.py")
 ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest -q")                       # .ci/ runs these
 
 
