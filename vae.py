@@ -249,17 +249,19 @@ def stft_loss(reconstruction, audio):
 
 
 def band_loss(reconstruction, audio):
-    """L1 of the log power in thirds of an octave and four STFT frames: as loud as the original where its phases, and so
-    its single bins, are out of reach. (B, 2, n) twice -> scalar. For the decoder's fine-tuning."""
-    return sum((band_powers(reconstruction, size) - band_powers(audio, size)).abs().mean() for size in (512, 2048)) / 2
+    """L1 of the log power in bands, (B, 2, n) twice -> scalar: as loud as the original at every moment, where its
+    phases, and so its single bins, are out of reach. For the decoder's fine-tuning."""
+    looks = (512, 3, 4), (2048, 3, 4), (512, 1, 1), (1024, 1, 1)    # FFT size, bands in an octave, frames together
+    return sum((band_powers(reconstruction, *look) - band_powers(audio, *look)).abs().mean() for look in looks) / 2
 
 
-def band_powers(audio, size):
-    """Log power of left, right, mid and side: (B, 2, n) -> (B, 4, bands, about frames / 2)."""
-    _, band = (3 * torch.arange(1, size // 2 + 1).log2()).long().unique(return_inverse=True)     # of each bin above 0 Hz
+def band_powers(audio, size, per_octave, together):
+    """Log power of left, right, mid and side: (B, 2, n) -> (B, 4, bands, about 2 frames / together)."""
+    bins = torch.arange(1, size // 2 + 1)                           # without 0 Hz
+    _, band = (per_octave * bins.log2()).long().unique(return_inverse=True)
     band, power = band.to(audio.device), magnitudes(audio, size)[:, :, 1:].square()
     total = power.new_zeros(*power.shape[:2], int(band.max()) + 1, power.shape[-1]).index_add(2, band, power)
-    return F.avg_pool2d(total / band.bincount()[:, None], (1, 4), stride=(1, 2)).log()
+    return F.avg_pool2d(total / band.bincount()[:, None], (1, together), stride=(1, max(1, together // 2))).log()
 
 
 def reconstruction_loss(reconstruction, audio):
