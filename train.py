@@ -453,7 +453,8 @@ class Autoencoding(nn.Module):
         reconstruction, mean, logvar = self.net(x, noise, level)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
         if self.training and self.adversarial:
-            loss = loss + autoencoder.band_loss(reconstruction, x) + self.contest(reconstruction, x)
+            loss = loss + autoencoder.BAND_WEIGHT * autoencoder.band_loss(reconstruction, x)
+            loss = loss + self.contest(reconstruction, x)
         elif self.training:
             loss = loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
         signal, error = (y.detach().square().sum() + 1e-6 for y in (x, reconstruction.float() - x))
