@@ -4,8 +4,8 @@
     python evaluate.py --figure2 latent=runs/latent waveform=runs/waveform original=test/ --region 2 4
     python evaluate.py --votes votes-*.csv
 
-page.html, beside this file, is the template of both; `fill` puts in what is seen and heard. Sound is FLAC, or MP3 where a
-page would grow too large: every browser decodes both by itself, so a page is one file that loads nothing else.
+page.html, beside this file, is the template of both; `fill` puts in what is seen and heard. Sound is FLAC, or MP3 where
+a page would grow too large: every browser decodes both by itself, so a page is one file that loads nothing else.
 """
 import base64
 import csv
@@ -27,10 +27,11 @@ from train import SAMPLE_RATE, UserError, find_files, random_numbers, read_audio
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LOSSLESS = 60                                                # seconds, of all versions together, that go in as FLAC
-BESIDE, IN_LOOP = 2.0, 1.0                                   # seconds beside the new audio: shown at least; in the loop
+BESIDE, IN_LOOP, CONTEXT = 2.0, 1.0, 4.0                     # seconds beside what is new: shown, at least; in the loop;
+                                                             # in a blind test
 FREQUENCIES = [(text, 1 - math.log(f / LOWEST) / math.log(HIGHEST / LOWEST))         # share of the height, from the top
                for text, f in (("10 kHz", 1e4), ("1 kHz", 1e3), ("100 Hz", 1e2))]
-HELP = "Keys: space plays and pauses, {} switch versions on the spot, L loops, the arrows go a second back or forth, {}."
+HELP = "Keys: space plays and pauses, {} switch versions on the spot, L loops, arrows go a second back or forth, {}."
 FIELDS, ANSWERS = ["page", "listener", "question", "answer"], ("A", "neither", "B")  # of a csv, as page.html writes it
 
 
@@ -65,11 +66,11 @@ def outline(audio, peak, columns=1000):
     return "M" + " ".join(f"{100 * x / columns:.1f},{y:.1f}" for x, y in points) + "Z"
 
 
-def listen(begin, end, total, mark, wave, outside=()):
+def listen(begin, end, total, mark, wave):
     """What the template calls an item, all but its versions: those last from second `begin` to `end` of a track of
-    `total` seconds and differ in `mark`; wave: the outline of the whole; outside: the number of its sound, if needed."""
+    `total` seconds and differ in `mark`; wave: the outline of the whole, whose sound may be added to "outside"."""
     loop = max(begin, mark[0] - IN_LOOP), min(end, mark[1] + IN_LOOP)
-    return {"from": begin, "to": end, "total": total, "mark": mark, "loop": loop, "wave": wave, "outside": list(outside)}
+    return {"from": begin, "to": end, "total": total, "mark": mark, "loop": loop, "wave": wave, "outside": []}
 
 
 # ---- sample.py --page -----------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ def find_pairs(systems, rng, limit):
 def test_page(out, systems, region=None, seed=0, limit=100):
     """Write figure2.html in `out`, and beside it figure2.json, which alone knows who is A and who is B.
 
-    systems, limit: see find_pairs. region: seconds (first, last) that were generated, else all; with 4 s beside it, the
-    same part of both files is heard, at the same level.
+    systems, limit: see find_pairs. region: seconds (first, last) that were generated, else all; with CONTEXT beside it
+    the same part of both files is heard, at the same level.
     """
     folders, asked = find_pairs(systems, random_numbers(seed, 0), limit)
     questions, items, audio = [], [], []
@@ -165,15 +166,18 @@ def test_page(out, systems, region=None, seed=0, limit=100):
         first, last = (round(second * SAMPLE_RATE) for second in region or (0, n / SAMPLE_RATE))
         if not 0 <= first < last <= n:
             raise UserError(f"--region must lie within the {n / SAMPLE_RATE:.3f} s of {' and '.join(files.values())}")
-        begin, end = max(0, first - 4 * SAMPLE_RATE), min(n, last + 4 * SAMPLE_RATE)
+        beside = round(CONTEXT * SAMPLE_RATE)
+        begin, end = max(0, first - beside), min(n, last + beside)
         mark = (first - begin) / SAMPLE_RATE, (last - begin) / SAMPLE_RATE
         versions = [{"name": name, "about": "", "sound": len(audio) + i} for i, name in enumerate("AB")]
-        items.append(listen(0, (end - begin) / SAMPLE_RATE, (end - begin) / SAMPLE_RATE, mark, "") | {"versions": versions})
+        total = (end - begin) / SAMPLE_RATE
+        items.append(listen(0, total, total, mark, "") | {"versions": versions})
         questions.append({"clip": clip, **dict(zip("AB", files))})
         audio += same_level(torch.stack([track[:, begin:end] for track in tracks]))
     lossless = sum(x.shape[-1] for x in audio) <= LOSSLESS * SAMPLE_RATE
     sounds = [encode(x, lossless) for x in audio]
-    key = {"page": identity(questions, sounds), "systems": folders, "region": region, "seed": seed, "questions": questions}
+    key = {"page": identity(questions, sounds), "systems": folders, "region": region, "seed": seed,
+           "questions": questions}
     keys = HELP.format("1 and 2", "A, N and B answer, comma and point go to another pair, S saves the answers as a csv")
     out.mkdir(parents=True, exist_ok=True)
     fill(out / "figure2.html", {
@@ -211,8 +215,8 @@ def read_votes(path, key):
     if doubled := sorted({number for number in numbers if numbers.count(number) > 1}):
         raise UserError(f"{path} has doubled votes: of question {', '.join(doubled)}")
     if list(numbers) != expected or len(set(listeners)) != 1 or set(answers) - {*ANSWERS, ""}:
-        raise UserError(f"{path} is damaged: it must have a line for each of {len(expected)} questions, of one listener, "
-                        f"with the answer {', '.join(ANSWERS)} or none")
+        raise UserError(f"{path} is damaged: it must have a line for each of {len(expected)} questions, by one listener"
+                        f", with the answer {', '.join(ANSWERS)} or none")
     return listeners[0], answers
 
 
@@ -278,25 +282,28 @@ def count_votes(out, paths):
 def row_of(pair, wins, ties, losses):
     """The figures of one system against another."""
     low, high = interval(wins, losses)
-    return {"system": pair[0], "against": pair[1], "wins": wins, "ties": ties, "losses": losses, "low": low, "high": high,
-            "share": wins / (wins + losses) if wins + losses else None, "p": sign_test(wins, losses)}
+    share = wins / (wins + losses) if wins + losses else None
+    return {"system": pair[0], "against": pair[1], "wins": wins, "ties": ties, "losses": losses,
+            "share": share, "low": low, "high": high, "p": sign_test(wins, losses)}
 
 
 def bars(rows):
     """Figure 2 as SVG, a bar per pair of systems: wins of the one, ties, wins of the other."""
     most, drawn = max(1, *(row["wins"] + row["ties"] + row["losses"] for row in rows)), []
 
-    def write(x, y, anchor, text, colour="#22232a"):
-        drawn.append(f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" fill="{colour}">{html.escape(str(text))}</text>')
+    def write(x, y, anchor, text, ink="#22232a"):
+        drawn.append(f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" fill="{ink}">{html.escape(str(text))}</text>')
     write(400, 24, "middle", "wins, ties, and wins of the other, in blind comparisons")
     for i, row in enumerate(rows):
         x, y = 200.0, 40 + 40 * i
         write(190, y + 18, "end", row["system"])
-        for name, colour, ink in (("wins", "#a8402a", "#fff"), ("ties", "#d6d2ca", "#22232a"), ("losses", "#3b5f86", "#fff")):
+        for name, colour, ink in (
+                ("wins", "#a8402a", "#fff"), ("ties", "#d6d2ca", "#22232a"), ("losses", "#3b5f86", "#fff")):
             width = 400 * row[name] / most
             drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="26" fill="{colour}"/>')
             write(x + width / 2, y + 18, "middle", row[name] or "", ink)
             x += width
         write(x + 10, y + 18, "start", row["against"])
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{60 + 40 * len(rows)}" font-family="sans-serif" '
-            'font-size="14"><rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(drawn) + "\n</svg>\n")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{60 + 40 * len(rows)}" font-size="14" '
+            'font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>\n'
+            + "\n".join(drawn) + "\n</svg>\n")

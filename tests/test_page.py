@@ -7,10 +7,12 @@ import json
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import time
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +188,61 @@ def test_the_page_of_an_edit_holds_all_versions_and_loads_nothing(edited):
     assert len(page.TEMPLATE.read_text().splitlines()) <= 250
 
 
+@pytest.mark.parametrize("names, task, seconds, mark", [
+    ("Variation 1", ["unconditional", "--length", "1"], 1, (0, 1)),
+    ("Before Variation 1", ["continuation", "--input", "mono.flac", "--start", "1.5", "--length", "1"], 2.5, (1.5, 2.5)),
+    ("Before Variation 1", ["continuation", "--input", "mono.flac", "--length", "1", "--output", "out.flac"], 3, (2, 3)),
+    ("Before Variation 1", ["infill", "--input", "mono.flac", "--start", "1", "--end", "1.2", "--splice", "0"], 2, (1, 1.2)),
+    ("Before Variation 1", ["transition", "--input", "mono.flac", "--input2", "mono.flac", "--fade", "0.5"], 3.5, (1.5, 2))])
+def test_every_task_has_a_page(names, task, seconds, mark, edited, tmp_path, monkeypatch):
+    """Mono at 48 kHz, flac, longer than before, and with no track before at all; a page that is there is not lost."""
+    t = np.arange(2 * 48000) / 48000
+    sf.write(tmp_path / "mono.flac", 0.2 * np.sin(2 * np.pi * 220 * t) * np.sin(9 * t) + 0.1 * np.sin(2 * np.pi * 331 * t), 48000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "LOSSLESS", 1.0)
+    monkeypatch.setattr(page, "BESIDE", 0.1)
+    arguments = ["--task", *task, "--checkpoint", str(edited.with_name("latent.pt")), "--steps", "1", "--page"]
+    sample.main(arguments)
+    made, = tmp_path.glob("*.html")
+    item, = data_of(made)["items"]
+    assert [version["name"] for version in item["versions"]] == re.findall(r"Before|Variation \d", names)
+    assert item["total"] == pytest.approx(seconds) and item["mark"] == pytest.approx(mark, abs=0.004)
+    lengths = [sound.shape[-1] / 44100 for sound in sounds_of(made)]
+    assert lengths[:len(item["versions"])] == pytest.approx([item["to"] - item["from"]] * len(item["versions"]), abs=1e-3)
+    assert lengths[len(item["versions"]):] == pytest.approx([seconds] * len(item["outside"]), abs=1e-3)
+    if "--splice" in task:                                   # then all that the model heard is new too
+        assert item["from"] < 0.83 and item["to"] > 1.36
+    elif item["outside"]:
+        assert item["to"] - item["from"] < 1.3
+    before, after = (sounds_of(made)[i][0] for i in (0, len(item["versions"]) - 1))
+    if len(item["versions"]) > 1:
+        a = round((item["mark"][0] - item["from"]) * 44100)
+        assert not np.array_equal(before[a + 100:a + 5000], after[a + 100:a + 5000])
+        assert "1.5" not in task or np.abs(before[a:a + 20000]).max() > 0.1              # what was there, though cut off
+        assert "--splice" in task or np.allclose(before[:a - 1500], after[:a - 1500], atol=0.02)
+    for path in {*tmp_path.iterdir()} - {made, tmp_path / "mono.flac"}:
+        path.unlink()
+    with pytest.raises(train.UserError, match="html exists"):
+        sample.main(arguments)
+
+
+def test_a_tone_is_bright_at_its_label_and_loud_in_its_outline(tmp_path):
+    """1 kHz in the right row of the picture, which comes back from the PNG; the outline reaches as far as the samples."""
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(44100) / 44100).expand(2, -1) * torch.linspace(0, 1, 44100)
+    level = page.spectrogram(tone.T.numpy(), 44100, 1)
+    share = dict(page.FREQUENCIES)["1 kHz"]
+    assert level[:, 800].argmax() == pytest.approx(share * len(level), abs=3)
+    entries = page.picture(level, level.max())
+    data = page.png(entries, page.palette())
+    width, height = struct.unpack(">II", data[16:24])
+    start = data.index(b"IDAT") + 4
+    rows = np.frombuffer(zlib.decompress(data[start:data.index(b"IEND") - 8]), np.uint8).reshape(height, width + 1)
+    assert np.array_equal(rows[:, 1:], entries) and entries.max() >= 250 and not rows[:, 0].any()
+    heights = np.array([float(y) for y in re.findall(r",([\d.]+)", page.outline(tone, 1.0))])
+    assert heights.min() == pytest.approx(2, abs=0.2) and heights.max() == pytest.approx(98, abs=0.2)
+    assert len(heights) == 2000 and abs(heights[0] - 50) < 0.5 and np.argmin(heights) > 950
+
+
 def test_versions_switch_at_the_same_sample_and_the_region_loops(edited, browser):
     """Recorded from the loudspeakers while keys are pressed: the time goes on through every switch, without a gap, and
     at the end of the loop jumps back to its start."""
@@ -233,6 +290,7 @@ def test_beyond_the_excerpt_the_track_goes_on_in_step(tmp_path, browser, monkeyp
     on = np.flatnonzero(np.abs(sound[:, 0]) > 0.05)
     for part in np.split(on, np.flatnonzero(np.diff(on) > 500) + 1):
         tone = sound[part[0] + 1000:part[-1] - 1000, 0]
+        assert len(tone) > 0.7 * 44100
         assert np.abs(np.diff(tone)).max() < 1.1 * 0.4 * 2 * np.pi * 220 / 44100
 
 
@@ -337,7 +395,22 @@ def test_the_blind_test_is_blind_level_matched_and_in_random_order(tests, tmp_pa
     assert again == key and (tmp_path / "again" / "figure2.html").read_bytes() == path.read_bytes()
     order = [question["A"] for question in key["questions"]]
     assert other["page"] != key["page"] and [question["A"] for question in other["questions"]] != order
+    systems, clips = list(key["systems"]), [clip for clip, _ in asked]
+    assert {systems.index(question["A"]) < systems.index(question["B"]) for question in key["questions"]} == {True, False}
+    assert sum(one != two for one, two in zip(clips, clips[1:])) > 2                   # not clip after clip
     assert len(write_test(tests, tmp_path / "few", "--clips", "1")["questions"]) == 3
+
+
+def test_of_long_files_the_region_and_its_context_are_heard(tests, tmp_path, monkeypatch):
+    """The same seconds of both."""
+    monkeypatch.setattr(page, "CONTEXT", 0.5)
+    key = write_test(tests, tmp_path, "--clips", "1")
+    sounds, items = sounds_of(tmp_path / "figure2.html"), data_of(tmp_path / "figure2.html")["items"]
+    for item, question in zip(items, key["questions"]):
+        assert item["mark"] == [0.5, 1.5] and item["total"] == 2
+        for name, version in zip("AB", item["versions"]):
+            file = sf.read(tests / question[name] / f"{question['clip']}.wav")[0].T[0, 22050:22050 + 88200]
+            assert np.corrcoef(sounds[version["sound"]][0], file)[0, 1] > 0.999
 
 
 def test_a_listener_votes_reloads_and_saves_what_votes_reads(tests, browser, capsys):
