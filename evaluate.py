@@ -1,7 +1,8 @@
-"""Table 1 and Figure 1 for any model, and the metrics behind them: Sect. 4.2 and 4.3.
+"""Table 1 and Figures 1 and 2 for any model, and the metrics behind them: Sect. 4.2 to 4.4.
 
     python evaluate.py --model latent --data path/to/test --reference path/to/train
     python evaluate.py --generated edited/ --originals test/ --reference path/to/train     # any other system's files
+    python evaluate.py --figure2 ours=edited/ original=test/                # Figure 2, a blind test: examples/page.py
 
 Each clip's measurements are a small file under --out: an interrupted run goes on where it stopped, processes share the
 work, and neither the order of clips nor the size of batches enters a figure. A run measures one sampler; runs with the
@@ -26,10 +27,12 @@ from torch import nn
 import sample
 import tasks
 import train
+from examples import page
 from tasks import PASST_FILE, PASST_PRESETS, PaSST, full_precision, load_official, mel_triangles, resample
 from train import SAMPLE_RATE, UserError
 
 VGGISH_FILE = "vggish-10086976.pth, published on GitHub by harritaylor/torchvggish, release v0.1"
+say_once = functools.cache(train.say)
 
 
 # ---- VGGish [27], the listener of FAD -------------------------------------------------------------------------------
@@ -218,11 +221,6 @@ def hear_reference(lengths, listeners, options, out, device):
 # ---- excerpts, (path, first sample, samples) at 44.1 kHz ------------------------------------------------------------
 
 @functools.cache
-def say_once(text):
-    train.say(text)
-
-
-@functools.cache
 def code_hash():
     """Of the modules beside this one: what other code has measured is measured again."""
     modules = sorted(Path(__file__).parent.glob("*.py"))
@@ -362,15 +360,12 @@ def white_noise(clips):
     return drawn.to(clips.x.device) * clips.x.square().mean((1, 2), keepdim=True).sqrt()
 
 
-def repeated(clips):
-    """(B, 2, window): what comes before the region, again and again."""
-    return clips.x[..., torch.arange(clips.x.shape[-1]) % clips.span.a]
-
-
 GENERATED = Row("Generated", ("files",), lambda clips: clips.other)
 TEST_SET = Row("Test set", (*TASKS, "files"), lambda clips: clips.x)
-FILLERS = (filler("Silence", TASKS, lambda clips: torch.zeros_like(clips.x)), filler("White noise", TASKS, white_noise),
-           filler("Context repeated", EDITED, repeated), filler("Another track", EDITED, lambda clips: clips.other))
+FILLERS = (
+    filler("Silence", TASKS, lambda clips: torch.zeros_like(clips.x)), filler("White noise", TASKS, white_noise),
+    filler("Context repeated", EDITED, lambda clips: clips.x[..., torch.arange(clips.x.shape[-1]) % clips.span.a]),
+    filler("Another track", EDITED, lambda clips: clips.other))
 
 
 def model_rows(checkpoint, listeners, options):
@@ -521,7 +516,7 @@ def parse(argv):
     add("--model", choices=("latent", "waveform"), default="latent")
     add("--checkpoint", help="of the model (the one shipped)")
     add("--data", help="folder of test music")
-    add("--reference", required=True, help="folder of training music")
+    add("--reference", help="folder of training music")
     add("--generated", help="folder of edited clips made by any system, to be compared with those of the same name in")
     add("--originals", help="this folder")
     add("--region", type=float, nargs=2, metavar=("START", "END"), help="seconds of --generated that were generated")
@@ -537,11 +532,14 @@ def parse(argv):
     add("--batch", type=whole, default=8)
     add("--seed", type=train.within(0, 2**63, int), default=0)
     add("--device", default="auto")
-    add("--out", type=Path, help="default runs/evaluate-MODEL; what is measured there already is kept")
+    add("--figure2", nargs="+", metavar="NAME=FOLDER", help="a page to compare these systems' clips by ear, blindly")
+    add("--votes", nargs="+", metavar="FILE", help="files that listeners saved there: who was preferred")
+    add("--out", type=Path, help="default runs/evaluate-MODEL, runs/figure2; what is measured there already is kept")
     options = parser.parse_args(argv)
-    if bool(options.generated) != bool(options.originals) or bool(options.generated) == bool(options.data):
+    blind, files = options.figure2 or options.votes, bool(options.generated)
+    if not blind and (not options.reference or files != bool(options.originals) or files == bool(options.data)):
         raise UserError("give either --data, test music for the model to edit, or both --generated and --originals: "
-                        "files that any system edited, and what they were made from")
+                        "files that any system edited, and what they were made from; and --reference, training music")
     return options
 
 
@@ -573,6 +571,8 @@ def plan_tasks(options, checkpoint):
 
 def main(argv=None):
     options = parse(argv)
+    if options.figure2 or options.votes:
+        return page.figure2(options)
     device = train.pick_device(options.device)
     train.join_processes(device)
     listeners = Listeners(options, device)

@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 import guidance
 import tasks
 import vae
+from examples import page
 from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, within,
                    write_atomic)
 
@@ -76,8 +76,7 @@ class Settings:
     @classmethod
     def of(cls, options, kind):
         """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
-        flags = {this.name: getattr(options, this.name) for this in fields(cls)}
-        given = {name: value for name, value in flags.items() if value is not None}
+        given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name)) is not None}
         preset = {"xi": XI[kind], "gamma": GAMMA[kind]}
         if options.as_printed:
             scale = given.get("steps", cls.steps) / XI_STEPS                           # undoes that of `generate`
@@ -277,8 +276,7 @@ def write_track(path, track):
 
 
 def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def output_paths(o):
@@ -289,7 +287,7 @@ def output_paths(o):
     if first.suffix.lower() not in (".wav", ".flac") or first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
         raise UserError(f"--output {first} must end in .wav, or in .flac (but not with --subtype FLOAT)")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
-    for path in (path for audio in paths for path in (audio, audio.with_suffix(".json"))):
+    for path in paths + [path.with_suffix(".json") for path in paths] + [first.with_suffix(".html")] * o.page:
         if path.exists() and not o.force:
             raise UserError(f"{path} exists; choose another --output, or overwrite it with --force")
     try:
@@ -343,6 +341,7 @@ def parse(argv, add_flags=Settings.add_flags):
     add("--device", default="auto", help="cpu, cuda, mps (the fastest)")
     add("--output", help="wav or flac (beside the input)")
     add("--subtype", choices=("PCM_16", "PCM_24", "FLOAT"), help="(the input's; FLOAT if it was compressed)")
+    add("--page", action="store_true", help="write a page too, to see, hear and choose: the same name, .html")
     add("--force", action="store_true", help="overwrite")
     return p.parse_args(argv)
 
@@ -439,7 +438,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
     from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths):
-        began, generator = time.time(), torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
+        generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
         bar = tqdm(total=settings.steps * (1 + settings.revisits) * len(edit.spans), unit="step", dynamic_ncols=True)
 
         def progress(step):
@@ -450,10 +449,11 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
         bar.close()
         track = Track(edit.splice(audio[0].cpu(), fade, limit=subtype in PCM_BITS), rate, subtype)
         write_track(path, track)
-        text = json.dumps(record | {"variation": i, "output": str(path)}, indent=1)
+        text = json.dumps(record | {"variation": i, "seed": o.seed, "output": str(path)}, indent=1)
         write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}, of which {(edit.end - edit.a) / rate:.2f}"
-              f" s are new; it took {time.time() - began:.1f} s")
+        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}")
+    if o.page:
+        page.edit_page(paths, Track.read(o.input) if o.task == "continuation" else edit.track, edit, fade)
 
 
 if __name__ == "__main__":

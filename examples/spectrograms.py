@@ -3,7 +3,8 @@
     python examples/spectrograms.py before.wav after.wav examples/continuation.png --mark 8
 
 Frequency is logarithmic, 50 Hz to 16 kHz upwards; brightness is the level in dB, the same scale for both; time, from
-left to right, is that of the longer file. --mark draws a vertical line at that second.
+left to right, is that of the longer file. --mark draws a vertical line at that second. page.py has its pictures from
+here too.
 """
 import argparse
 import struct
@@ -20,9 +21,8 @@ COLOURS = (0, 0, 8), (60, 15, 110), (160, 40, 110), (235, 100, 50), (252, 190, 6
 LINE = 255                                              # palette entry of the mark
 
 
-def spectrogram(path, seconds):
-    """Level in dB, (HEIGHT, WIDTH), highest frequency on top, of a file; -inf where it has ended."""
-    audio, rate = soundfile.read(path, always_2d=True)
+def spectrogram(audio, rate, seconds):
+    """Level in dB, (HEIGHT, WIDTH), highest frequency on top, of audio (n, channels); -inf where it has ended."""
     audio = np.pad(audio.mean(1), FFT)
     middles = (np.arange(WIDTH) + 0.5) / WIDTH * seconds * rate                 # samples, of the columns
     starts = np.minimum(middles.astype(int) + FFT // 2, len(audio) - FFT)
@@ -34,6 +34,11 @@ def spectrogram(path, seconds):
     level = 10 * np.log10(np.diff(sums, axis=1) / np.diff(edges) + 1e-12)       # (WIDTH, HEIGHT): mean power of a row
     level[middles > len(audio) - 2 * FFT] = -np.inf
     return level.T[::-1]
+
+
+def picture(level, top):
+    """Entries of the palette (HEIGHT, WIDTH) uint8 for levels in dB: `top` is the brightest."""
+    return ((LINE - 1) * np.clip((level - top) / RANGE + 1, 0, 1)).astype(np.uint8) // 4 * 4
 
 
 def palette():
@@ -60,11 +65,11 @@ def main(argv=None):
         parser.add_argument(name)
     parser.add_argument("--mark", type=float, metavar="SECONDS", help="a vertical line at this time")
     args = parser.parse_args(argv)
-    infos = [soundfile.info(path) for path in (args.before, args.after)]
-    seconds = max(info.frames / info.samplerate for info in infos)
-    levels = [spectrogram(path, seconds) for path in (args.before, args.after)]
+    files = [soundfile.read(path, always_2d=True) for path in (args.before, args.after)]
+    seconds = max(len(audio) / rate for audio, rate in files)
+    levels = [spectrogram(audio, rate, seconds) for audio, rate in files]
     top = max(level.max() for level in levels)
-    images = [((LINE - 1) * np.clip((level - top) / RANGE + 1, 0, 1)).astype(np.uint8) // 4 * 4 for level in levels]
+    images = [picture(level, top) for level in levels]
     if args.mark is not None:
         for image in images:
             image[:, min(WIDTH - 1, round(args.mark / seconds * WIDTH))] = LINE
