@@ -61,17 +61,15 @@ def v_loss(model, x_0, t, eps, weigh=None):
     return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
 
 
-def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0, gamma=0.0):
+def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):
     """Algorithm 1, one update t -> s: a draw from p(x_s | x_t), moved against the guidance gradient.
 
     x_t, x0_hat, noise (B, C, n); 0 <= s < t <= 1; xi_gradient is xi times the gradient of d, 0 without guidance.
-    gamma in [0, 1): 0 is the algorithm as printed, whose variance is exact if x0_hat is; towards 1 it goes to the one
-    that is exact for x_0 ~ N(0, I) (Ho et al., 2020): more noise, for a model that knows little of x_0.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
     fresh = 1 - (alpha_t / alpha_s) ** 2
     # App. B.1 prints sigma_{t->s} as the variance; Algorithm 1 multiplies eps by it. Take the root.
-    sigma_ts = (sigma_s / sigma_t) ** (1 - gamma) * fresh.sqrt()
+    sigma_ts = sigma_s / sigma_t * fresh.sqrt()
     x_s = (_for_clips(alpha_s / sigma_t**2 * fresh, x_t) * x0_hat
            + _for_clips(alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), x_t) * x_t
            + _for_clips(sigma_ts, x_t) * noise)

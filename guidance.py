@@ -108,23 +108,21 @@ def guided_estimate(model, x_t, t, terms):
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.0, revisits=0, generator=None,
-           callback=None):
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, revisits=0, generator=None, callback=None):
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0 leaves projection alone, and builds no graph
-    gamma      more noise in the steps of Algorithm 1, in [0, 1): see ddpm_step
     revisits   after each step go back and repeat it, so many times (RePaint, Lugmayr et al., 2022)
     generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
     callback   called with a Step after each update
     Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
 
     The algorithms as printed are run for terms with project="x_t". The tasks' default, "x0_hat", departs from them
-    twice, and so do gamma and revisits above 0; a comment stands at each of the four.
+    twice, and so do revisits above 0; a comment stands at each of the three.
     """
     terms = task.terms if task else ()
-    _check(x_T, terms, sampler, xi, gamma, revisits, generator)
+    _check(x_T, terms, sampler, xi, revisits, generator)
     xi = xi or 0.0
     times = time_steps(steps, task.t_T if task else 1.0)
     x_t = x_T
@@ -133,11 +131,11 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, gamma=0.
             for visit in range(1 + revisits):
                 if visit:      # departure: from s back to t, so that the new audio and the context can agree
                     x_t = forward_step(x_t, s, t, draw_noise(x_t, generator))
-                x_t = _update(model, x_t, t, s, terms, sampler, xi, gamma, generator, callback)
+                x_t = _update(model, x_t, t, s, terms, sampler, xi, generator, callback)
     return x_t
 
 
-def _update(model, x_t, t, s, terms, sampler, xi, gamma, generator, callback):
+def _update(model, x_t, t, s, terms, sampler, xi, generator, callback):
     """One iteration of either algorithm, from x_t to x_s."""
     x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
     for term in terms:
@@ -146,8 +144,8 @@ def _update(model, x_t, t, s, terms, sampler, xi, gamma, generator, callback):
             x0_hat = data_consistency(x0_hat, term.y, term.A)
             # departure: so is the gradient; what y determines is left to y
             gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
-    if sampler == "ddpm":      # departure: gamma > 0 adds more noise than is printed
-        x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient, gamma)
+    if sampler == "ddpm":
+        x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
     else:
         x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
     if callback:               # Algorithm 2 moves eps_hat by sigma_t of the gradient, of which x_s takes sigma_s
@@ -197,15 +195,13 @@ def frozen(*modules):
             p.requires_grad_(True)
 
 
-def _check(x_T, terms, sampler, xi, gamma, revisits, generator):
+def _check(x_T, terms, sampler, xi, revisits, generator):
     if sampler not in ("ddpm", "ddim"):
         raise ValueError(f'sampler must be "ddpm" or "ddim", not {sampler!r}')
     if terms and xi is None:
         raise ValueError("xi is missing: a task with guidance terms needs a step size (0 for projection alone)")
     if xi is not None and not xi >= 0:
         raise ValueError(f"xi must not be negative, not {xi}")
-    if not 0 <= gamma < 1:
-        raise ValueError(f"gamma must lie in [0, 1), not {gamma}")
     if revisits < 0:
         raise ValueError(f"revisits must not be negative, not {revisits}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):

@@ -37,9 +37,8 @@ USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], 
         **dict.fromkeys(("k", "start_from"), FROM_X_BAR), **dict.fromkeys(("input2", "fade"), EDITS[3:])}
 XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
-GAMMA = {"latent": 0.6, "waveform": 0.0}                     # of ddpm_step
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
-AS_PRINTED = {"sampler": "ddpm", "gamma": 0.0, "k": 0.85, "start_from": "paper", "project": "x_t", "equalise": False}
+AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "equalise": False}
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE = 0.25, 0.03                                  # seconds: too little context to go on from; a cross-fade
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -54,11 +53,10 @@ def flag(default, text, **kind):
 
 @dataclass
 class Settings:
-    """How to sample. The defaults, by measurement, are said here; xi and gamma are by kind of model, see `of`."""
+    """How to sample. The defaults, by measurement, are said here; xi is by kind of model, see `of`."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform 0.05", type=within(0, 1e9))
-    gamma: float = flag(GAMMA["latent"], "ddpm: more noise in each step; waveform, paper: 0", type=within(0, 0.99))
     k: float = flag(0.6, "regenerate, transition: share of noise", type=within(0.01, 1))
     start_from: str = flag("matched", "regenerate, transition: see tasks.regenerate", choices=("paper", "matched"))
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
@@ -77,14 +75,12 @@ class Settings:
     def of(cls, options, kind):
         """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
         given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name)) is not None}
-        preset = {"xi": XI[kind], "gamma": GAMMA[kind]}
+        preset = {"xi": XI[kind]}
         if options.as_printed:
             scale = given.get("steps", cls.steps) / XI_STEPS                           # undoes that of `generate`
             preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * scale}
             for name in sorted(given.keys() & preset.keys()):
                 raise UserError(f"--{name.replace('_', '-')} is set by --as-printed: leave one of them out")
-        elif "gamma" in given and given.get("sampler", cls.sampler) != "ddpm":
-            raise UserError("--gamma does nothing here: it is for --sampler ddpm")
         return cls(**preset | given)
 
 
@@ -110,7 +106,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
                                     weight=settings.xi, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(
-            model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi, gamma=settings.gamma,
+            model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
             revisits=settings.revisits, generator=generator, callback=callback)
         done = last
     return x

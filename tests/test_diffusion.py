@@ -53,8 +53,7 @@ def test_last_step_returns_x0_hat(steps):
     """At s = 0 nothing of x_t or the noise is left, in float32, for any number of steps."""
     x_t, x0_hat, noise = torch.randn(3, 2, 2, 64, generator=torch.Generator().manual_seed(1))
     t, s = time_steps(steps)[-2:]
-    for gamma in (0, 0.9):
-        assert (ddpm_step(x_t, x0_hat, t, s, noise, gamma=gamma) - x0_hat).abs().max() <= 1e-6
+    assert (ddpm_step(x_t, x0_hat, t, s, noise) - x0_hat).abs().max() <= 1e-6
     assert (ddim_step(x_t, x0_hat, t, s) - x0_hat).abs().max() <= 1e-6
 
 
@@ -68,16 +67,6 @@ def test_ddpm_step_with_the_true_x0_lands_on_the_forward_process(t, s):
     from_noise = ddpm_step(zero, zero, torch.tensor(t), torch.tensor(s), one)
     assert abs(mean.item() - alpha_s) < 1e-7
     assert abs((from_x_t * sigma_t).item() ** 2 + from_noise.item() ** 2 - sigma_s**2) < 1e-7
-
-
-@pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.5, 0.3), (0.02, 0.01)])
-def test_gamma_leads_from_the_variance_for_a_known_x0_to_that_for_a_standard_normal(t, s):
-    """gamma = 1 keeps the variance of x_0 ~ N(0, I), whose x0_hat is alpha_t x_t, at 1; in between, logarithms are mixed."""
-    zero, one, t, s = torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double(), torch.tensor(t), torch.tensor(s)
-    deviation = lambda gamma: ddpm_step(zero, zero, t, s, one, gamma=gamma).item()
-    from_x_t = ddpm_step(one, alpha_sigma(t)[0] * one, t, s, zero).item()
-    assert abs(from_x_t**2 + deviation(1) ** 2 - 1) < 1e-6
-    assert abs(math.log(deviation(0.25)) - 0.75 * math.log(deviation(0)) - 0.25 * math.log(deviation(1))) < 1e-6
 
 
 def test_ddim_closed_form_for_a_standard_normal():

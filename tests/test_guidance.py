@@ -282,8 +282,7 @@ def test_bad_arguments_are_named():
     z = noise(2, 1, 8)
     task = tasks.continuation(z, 4, z)
     for word, arguments in (("xi", {}), ("xi", {"xi": -1}), ("steps", {"xi": 0.1, "steps": 0}),
-                            ("sampler", {"xi": 0.1, "sampler": "euler"}), ("gamma", {"xi": 0.1, "gamma": 1.0}),
-                            ("revisits", {"xi": 0.1, "revisits": -1}),
+                            ("sampler", {"xi": 0.1, "sampler": "euler"}), ("revisits", {"xi": 0.1, "revisits": -1}),
                             ("generator", {"xi": 0.1, "generator": generators(0)})):
         with pytest.raises(ValueError, match=word):
             sample(flat_model, task.x_T, task, **arguments)

@@ -251,10 +251,10 @@ def test_as_printed_is_algorithm_1_with_the_papers_constants(folder):
     edit = ["--task", "regenerate", "--input", folder / "long.wav", "--start", 1, "--end", 1.2]
     printed = call(folder, *edit, "--as-printed", steps=5)
     settings = json.loads((folder / "out.json").read_text())["settings"]
-    spelled = call(folder, *edit, "--sampler", "ddpm", "--xi", 0.03 * 5 / 50, "--gamma", 0, "--k", 0.85,
+    spelled = call(folder, *edit, "--sampler", "ddpm", "--xi", 0.03 * 5 / 50, "--k", 0.85,
                    "--start-from", "paper", "--project", "x_t", "--no-equalise", steps=5)
     assert np.array_equal(printed, spelled) and settings["k"] == 0.85 and not settings["equalise"]
-    for flag in (("--xi", 1), ("--sampler", "ddpm"), ("--gamma", 0.5), ("--k", 0.5), ("--start-from", "paper"),
+    for flag in (("--xi", 1), ("--sampler", "ddpm"), ("--k", 0.5), ("--start-from", "paper"),
                  ("--project", "x_t"), ("--equalise",)):
         with pytest.raises(sample.UserError, match=f"{flag[0]} is set by --as-printed"):
             call(folder, *edit, "--as-printed", *flag)
@@ -358,7 +358,6 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             # what would do nothing
             ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
             ("--k", [*edit, "--k", "0.5"]), ("--start-from", [*edit, "--start-from", "paper"]),
-            ("--gamma", [*edit, "--gamma", "0", "--sampler", "ddim"]),
             ("--weights", [*edit, "--weights", "embedding=3"]), ("--listener", [*edit, "--listener", "x.pt"]),
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
