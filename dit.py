@@ -10,7 +10,6 @@ the latents, where a tone is a line. At the small size it learns about as much i
 
 `python tests/benchmark.py --only presets` prints sizes and cost of the presets.
 """
-
 import math
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from diffusion import alpha_sigma
+from unet1d import zero
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,24 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Relative attention [44]
-
+# ---- Relative attention [44] ----------------------------------------------------------------------------------------
 
 def relative_attention(q, k, v, r, block=None):
     """Softmax attention with relative positions on the keys: Eq. 4 of [44], distances clipped at c.
 
         logit(i, j) = q_i . (k_j + r_{clip(j - i, -c, c)}) / sqrt(d)
 
-    q, k, v: (B, heads, L, d); r: (2 c + 1, d), the vectors of distances -c .. c, shared by the heads. Returns
-    (B, heads, L, d). Once differentiable.
+    q, k, v (B, heads, L, d); r (2 c + 1, d), the vectors of distances -c .. c for all heads. Returns (B, heads, L, d).
 
-    Queries are taken in blocks (256 on a CPU, else 512). Most keys lie c or further from all queries of a block: those
-    on the left share one vector, which is simply added to the key (k_j + r_{-c}), and so do those on the right
-    (k_j + r_c). Only a band of block + 2 c keys sees other vectors: there, q r^T with its row i shifted right by i is
-    added to the logits. Nothing larger than (B heads, block, L) exists, and the backward pass recomputes it.
+    Queries are taken in blocks. Most keys lie c or further from all queries of a block: those on the left share one
+    vector, which is simply added to the key (k_j + r_{-c}), and so do those on the right (k_j + r_c). Only a band of
+    block + 2 c keys sees other vectors: there, q r^T with its row i shifted right by i is added to the logits. Nothing
+    larger than (B heads, block, L) exists, and the backward pass recomputes it.
     """
-    heads, length = q.shape[0] * q.shape[1], q.shape[2]
-    if q.device.type == "cpu":  # a head for each thread; more, if their logits (2 MB) stay in the cache
-        block = block or 256
-        group = max(torch.get_num_threads(), 2**19 // (block * length))
-    else:  # few and large operations
-        block, group = block or 512, heads
+    on_cpu = q.device.type == "cpu"
+    block = block or (256 if on_cpu else 512)
+    # On a CPU a head for each thread, or more, if their logits (2 MB) stay in the cache; else few and large operations.
+    group = max(torch.get_num_threads(), 2**19 // (block * q.shape[2])) if on_cpu else q.shape[0] * q.shape[1]
     groups = zip(*(x.flatten(0, 1).split(group) for x in (q / math.sqrt(q.shape[-1]), k, v)))
     return torch.cat([RelativeAttention.apply(*qkv, r, block) for qkv in groups]).view(q.shape)
 
@@ -103,15 +98,11 @@ def block_weights(q, k, r, block):
     """For each block of queries: the slice of its rows, the slice of its band of keys, its weights (N, rows, L)."""
     length, c = k.shape[1], len(r) // 2
     r = r.to(q.dtype)
-    left, keys = k + r[0], k + r[-1]
-    passed = 0  # keys left of this one have their left vector already
+    left, right = k + r[0], k + r[-1]
     for start in range(0, length, block):
         rows = slice(start, min(start + block, length))
         band = slice(max(start - c, 0), min(rows.stop + c, length))
-        keys[:, passed : band.start] = left[:, passed : band.start]
-        keys[:, band] = k[:, band]
-        passed = band.start
-        logits = q[:, rows] @ keys.mT
+        logits = q[:, rows] @ torch.cat([left[:, : band.start], k[:, band], right[:, band.stop :]], 1).mT
         logits[..., band] += spread_over_band(q[:, rows] @ r.mT, rows, band)
         yield rows, band, torch.softmax(logits, -1, out=logits)
 
@@ -141,14 +132,12 @@ def band_view(table, c, rows, band):
     return by_key[..., band.start - rows.start + c : band.stop - rows.start + c]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The transformer [24]
+# ---- The transformer [24] -------------------------------------------------------------------------------------------
 
-
-def sincos(positions, width, max_period=10000.0):
-    """Sines and cosines of (n,) positions at width / 2 frequencies, 1 down to 1 / max_period: (n, width), float32."""
+def sincos(positions, width):
+    """Sines and cosines of (n,) positions at width / 2 frequencies, from 1 down to 1e-4: (n, width), float32."""
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=positions.device))
+    frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=positions.device))
     angles = positions.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)
 
@@ -173,8 +162,7 @@ class Block(nn.Module):
 
     def forward(self, h, modulation):
         """h: (B, n, width); modulation: (B, 6 width)."""
-        m = (modulation + self.offset)[:, None]  # (B, 1, 6 width)
-        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)  # (B, 1, width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.offset)[:, None].chunk(6, -1)  # (B, 1, width)
         h = h + gate1 * self.attention(modulated_norm(h, shift1, scale1))
         return h + gate2 * self.mlp(modulated_norm(h, shift2, scale2))
 
@@ -187,13 +175,6 @@ def modulated_norm(h, shift, scale):
     return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def zero_linear(n_in, n_out):
-    layer = nn.Linear(n_in, n_out)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def time_mlp(width):
     return nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
@@ -203,9 +184,10 @@ def time_features(t):
     return sincos(1000 * t.float(), 256)
 
 
-def check_length(n, config):
-    if n > config.frames:
-        raise ValueError(f"x_t has {n} frames, the model at most {config.frames}: give it a shorter sequence.")
+def frames_of(x_t, config):
+    if x_t.shape[-1] > config.frames:
+        raise ValueError(f"x_t has {x_t.shape[-1]} frames, the model at most {config.frames}: give it a shorter one.")
+    return x_t.shape[-1]
 
 
 class DiT(nn.Module):
@@ -219,18 +201,17 @@ class DiT(nn.Module):
         self.embed = nn.Linear(config.channels, width)
         self.register_buffer("positions", sincos(torch.arange(config.frames), width), persistent=False)
         self.time = time_mlp(width)
-        self.modulation = zero_linear(width, 6 * width)
+        self.modulation = zero(nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_modulation = zero_linear(width, 2 * width)
-        self.out = zero_linear(width, config.channels)
+        self.final_modulation = zero(nn.Linear(width, 2 * width))
+        self.out = zero(nn.Linear(width, config.channels))
 
     def forward(self, x_t, t, start=None):
         """x_t: (B, C, n), n <= config.frames; t: (B,) in (0, 1]. Returns v (B, C, n).
 
         start: (B,) where in the window each sequence begins, in frames; None: at 0. Training on short clips draws it,
         so that every position is learned."""
-        n = x_t.shape[-1]
-        check_length(n, self.config)
+        n = frames_of(x_t, self.config)
         time = self.time(time_features(t.to(x_t.device)).to(self.embed.weight.dtype))  # (B, width)
         modulation = self.modulation(time)  # (B, 6 width)
         positions = self.positions[:n] if start is None else self.positions.unfold(0, n, 1)[start].mT
@@ -241,9 +222,7 @@ class DiT(nn.Module):
         return self.out(modulated_norm(h, shift, scale)).mT
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The transformer on spectra
-
+# ---- The transformer on spectra -------------------------------------------------------------------------------------
 
 def spectra(x, hop):
     """x (B, C, n), n a multiple of hop -> spectra of frames of 2 hop under a sine window, (B, n / hop + 1, hop + 1, C).
@@ -311,7 +290,7 @@ class SpectralStage(nn.Module):
         self.register_buffer("modes", torch.view_as_real(torch.eye(C, dtype=torch.cfloat).repeat(hop + 1, 1, 1)))
         self.embed = nn.Parameter(torch.randn(hop + 1, 6 * C, width) / math.sqrt(6 * C))
         self.positions = nn.Parameter(torch.zeros(hop + 1, width))
-        self.time, self.modulation = time_mlp(width), zero_linear(width, 6 * width)
+        self.time, self.modulation = time_mlp(width), zero(nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(SpectralBlock(config, hop, axis=1 + i % 2) for i in range(config.depth))
         self.out = nn.Parameter(torch.zeros(hop + 1, width, 4 * C))
 
@@ -332,15 +311,11 @@ class SpectralStage(nn.Module):
     def transformer(self, X, beyond, t):
         """Four real numbers, (B, T, F, C) each, for each of the modes X and `beyond` (B, T, F, C), complex."""
         condition = self.modulation(self.time(time_features(t.to(X.device))))
-        features = [f(z) for z in (X, beyond) for f in (log_power, torch.real, torch.imag)]
+        features = [part for z in (X, beyond) for part in ((z.real**2 + z.imag**2 + 0.01).log(), z.real, z.imag)]
         h = torch.einsum("btfc,fcw->btfw", torch.cat(features, -1), self.embed) + self.positions
         for block in self.blocks:
             h = block(h, condition)
         return torch.einsum("btfw,fwc->btfc", F.layer_norm(h, h.shape[-1:]), self.out).float().chunk(4, -1)
-
-
-def log_power(z):
-    return (z.real**2 + z.imag**2 + 0.01).log()
 
 
 class SpectralDiT(nn.Module):
@@ -363,8 +338,7 @@ class SpectralDiT(nn.Module):
 
     def forward(self, x_t, t, start=None):
         """As DiT.forward, but start has no effect: a token knows its bin, and how far others are, not its place."""
-        n, v = x_t.shape[-1], None
-        check_length(n, self.config)
+        n, v = frames_of(x_t, self.config), None
         x_t = F.pad(x_t, (0, -n % max(self.config.hops)))
         for stage in self.stages:
             v = stage(x_t, t, v)
