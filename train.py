@@ -27,7 +27,6 @@ import numpy as np
 import soundfile as sf
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -508,7 +507,7 @@ class Classifying(nn.Module):
         dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
         logits = self.net(mel, generators, dropped)[0].float()
         truth = (label[:, None] == torch.arange(logits.shape[1], device=label.device)).float()     # label -1: no class
-        return {"loss": F.binary_cross_entropy_with_logits(logits, truth),
+        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, truth),
                 "accuracy": (logits.argmax(1) == label).float().mean()}
 
 
