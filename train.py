@@ -451,20 +451,19 @@ class Autoencoding(nn.Module):
         noise, level = noise if self.training else None, level if self.adversarial else None
         reconstruction, mean, logvar = self.net(x, noise, level)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
-        if self.training and self.adversarial:
-            loss = loss + autoencoder.BAND_WEIGHT * autoencoder.band_loss(reconstruction, x)
-            loss = loss + self.contest(reconstruction, x)
-        elif self.training:
-            loss = loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)
+        if self.training:
+            loss = loss + (self.second_stage(reconstruction, x) if self.adversarial
+                           else autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar))
         signal, error = (y.detach().square().sum() + 1e-6 for y in (x, reconstruction.float() - x))
         return {"loss": loss, "SNR in dB": 10 * torch.log10(signal / error)}
 
-    def contest(self, reconstruction, x):
-        """Both sides in one backward pass: the discriminator judges a constant, the decoder meets a frozen judge."""
+    def second_stage(self, reconstruction, x):
+        """Levels in bands, and both sides of a contest: a critic judges a constant, the decoder meets a frozen critic."""
         real, fake = self.critic(x), self.critic(reconstruction.detach())
         with frozen(self.critic):
             judged = self.critic(reconstruction)
-        return (autoencoder.discriminator_loss(real, fake)
+        return (autoencoder.BAND_WEIGHT * autoencoder.band_loss(reconstruction, x)
+                + autoencoder.discriminator_loss(real, fake)
                 + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(judged)
                 + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, judged))
 

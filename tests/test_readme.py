@@ -111,3 +111,14 @@ def test_flags_in_sentences_exist(text):
     parsers = [get_args_parser(), *map(parser_of, (*RUN, *PARSED))]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / text).read_text())) <= known
+
+
+def test_links_lead_to_the_lines_that_they_name():
+    """[file.py: `code`](file.py#L12) has that code in line 12; every link to a line is of this form."""
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\[([\w.]+): `([^`]+)`\]\(([\w.]+)#L(\d+)\)", text)
+    assert len(links) == text.count(".py#L") > 10
+    for label, code, name, line in links:
+        lines = (ROOT / name).read_text().splitlines()
+        places = [i for i, there in enumerate(lines, 1) if re.search(rf"(?<!\w){re.escape(code)}(?!\w)", there)]
+        assert label == name and int(line) in places, f"{code} of {name} stands in lines {places}, not in {line}"
