@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+import conftest                         # puts the root on the path, also without pytest
 import guidance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,12 +114,25 @@ def test_flags_in_sentences_exist(text):
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / text).read_text())) <= known
 
 
+LINK = re.compile(r"\[([\w.]+): `([^`]+)`\]\(\1#L\d+\)")       # [file.py: `code`](file.py#L12)
+
+
+def with_right_lines(text):
+    """The text, with each link to a line leading to the one line in which its code stands."""
+    def link(match):
+        name, code = match.groups()
+        places = [i for i, line in enumerate((ROOT / name).read_text().splitlines(), 1) if code in line]
+        assert len(places) == 1, f"`{code}` stands in {len(places)} lines of {name}: name what stands in one"
+        return f"[{name}: `{code}`]({name}#L{places[0]})"
+    return LINK.sub(link, text)
+
+
 def test_links_lead_to_the_lines_that_they_name():
-    """[file.py: `code`](file.py#L12) has that code in line 12; every link to a line is of this form."""
+    """Every link to a line names code that stands in that line of that file, and nowhere else in it."""
     text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\[([\w.]+): `([^`]+)`\]\(([\w.]+)#L(\d+)\)", text)
-    assert len(links) == text.count(".py#L") > 10
-    for label, code, name, line in links:
-        lines = (ROOT / name).read_text().splitlines()
-        places = [i for i, there in enumerate(lines, 1) if re.search(rf"(?<!\w){re.escape(code)}(?!\w)", there)]
-        assert label == name and int(line) in places, f"{code} of {name} stands in lines {places}, not in {line}"
+    assert len(LINK.findall(text)) == text.count(".py#L") > 10
+    assert text == with_right_lines(text), "lines have moved: `python tests/test_readme.py` corrects the numbers"
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_right_lines((ROOT / "README.md").read_text()))
