@@ -458,7 +458,7 @@ class Autoencoding(nn.Module):
         return {"loss": loss, "SNR in dB": 10 * torch.log10(signal / error)}
 
     def second_stage(self, reconstruction, x):
-        """Levels in bands, and both sides of a contest: a critic judges a constant, the decoder meets a frozen critic."""
+        """Levels in bands, and both sides of a contest: a critic judges a constant, the decoder meets a frozen one."""
         real, fake = self.critic(x), self.critic(reconstruction.detach())
         with frozen(self.critic):
             judged = self.critic(reconstruction)
