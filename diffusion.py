@@ -17,7 +17,7 @@ def alpha_sigma(t):
 
     alpha_t = cos(pi t / 2), written as a sine so that alpha(1) and sigma(0) are exactly 0.
     """
-    t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+    t = _on_cpu(t)
     return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
 
 
@@ -25,11 +25,16 @@ def time_steps(steps, t_T=1.0):
     """The steps + 1 times t_N = t_T > ... > t_0 = 0, equally spaced: (steps + 1,), or (steps + 1, B) if t_T is (B,)."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    t_T = torch.as_tensor(t_T, dtype=torch.float64, device="cpu")
+    t_T = _on_cpu(t_T)
     if not ((t_T > 0) & (t_T <= 1)).all():
         raise ValueError(f"t_T must lie in (0, 1], not {t_T.tolist()}")
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return grid.reshape(-1, *[1] * t_T.ndim) * t_T
+
+
+def _on_cpu(t):
+    """A time in float64, on the CPU; a tensor is moved first, since some devices have no float64."""
+    return t.cpu().double() if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
 
 
 def _for_clips(c, x):

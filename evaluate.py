@@ -85,7 +85,7 @@ def gaussian(embeddings):
     """Mean (d,) and covariance (d, d), over n - 1, of embeddings (n, d), float64. ValueError for fewer than two."""
     if len(embeddings) < 2:
         raise ValueError(f"a covariance needs at least 2 embeddings, not {len(embeddings)}")
-    embeddings = embeddings.double().cpu()
+    embeddings = embeddings.cpu().double()
     return embeddings.mean(0), embeddings.T.cov()
 
 
@@ -149,7 +149,7 @@ def realism(reference, generated, k=3, prune=True):
     max over reference points r of radius_r / |g - r|, where radius_r is r's distance to its k-th nearest neighbour;
     with prune, only over the half with the smaller radii. Plain distances, as in the formula; the code of [32] squares.
     """
-    reference, generated = reference.double().cpu(), generated.double().cpu()
+    reference, generated = reference.cpu().double(), generated.cpu().double()
     if not 0 < k < len(reference):
         raise ValueError(f"realism needs more than k = {k} reference points, not {len(reference)}")
 

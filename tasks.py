@@ -246,18 +246,22 @@ def excerpt(x, first, last, lo, hi):
     return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
 
 
-def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
-    """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x.
-
-    Only [lo, hi) of x is read: see excerpt. Both rates have a sample at the anchor, and again after every block of
-    `down` samples, which become `up`: whole blocks are resampled, with a margin for the filter that is cut off again.
-    """
+def to_resample(rate_in, rate_out, first, last):
+    """The samples [begin, end) at rate_in of which samples [first, last) at rate_out are made, the filter's margin
+    included. Both grids of time have a sample at 0, and again after every block of `down` samples, which become `up`:
+    these are whole blocks, so begin * rate_out / rate_in is a whole number, the place of resample's first output."""
     common = math.gcd(rate_in, rate_out)
     down, up = rate_in // common, rate_out // common
     margin = math.ceil(64 * max(1, rate_in / rate_out) / down)                         # blocks
-    block_first, block_last = first // up - margin, math.ceil(last / up) + margin
-    blocks = excerpt(x, anchor + block_first * down, anchor + block_last * down, lo, hi)
-    return resample(blocks, rate_in, rate_out)[:, first - block_first * up:last - block_first * up]
+    return (first // up - margin) * down, (math.ceil(last / up) + margin) * down
+
+
+def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
+    """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x, where
+    both rates have one. Only [lo, hi) of x is read: see excerpt."""
+    begin, end = to_resample(rate_in, rate_out, first, last)
+    part, before = excerpt(x, anchor + begin, anchor + end, lo, hi), begin * rate_out // rate_in
+    return resample(part, rate_in, rate_out)[:, first - before:last - before]
 
 
 # ---- PaSST, the Patchout transformer [30]: embedder and classifier --------------------------------------------------

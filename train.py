@@ -36,7 +36,7 @@ import vae as autoencoder
 from diffusion import v_loss
 from examples import synthetic
 from guidance import frozen
-from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, resample
+from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, resample, to_resample
 from vae import VAE
 
 SAMPLE_RATE = 44100                     # Hz, of all audio inside
@@ -254,15 +254,13 @@ class Tracks:
 
     def read(self, track, start, n):
         rate = self.rates[track]
-        step = rate // math.gcd(rate, SAMPLE_RATE)              # every so many samples the two grids of time meet
-        margin = 0 if rate == SAMPLE_RATE else 64 + 64 * rate // SAMPLE_RATE      # the resampler looks around
-        first = max(start * rate // SAMPLE_RATE - margin, 0) // step * step
-        before = first * SAMPLE_RATE // rate
+        begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
+        begin = max(begin, 0)
         with sf.SoundFile(self.paths[track]) as file:
-            file.seek(min(first, file.frames))
-            audio = file.read((start - before + n) * rate // SAMPLE_RATE + 1 + margin, dtype="float32", always_2d=True)
+            file.seek(min(begin, file.frames))
+            audio = file.read(end - begin, dtype="float32", always_2d=True)
         audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
-        return audio[:, start - before:][:, :n]
+        return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
 
 
 class Latents(Tracks):
