@@ -307,25 +307,25 @@ def layout(window, hop):
     5.9 s (tiny models) get everything in proportion; in longer ones the clip of 6 s lies around the region.
     """
     clip = min(window, 6 * SAMPLE_RATE)
-    second = SAMPLE_RATE * (1 if clip >= 5.9 * SAMPLE_RATE else clip / (6 * SAMPLE_RATE))
+    one_second = SAMPLE_RATE * (1 if clip >= 5.9 * SAMPLE_RATE else clip / (6 * SAMPLE_RATE))
 
     def centred(seconds):
-        a = int((window - seconds * second) / 2 // hop) * hop
+        a = int((window - seconds * one_second) / 2 // hop) * hop
         c = (window - clip) // 2
         return Span(a, window - a, c, c + clip)
 
-    whole = Span(0, window, 0, round(5 * second))
-    after_prompt = Span(int(2.4 * second // hop) * hop, window, 0, clip)
+    whole = Span(0, window, 0, round(5 * one_second))
+    after_prompt = Span(int(2.4 * one_second // hop) * hop, window, 0, clip)
     return {"unconditional": whole, "embedding": whole, "continuation": after_prompt, "transition": centred(2.5),
             "infill": centred(2), "regenerate": centred(2)}
 
 
 # A batch for a row to work on. x (B, 2, window) are the originals, of transitions the raw cross-fades, other (B, 2,
 # window) are of other tracks; generators: each clip's own random numbers.
-Clips = namedtuple("Clips", "task span x other generators")
+Batch = namedtuple("Batch", "task span x other generators")
 
 
-def generate(checkpoint, clips, settings, passt=None):
+def unspliced(checkpoint, clips, settings, passt=None):
     """The model's own, unspliced audio (B, 2, window); passt is needed for guidance by example ("embedding")."""
     guides, span = (), clips.span
     if clips.task == "embedding":
@@ -339,7 +339,7 @@ def generate(checkpoint, clips, settings, passt=None):
 
 @dataclass(frozen=True)
 class Row:
-    """A line of Table 1. produce(Clips) -> audio (B, 2, window); made_with: what that depends on, besides the clips."""
+    """A line of Table 1. produce(Batch) -> audio (B, 2, window); made_with: what that depends on, besides the clips."""
     name: str
     tasks: tuple
     produce: Callable
@@ -347,7 +347,7 @@ class Row:
 
 
 def filler(name, tasks, content):
-    """The row that has content(Clips) in the region, and the original around it."""
+    """The row that has content(Batch) in the region, and the original around it."""
     def produce(clips):
         x, a, b = clips.x, clips.span.a, clips.span.b
         return torch.cat([x[..., :a], content(clips)[..., a:b], x[..., b:]], -1)
@@ -374,7 +374,7 @@ def model_rows(checkpoint, listeners, options):
     if options.sampler != "none":
         settings = sample.Settings.of(options, checkpoint.kind)
         name = f"{options.model.title()} {settings.sampler.upper()} {settings.steps}" + ", printed" * options.as_printed
-        produce = functools.partial(generate, checkpoint, settings=settings, passt=listeners.passt)
+        produce = functools.partial(unspliced, checkpoint, settings=settings, passt=listeners.passt)
         rows.append(Row(name, tuple(options.tasks), produce, file | asdict(settings)))
     if checkpoint.kind == "latent":
         rows.append(Row("VAE", TASKS, lambda clips: checkpoint.decode(checkpoint.encode(clips.x)), file))
@@ -416,7 +416,7 @@ class Evaluation:
         first, other = (torch.stack(audio).to(self.device) for audio in zip(*loaded.values()))        # (B, 2, window)
         span, window = self.spans[task], first.shape[-1]
         x = tasks.crossfade(first, other, span.a, window - span.b) if task == "transition" else first
-        clips = Clips(task, span, x, other, [generator(self.options.seed, j) for j in loaded])
+        clips = Batch(task, span, x, other, [generator(self.options.seed, j) for j in loaded])
         for j, record in zip(loaded, self.judge(row.produce(clips)[..., :window], clips, first)):
             path = self.file(row, task, j)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -372,13 +372,13 @@ def region(o, checkpoint):
 
 def crossfaded(one, two, fade):
     """The end of one track faded into the start of another, at constant power: (Track, first and last sample of it)."""
-    second = two.audio.mean(0, keepdim=True) if len(one.audio) == 1 else two.audio.expand(2, -1)
-    second = tasks.resample(second, two.rate, one.rate)
+    other = two.audio.mean(0, keepdim=True) if len(one.audio) == 1 else two.audio.expand(2, -1)
+    other = tasks.resample(other, two.rate, one.rate)
     fade = round(fade * one.rate)
-    C_L, C_R = one.n - fade, second.shape[-1] - fade
+    C_L, C_R = one.n - fade, other.shape[-1] - fade
     if fade < 1 or C_L < 1 or C_R < 1:
         raise UserError(f"--fade {fade / one.rate:g} s must be shorter than both tracks, and not 0")
-    audio = tasks.crossfade(F.pad(one.audio, (0, C_R))[None], F.pad(second, (C_L, 0))[None], C_L, C_R)[0]
+    audio = tasks.crossfade(F.pad(one.audio, (0, C_R))[None], F.pad(other, (C_L, 0))[None], C_L, C_R)[0]
     return Track(audio, one.rate, one.subtype if one.subtype == two.subtype else "mixed"), C_L, C_L + fade
 
 

@@ -228,7 +228,7 @@ def random_numbers(seed, *counters):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
 
 
-class Tracks:
+class AudioFiles:
     """Clips of audio files, read by seeking. facts: {path: [frames, rate, channels]}."""
     unit = 1                                    # samples at 44.1 kHz in a frame of `lengths`, and of a clip
 
@@ -263,7 +263,7 @@ class Tracks:
         return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
 
 
-class Latents(Tracks):
+class Latents(AudioFiles):
     """Clips of tracks that a VAE has encoded, each whole, and kept as rows (frames, C) of a file in the folder."""
     unit = VAE.hop
 
@@ -780,11 +780,11 @@ def music(o):
         return Synthetic(o.seed), Synthetic(o.seed + 1)
     files = survey(o.data, max(o.windows), "--data")
     if o.valid:
-        return Tracks(files), Tracks(survey(o.valid, max(o.windows), "--valid"))
+        return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
     digest = lambda path: hashlib.sha256(show("/".join(Path(path).parts[-2:])).encode()).digest()
     valid = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
     train = [path for path in files if path not in valid or len(files) < 4]
-    return tuple(Tracks({path: files[path] for path in paths}) for paths in (train, valid))
+    return tuple(AudioFiles({path: files[path] for path in paths}) for paths in (train, valid))
 
 
 def vae_for(o):

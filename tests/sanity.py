@@ -67,9 +67,9 @@ class Study:
         if task not in self.known:
             span, self.known[task] = self.spans[task], []
             for j, clip in enumerate(train.progress(self.clips, task, unit="clip")):
-                clips = evaluate.Clips(task, span, clip[None].to(self.device), None,
+                clips = evaluate.Batch(task, span, clip[None].to(self.device), None,
                                        [evaluate.generator(self.options.seed, j)])
-                audio = evaluate.generate(self.checkpoint, clips, self.settings)[0].cpu()
+                audio = evaluate.unspliced(self.checkpoint, clips, self.settings)[0].cpu()
                 self.known[task].append(audio[:, span.a:span.b])
         return self.known[task]
 

@@ -259,7 +259,7 @@ def test_edits_hear_nothing_of_the_region(studio):
     for task, deaf in (("infill", True), ("continuation", True), ("regenerate", False)):
         changed = torch.cat([x[..., :span[task].a], 1 - x[..., span[task].a:span[task].b], x[..., span[task].b:]], -1)
         generators = [[torch.Generator().manual_seed(0)] for _ in range(2)]
-        made = [evaluate.generate(checkpoint, evaluate.Clips(task, span[task], audio, None, generator), settings)
+        made = [evaluate.unspliced(checkpoint, evaluate.Batch(task, span[task], audio, None, generator), settings)
                 for audio, generator in zip((x, changed), generators)]
         assert torch.equal(*made) == deaf, task
 

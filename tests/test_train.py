@@ -76,7 +76,7 @@ def same(a, b):
 def test_a_clip_is_a_function_of_seed_and_number(music):
     """Clip k is the same in any batch, after any other clip; another seed, stream or k gives another. A step takes
     `batch` clips of the longest window, or as many more of a shorter one as fit, and no clip is taken twice."""
-    tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
+    tracks = train.AudioFiles({str(p): train.probe(str(p)) for p in train.find_files([music])})
     def make(seed, stream=train.TRAIN):
         draw = lambda rng, window: {"u": rng.random(), "n": window}
         return train.Clips(tracks, [2**12, 3000], draw, ["loud", "quiet"], seed, stream, batch=4)
@@ -103,7 +103,7 @@ def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
         sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (3 * rate, channels)), rate, subtype="FLOAT")
         whole = train.to_stereo_44k(*train.read_audio(path)).numpy()
         assert whole.shape == (2, 3 * RATE)
-        tracks = train.Tracks({path: train.probe(path)})
+        tracks = train.AudioFiles({path: train.probe(path)})
         for start in (0, 1, 54321, 3 * RATE - 5000):
             clip = tracks.read(0, start, 5000)
             assert clip.shape == (2, 5000) and np.abs(clip - whole[:, start:start + 5000]).max() < 1e-4
@@ -114,7 +114,7 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypat
     Each file is encoded once, but again for another VAE."""
     vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval()
     vae.latent_mean.normal_(), vae.latent_std.uniform_(0.5, 2)
-    tracks = train.Tracks({str(p): train.probe(str(p)) for p in train.find_files([music])})
+    tracks = train.AudioFiles({str(p): train.probe(str(p)) for p in train.find_files([music])})
     cached = train.Latents(tracks, tmp_path / "cache", vae)
     stamps = [file.stat().st_mtime_ns for file in cached.files]
     assert [file.stat().st_mtime_ns for file in train.Latents(tracks, tmp_path / "cache", vae).files] == stamps
@@ -156,15 +156,15 @@ def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
     damaged = damaged_flac(music / "loud" / "1.5.flac")
     assert damaged == {str(music / "loud" / "1.5.flac"): [3 * RATE, RATE, 2]}
     vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval().requires_grad_(False)
-    expected = train.Latents(train.Tracks(whole), tmp_path / "expected", vae)
-    cached = train.Latents(train.Tracks(dict(sorted((whole | damaged).items()))), tmp_path / "cache", vae)
+    expected = train.Latents(train.AudioFiles(whole), tmp_path / "expected", vae)
+    cached = train.Latents(train.AudioFiles(dict(sorted((whole | damaged).items()))), tmp_path / "cache", vae)
     assert cached.broken == dict.fromkeys(damaged, "damaged") and expected.broken == {}
     for place in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1 - 1e-9):
         (a, i), (b, j) = (source.crop(place, 4096) for source in (cached, expected))
         assert np.array_equal(a, b)
         assert cached.paths[i] == expected.paths[j] and cached.names[i] == expected.names[j]
     with pytest.raises(train.UserError, match="none of the 1 files"):
-        train.Latents(train.Tracks(damaged), tmp_path / "cache", vae)
+        train.Latents(train.AudioFiles(damaged), tmp_path / "cache", vae)
 
 
 def test_files_are_found_once_through_links_and_loops(music):
@@ -460,7 +460,7 @@ def test_a_cut_ogg_is_no_longer_than_what_can_be_read(music, tmp_path, capsys):
     assert frames == train.read_audio(path)[0].shape[1] < RATE and (rate, channels) == (RATE, 1)
     train.main(vae_args(tmp_path / "run", "--data", music, "--steps", 1, "--finetune-steps", 0, "--windows", 1))
     assert "endless.ogg (too short" in capsys.readouterr().out
-    clip = train.Tracks({str(path): [frames, rate, channels]}).read(0, 1000, 500)
+    clip = train.AudioFiles({str(path): [frames, rate, channels]}).read(0, 1000, 500)
     assert np.array_equal(clip, train.to_stereo_44k(*train.read_audio(path)).numpy()[:, 1000:1500])
 
 
