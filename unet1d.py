@@ -261,7 +261,13 @@ class UNet1D(nn.Module):
         step = HOP * 2 ** (len(self.config.multipliers) - 1)
         c = self.coefficients(F.pad(x_t, (0, -n % step)))                   # (B, 64, K)
         c_skip, c_in, c_out = self.preconditioning(t)
-        h, skips = c_in * c, []
+        h = self.network(c_in * c, emb)
+        with torch.autocast(x_t.device.type, enabled=False):
+            return unfold(self.basis.T @ (c_skip * c + c_out * h.to(c)), n)
+
+    def network(self, h, emb):
+        """F: h (B, 64, K), K a multiple of the frames in one of the lowest level, and emb (B, emb_width) -> like h."""
+        skips = []
         for enter, stages in zip(self.enter, self.down):
             h = enter(h)
             skips.append(h)
@@ -274,5 +280,4 @@ class UNet1D(nn.Module):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), emb)
             h = leave(h)
-        with torch.autocast(x_t.device.type, enabled=False):
-            return unfold(self.basis.T @ (c_skip * c + c_out * h.to(c)), n)
+        return h
