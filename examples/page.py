@@ -4,8 +4,9 @@
     python evaluate.py --figure2 latent=runs/latent waveform=runs/waveform original=test/ --region 2 4
     python evaluate.py --votes votes-*.csv
 
-page.html, beside this file, is the template of both; `fill` puts in what is seen and heard. Sound is FLAC, or MP3 where
-a page would grow too large: every browser decodes both by itself, so a page is one file that loads nothing else.
+page.html, beside this file, is the template of both; `write_page` puts in what is seen and heard. Sound is FLAC, or
+MP3 where a page would grow too large: every browser decodes both by itself, so a page is one file that loads nothing
+else.
 """
 import base64
 import csv
@@ -37,7 +38,7 @@ FIELDS, ANSWERS = ["page", "listener", "question", "answer"], ("A", "neither", "
 
 # ---- a page ---------------------------------------------------------------------------------------------------------
 
-def fill(path, data, sounds):
+def write_page(path, data, sounds):
     """Write `path`: the template with data, a dict for its script, and sounds, texts in base64, which data numbers."""
     text = json.dumps(data).replace("<", "\\u003c")          # no name of a file can end the element
     elements = [f'<script type="application/json" id="data">{text}</script>']
@@ -46,7 +47,7 @@ def fill(path, data, sounds):
     write_atomic(path, lambda file: file.write("\n".join([head, *elements, tail]).encode()))
 
 
-def encode(audio, lossless):
+def in_base64(audio, lossless):
     """Audio (2, n) at 44.1 kHz, within full scale, as FLAC or as the best MP3 of variable rate, in base64."""
     buffer, samples = io.BytesIO(), audio.T.numpy()
     if lossless:
@@ -66,7 +67,7 @@ def outline(audio, peak, columns=1000):
     return "M" + " ".join(f"{100 * x / columns:.1f},{y:.1f}" for x, y in points) + "Z"
 
 
-def listen(begin, end, total, mark, wave):
+def player(begin, end, total, mark, wave):
     """What the template calls an item, all but its versions: those last from second `begin` to `end` of a track of
     `total` seconds and differ in `mark`; wave: the outline of the whole, whose sound may be added to "outside"."""
     loop = max(begin, mark[0] - IN_LOOP), min(end, mark[1] + IN_LOOP)
@@ -102,21 +103,21 @@ def edit_page(results, before, edit, fade):
     peak = max(float(x.abs().max()) for x in (whole, *audio)) or 1.0
     levels = [spectrogram(x.T.numpy(), SAMPLE_RATE, x.shape[-1] / SAMPLE_RATE) for x in audio]
     top = max(level.max() for level in levels)
-    item = listen(begin / rate, end / rate, n / rate, (edit.a / rate, edit.end / rate), outline(whole, peak))
+    item = player(begin / rate, end / rate, n / rate, (edit.a / rate, edit.end / rate), outline(whole, peak))
     item["versions"] = [
         {"name": name, "about": about, "sound": i, "wave": outline(x, peak),
          "picture": base64.b64encode(png(picture(level, top), palette())).decode()}
         for i, (x, level, (name, about)) in enumerate(zip(audio, levels, texts))]
     lossless = sum(x.shape[-1] for x in audio) <= (LOSSLESS + 1) * SAMPLE_RATE
-    sounds = [encode(x / max(1, peak), lossless) for x in audio]
+    sounds = [in_base64(x / max(1, peak), lossless) for x in audio]
     if whole is not audio[-1]:
         item["outside"].append(len(sounds))
-        sounds.append(encode(whole / max(1, peak), lossless=False))
+        sounds.append(in_base64(whole / max(1, peak), lossless=False))
     keys = HELP.format(f"1 to {min(versions, 9)}", "C chooses the version that is heard")
     scale = "Spectrograms: 50 Hz to 16 kHz, logarithmic; 80 dB from black to white, the same for all."
-    fill(path, {"kind": "edits", "id": identity(sounds), "title": path.stem, "about": records[0]["times"],
-                "command": records[0]["command"], "help": f"{keys} {scale}", "frequencies": FREQUENCIES,
-                "items": [item]}, sounds)
+    write_page(path, {"kind": "edits", "id": identity(sounds), "title": path.stem, "about": records[0]["times"],
+                      "command": records[0]["command"], "help": f"{keys} {scale}", "frequencies": FREQUENCIES,
+                      "items": [item]}, sounds)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -171,16 +172,16 @@ def test_page(out, systems, region=None, seed=0, limit=100):
         mark = (first - begin) / SAMPLE_RATE, (last - begin) / SAMPLE_RATE
         versions = [{"name": name, "about": "", "sound": len(audio) + i} for i, name in enumerate("AB")]
         total = (end - begin) / SAMPLE_RATE
-        items.append(listen(0, total, total, mark, "") | {"versions": versions})
+        items.append(player(0, total, total, mark, "") | {"versions": versions})
         questions.append({"clip": clip, **dict(zip("AB", files))})
         audio += same_level(torch.stack([track[:, begin:end] for track in tracks]))
     lossless = sum(x.shape[-1] for x in audio) <= LOSSLESS * SAMPLE_RATE
-    sounds = [encode(x, lossless) for x in audio]
+    sounds = [in_base64(x, lossless) for x in audio]
     key = {"page": identity(questions, sounds), "systems": folders, "region": region, "seed": seed,
            "questions": questions}
     keys = HELP.format("1 and 2", "A, N and B answer, comma and point go to another pair, S saves the answers as a csv")
     out.mkdir(parents=True, exist_ok=True)
-    fill(out / "figure2.html", {
+    write_page(out / "figure2.html", {
         "kind": "test", "id": key["page"], "title": "Which version fits better?", "command": "", "items": items,
         "about": "Two versions of the same music, which differ in the marked part. Which one fits the music around it "
                  "better? Answers stay in this browser; save them at the end.", "help": keys}, sounds)

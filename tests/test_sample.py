@@ -295,7 +295,7 @@ def test_silence_and_short_clips_work(folder):
 
 
 @pytest.mark.skipif(not ODD.exists(), reason="the collection of odd files is not beside this checkout")
-@pytest.mark.parametrize("task", ["continuation", "infill"])
+@pytest.mark.parametrize("task", ["continuation", pytest.param("infill", marks=pytest.mark.slow)])
 def test_odd_files_work_or_end_with_a_sentence(folder, task):
     """mp3, ogg, flac, 24-bit, float, mono, other rates, half a second, leading silence."""
     for path in sorted(ODD.iterdir()):

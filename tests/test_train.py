@@ -201,7 +201,7 @@ def test_synthetic_music_is_stereo_labelled_endless_and_cheap():
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("data", ["folder", "synthetic"])
+@pytest.mark.parametrize("data", ["folder", pytest.param("synthetic", marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkeypatch):
     """Weights, averages, optimizer and losses, bit for bit, over both of the VAE's stages, with other workers."""
     more = ["--steps", 4, "--finetune-steps", 2] + (["--data", music] if data == "folder" else [])
@@ -522,6 +522,21 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
     assert error.value.status == 1
 
 
+def test_gradients_are_clipped(tmp_path, monkeypatch):
+    """The log has their norm as it was; the optimizer gets them with one of at most 1.0, for the network and the
+    discriminator by themselves."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def spy(self):
+        norms = [p.grad.square().sum() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(sum(norms).sqrt().item())
+        return step(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train.main(vae_args(tmp_path, "--steps", 2, "--finetune-steps", 1))
+    logged = [float(row["gradient_norm"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
+    assert min(logged) > 2 and max(seen[:2]) < 1.001 and 1 < seen[2] < 2**0.5 + 0.001
+
+
 @pytest.mark.parametrize("words", ["--batch 0", "--workers 0", "--save-every 0", "--steps -1",
                                    "--lr 0", "--lr nan", "--seed -1", "--minutes -1", "--windows 0.1", "--windows inf",
                                    "--cooldown 0"])
@@ -575,12 +590,16 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model", ["latent", "waveform", "classifier"])
-def test_each_model_trains_and_loads(model, music, tmp_path, monkeypatch):
-    """A few steps from a folder; model.pt is the averaged model in half precision; the latent one carries its VAE."""
+def test_each_model_trains_and_loads(model, music, tmp_path, monkeypatch, capsys):
+    """A few steps from a folder; model.pt is the averaged model in half precision; the latent one carries its VAE. The
+    scripts still take the shipped model; the last line is the command that takes the new one."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint("vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
     args = ["--model", model, "--size", "tiny", "--data", str(music), "--steps", "2", "--batch", "2", "--device", "cpu"]
     train.main(args + (["--cache", "--vae", "vae.pt"] if model == "latent" else []))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (f"python sample.py --model {model} --checkpoint runs/{model}/model.pt" in last) == (model != "classifier")
+    assert train.open_checkpoint(model).path == str(ROOT / "checkpoints" / f"{model}.pt")
     state, small = train.load_state(f"runs/{model}/state.pt"), train.load_checkpoint(f"runs/{model}/model.pt")
     assert os.path.getsize(small.path) < os.path.getsize(f"runs/{model}/state.pt") / 4
     pairs = [(state["ema"], small.net)] + ([(state["vae"]["weights"], small.vae)] if model == "latent" else [])
