@@ -18,7 +18,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from diffusion import alpha_sigma
 from unet1d import zero
 
 
@@ -297,7 +296,8 @@ class SpectralStage(nn.Module):
     def forward(self, x_t, t, v=None):
         """x_t (B, C, n), n a multiple of the hop; v: the estimate to improve, or None. Returns v (B, C, n)."""
         modes = torch.view_as_complex(self.modes)  # (F, C, C)
-        alpha_t, sigma_t = (c.to(x_t.dtype).to(x_t.device)[:, None, None, None] for c in alpha_sigma(t))
+        angle = math.pi / 2 * t.to(x_t)[:, None, None, None]  # here, not by diffusion.py: a GPU need not wait
+        alpha_t, sigma_t = torch.sin(math.pi / 2 - angle), torch.sin(angle)  # (B, 1, 1, 1)
         over_deviation = (alpha_t**2 * self.power + sigma_t**2).rsqrt()  # (B, 1, F, C)
         linear, error = alpha_t * sigma_t * (1 - self.power) * over_deviation, self.power.sqrt() * over_deviation
         to_modes = lambda x: torch.einsum("btfc,fcd->btfd", spectra(x, self.hop), modes.conj())  # (B, T, F, C)

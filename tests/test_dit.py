@@ -268,6 +268,14 @@ def test_spectral_dit_takes_any_length_and_keeps_clips_apart():
         model(torch.randn(1, 4, 65), t[:1])
 
 
+@pytest.mark.parametrize("config", [TINY, SPECTRAL], ids=["DiT", "SpectralDiT"])
+def test_a_forward_pass_waits_for_no_gpu(config):
+    """It reads no value back, not even of t: it runs on the meta device, which has none."""
+    with torch.device("meta"):
+        model, x_t, t = dit.build(config), torch.empty(1, config.channels, 37), torch.empty(1)
+        assert benchmark.flops(lambda: model(x_t, t))[1] > 0
+
+
 def test_spectral_dit_hears_the_whole_window():
     """Through attention along time, the last frame of x_t moves the first frame of v."""
     model, x_t, t = trained_like(replace(SPECTRAL, frames=512)), torch.randn(1, 4, 512), torch.tensor([0.5]).double()
