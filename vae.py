@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 # What training minimises. Choose the weights here: train.py takes them from this file.
 FFT_SIZES = (512, 1024, 2048, 4096)      # samples at 44.1 kHz: 12 to 93 ms
 SPECTRAL_WEIGHT, L1_WEIGHT, L2_WEIGHT, KL_WEIGHT = 1.0, 20.0, 50.0, 1e-4
-ADVERSARIAL_WEIGHT, FEATURE_WEIGHT, BAND_WEIGHT = 1.0, 5.0, 2.0
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT, BAND_WEIGHT = 1.0, 5.0, 4.0
 LATENT_NOISE = 0.3                       # of the latents' deviation, at most, while the decoder is fine-tuned
 # STFT magnitude (white noise of power 1 has 1) below which all is silence. Lower hears fainter hiss, but the empty
 # bins of clean synthetic music then drown the rest: 50 steps on such a clip end at an SNR of 6.7 dB with 1e-3,
@@ -230,7 +230,8 @@ def stft_loss(reconstruction, audio):
 def band_loss(reconstruction, audio):
     """L1 of the log power in bands, (B, 2, n) twice -> scalar: as loud as the original at every moment, where its
     phases, and so its single bins, are out of reach. For the decoder's fine-tuning."""
-    looks = (512, 3, 4), (2048, 3, 4), (512, 1, 1), (1024, 1, 1)    # FFT size, bands in an octave, frames together
+    # FFT size, bands in an octave, frames together
+    looks = (512, 3, 4), (2048, 3, 4), (2048, 3, 32), (512, 1, 1), (1024, 1, 1)
     losses = [(band_powers(reconstruction, *look) - band_powers(audio, *look)).abs().mean() for look in looks]
     return sum(losses) / len(losses)
 
@@ -241,7 +242,8 @@ def band_powers(audio, size, per_octave, together):
     _, band = (per_octave * bins.log2()).long().unique(return_inverse=True)
     band, power = band.to(audio.device), magnitudes(audio, size)[:, :, 1:].square()
     total = power.new_zeros(*power.shape[:2], int(band.max()) + 1, power.shape[-1]).index_add(2, band, power)
-    return F.avg_pool2d(total / band.bincount()[:, None], (1, together), stride=(1, max(1, together // 2))).log()
+    width = min(together, power.shape[-1])                          # all there are, in a short clip
+    return F.avg_pool2d(total / band.bincount()[:, None], (1, width), stride=(1, max(1, width // 2))).log()
 
 
 def reconstruction_loss(reconstruction, audio):
