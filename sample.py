@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import guidance
 import tasks
+import vae
 from examples import page
 from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, within,
                    write_atomic)
@@ -32,12 +33,12 @@ EDITS = TASKS[1:5]                                           # those with a trac
 FROM_X_BAR = ("regenerate", "transition")                    # those that start from what is there
 NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:],                 # flags, and their tasks
-        **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
+        **dict.fromkeys(("input", "context", "splice", "xi", "project", "equalise"), EDITS),
         **dict.fromkeys(("k", "start_from"), FROM_X_BAR), **dict.fromkeys(("input2", "fade"), EDITS[3:])}
 XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
-AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t"}
+AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "equalise": False}
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE = 0.25, 0.03                                  # seconds: too little context to go on from; a cross-fade
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -61,6 +62,7 @@ class Settings:
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
     revisits: int = flag(0, "go back after each step and repeat it, so many times", type=within(0, 100, int))
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
+    equalise: bool = flag(True, "undo the VAE's colour", action=argparse.BooleanOptionalAction)
 
     @classmethod
     def add_flags(cls, add):
@@ -127,6 +129,19 @@ def encode_known(checkpoint, audio, C_L, C_R):
     return x
 
 
+def decode_like(checkpoint, x_0, known, C_L, C_R, equalise=True):
+    """x_0 (B, C, frames) -> audio (B, 2, n), filtered so that its first C_L and last C_R frames, together, have the
+    spectrum of the audio `known` (B, 2, n) that they were encoded from; of this, only they are read.
+
+    A VAE leaves out what it cannot predict; where the answer is known one sees how much. Gains are within 12 dB.
+    """
+    audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
+    if checkpoint.vae is None or not equalise:
+        return audio
+    wanted, found = (vae.spectrum(x[..., :left]) + vae.spectrum(x[..., right:]) + 1e-9 for x in (known, audio))
+    return vae.equalise(audio, (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20)))
+
+
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
 
@@ -136,7 +151,7 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     read = (known.shape[-1] // checkpoint.hop, 0) if from_x_bar else (C_L, C_R)
     settings = settings if from_x_bar else replace(settings, k=1.0)
     x_0 = generate(checkpoint, encode_known(checkpoint, known, *read), C_L, C_R, settings, generator, **how)
-    return checkpoint.decode(x_0)
+    return decode_like(checkpoint, x_0, known, C_L, C_R, settings.equalise)
 
 
 def hear(listener, checkpoint, x, part=slice(None)):
@@ -336,7 +351,7 @@ def check(o):
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     idle = [flag for flag, takers in USED.items() if o.task not in takers]
-    idle += ["listener"] * (not any(guided.values()))
+    idle += ["equalise"] * (o.model == "waveform") + ["listener"] * (not any(guided.values()))
     for flag in idle:
         if getattr(o, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")

@@ -26,6 +26,7 @@ LATENT_NOISE = 0.3                       # of the latents' deviation, at most, w
 # bins of clean synthetic music then drown the rest: 50 steps on such a clip end at an SNR of 6.7 dB with 1e-3,
 # 5.2 with 3e-4, 0.2 with 1e-4.
 QUIET = 3e-4
+EQUALISER_FFT = 2048                     # samples, in `spectrum`
 CHUNK = 1024                             # latent frames, at most, that encode and decode work on at a time
 
 
@@ -194,6 +195,26 @@ def chunks(frames, reach, size):
         stop = min(start + size, frames)
         lo, hi = max(start - reach, 0), min(stop + reach, frames)
         yield lo, hi, slice(start - lo, stop - lo)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The colour of what is decoded: sample.py gives back what a known stretch shows to be missing
+# ---------------------------------------------------------------------------------------------------------------------
+
+def spectrum(audio):
+    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
+    size, window = EQUALISER_FFT, torch.hann_window(EQUALISER_FFT, device=audio.device)
+    power = torch.fft.rfft(F.pad(audio, (size, size)).unfold(-1, size, size // 2) * window).abs().square().sum((1, 2))
+    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
+    weights = torch.exp(-18 * (octave[:, None] - octave).square())
+    return power @ (weights / weights.sum(1, keepdim=True)).T
+
+
+def equalise(audio, gain):
+    """Audio (B, channels, n) through a filter of the amplitudes gain (B, 1025), at the frequencies of `spectrum`."""
+    n, size = audio.shape[-1], audio.shape[-1] + EQUALISER_FFT          # the filter's tails do not wrap
+    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
+    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from conftest import save_checkpoint
 from dit import PRESETS as DIT, DiT
 from train import load_checkpoint, run
 from unet1d import PRESETS as UNET, UNet1D
-from vae import PRESETS as VAES, VAE
+from vae import PRESETS as VAES, VAE, spectrum
 
 ODD = Path(__file__).resolve().parents[2] / "shared" / "music" / "odd"
 
@@ -145,7 +145,7 @@ def test_xi_is_the_step_towards_the_context_alone(folder):
 def test_guidance_leads_where_it_should(folder, alone):
     """The distance to the reference falls; the wanted class's log-odds rise, and the unwanted one's fall."""
     net = load_checkpoint(folder / "classifier.pt").net
-    infill = ("--input", folder / "long.wav", "--start", 1, "--end", 1.5, "--splice", 0)
+    infill = ("--input", folder / "long.wav", "--start", 1, "--end", 1.5, "--splice", 0, "--no-equalise")
     first, task = (0, ("--length", 0.5)) if alone else (35900, infill)                 # where the model's output begins
 
     @torch.no_grad()
@@ -252,10 +252,10 @@ def test_as_printed_is_algorithm_1_with_the_papers_constants(folder):
     printed = call(folder, *edit, "--as-printed", steps=5)
     settings = json.loads((folder / "out.json").read_text())["settings"]
     spelled = call(folder, *edit, "--sampler", "ddpm", "--xi", 0.03 * 5 / 50, "--k", 0.85,
-                   "--start-from", "paper", "--project", "x_t", steps=5)
-    assert np.array_equal(printed, spelled) and settings["k"] == 0.85
+                   "--start-from", "paper", "--project", "x_t", "--no-equalise", steps=5)
+    assert np.array_equal(printed, spelled) and settings["k"] == 0.85 and not settings["equalise"]
     for flag in (("--xi", 1), ("--sampler", "ddpm"), ("--k", 0.5), ("--start-from", "paper"),
-                 ("--project", "x_t")):
+                 ("--project", "x_t"), ("--equalise",)):
         with pytest.raises(sample.UserError, match=f"{flag[0]} is set by --as-printed"):
             call(folder, *edit, "--as-printed", *flag)
 
@@ -283,6 +283,30 @@ def test_unspliced_output_is_the_models_own(folder):
     region = slice(round(1.5 * 44100), round(1.7 * 44100))
     assert np.allclose(spliced[region], raw[region], atol=1e-6) and spliced.shape == raw.shape
     assert not np.allclose(spliced[64000:66000], raw[64000:66000], atol=1e-3)
+
+
+def dull(x):
+    """A decoder that takes 9 dB off everything above 2 kHz."""
+    X = torch.fft.rfft(x)
+    kept = torch.linspace(0, 22050, X.shape[-1]) < 2000
+    return torch.fft.irfft(X * torch.where(kept, 1.0, 10 ** (-9 / 20)), x.shape[-1])
+
+
+def test_what_decoding_takes_off_known_audio_is_given_back_everywhere():
+    """The region gets its level back below and above 2 kHz; at most 12 dB; of the known audio only the ends are read."""
+    x, n = 0.1 * torch.randn(2, 2, 2**17, generator=torch.Generator().manual_seed(0)), 2**17
+    vae = SimpleNamespace(vae=True, hop=128, decode=dull)
+    known, C_L, C_R = x.clone(), 200, 100
+    known[..., 200 * 128:n - 100 * 128] = math.nan
+    made = sample.decode_like(vae, x, known, C_L, C_R)
+    change = 10 * torch.log10(spectrum(made[..., 2**15:2**16]) / spectrum(x[..., 2**15:2**16]))
+    assert change[:, 5:70].abs().max() < 1 and change[:, 120:].abs().max() < 1 and made.shape == x.shape
+    faint = sample.decode_like(SimpleNamespace(vae=True, hop=128, decode=lambda x: x / 100), x, known, C_L, C_R)
+    assert torch.allclose(faint, x / 100 * 10 ** (12 / 20), atol=1e-5)
+    assert torch.allclose(made[:1], sample.decode_like(vae, x[:1], known[:1], C_L, C_R), atol=1e-6)
+    untouched = [sample.decode_like(vae, x, known, 0, 0), sample.decode_like(vae, x, known, C_L, C_R, equalise=False),
+                 sample.decode_like(SimpleNamespace(vae=None, hop=128, decode=dull), x, known, C_L, C_R)]
+    assert all(torch.allclose(audio, dull(x), atol=1e-5) for audio in untouched)
 
 
 def test_silence_and_short_clips_work(folder):
@@ -338,7 +362,8 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
             ("--xi", ["--task", "unconditional", "--xi", "0.1"]),
-            ("--splice", ["--task", "unconditional", "--splice", "9"])):
+            ("--splice", ["--task", "unconditional", "--splice", "9"]),
+            ("--equalise", [*edit, "--model", "waveform", "--no-equalise"])):
         with pytest.raises(SystemExit) as end:
             run(lambda: sample.main(arguments))
         said = capsys.readouterr().err.strip()
