@@ -40,7 +40,7 @@ XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
 AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "equalise": False}
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
-LITTLE, SPLICE = 0.25, 0.03                                  # seconds: too little context to go on from; a cross-fade
+LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 
 
@@ -220,7 +220,7 @@ class Edit:
     def splice(self, decoded, seconds, limit=False):
         """Decoded audio (2, hop * frames) laid into the track: (channels, n). Cross-fades of `seconds` lie outside
         [a, end), or shorter ones where less is known; with 0 all of it, contexts included, stands as it is.
-        limit: what is laid in is turned down if it has peaks above full scale."""
+        limit: what is laid in is turned down around its peaks above full scale."""
         audio, (a, end) = self.track.audio, (self.a, self.end)
         fade = round(seconds * self.track.rate) if seconds else self.track.n
         last = a + int((self.gap + self.C_R) * self.frame + 1e-6)                      # where decoded ends
@@ -229,8 +229,8 @@ class Edit:
                                   -before, end - a + behind, 0, decoded.shape[-1])
         new = new[:len(audio)]                  # for mono, one channel: the mean of two that differ would be quieter
         if limit and new.abs().max() > 1:
-            print(f"note: the new audio is turned down by {20 * new.abs().max().log10():.1f} dB, to full scale")
-            new = new / new.abs().max()
+            print(f"note: peaks of the new audio are turned down, by {20 * new.abs().max().log10():.1f} dB at most")
+            new = vae.limited(new, round(LIMITER * self.track.rate))
         if seconds:
             new = torch.cat([tasks.blend(audio[:, a - before:a], new[:, :before]), new[:, before:before + end - a],
                              tasks.blend(new[:, before + end - a:], audio[:, end:end + behind])], dim=-1)

@@ -198,7 +198,7 @@ def chunks(frames, reach, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The colour of what is decoded: sample.py gives back what a known stretch shows to be missing
+# Corrections of what is decoded, for sample.py: the colour that a known stretch shows to be missing, and peaks
 # ---------------------------------------------------------------------------------------------------------------------
 
 def spectrum(audio):
@@ -215,6 +215,15 @@ def equalise(audio, gain):
     n, size = audio.shape[-1], audio.shape[-1] + EQUALISER_FFT          # the filter's tails do not wrap
     gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
     return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
+
+
+def limited(audio, reach):
+    """Audio (channels, n) within full scale: turned down around each peak above it, smoothly, `reach` samples a side.
+
+    Each of the gains that are averaged for a sample comes from a stretch that holds it, so no peak passes."""
+    peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)                 # (1, n)
+    gain = F.pad((1 / peak).clamp(max=1), (reach, reach), mode="replicate")
+    return audio * F.avg_pool1d(gain, 2 * reach + 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
