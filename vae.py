@@ -267,8 +267,8 @@ def band_loss(reconstruction, audio):
 
 
 def band_powers(audio, size, per_octave, together):
-    """Log power of left, right, mid and side: (B, 2, n) -> (B, 4, bands, frames); a frame is the mean of `together` ones
-    of the STFT, and overlaps the next by half."""
+    """Log power of left, right, mid and side: (B, 2, n) -> (B, 4, bands, frames). A frame is the mean of `together` of
+    the STFT's, and overlaps the next by half."""
     bins = torch.arange(1, size // 2 + 1)                           # without 0 Hz
     _, band = (per_octave * bins.log2()).long().unique(return_inverse=True)
     band, power = band.to(audio.device), magnitudes(audio, size)[:, :, 1:].square()
