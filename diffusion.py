@@ -88,11 +88,3 @@ def ddim_step(x_t, x0_hat, t, s, xi_gradient=0.0):
     # The paper prints d(y - A(x_t)); read d(y, A(x_t)). The sign holds because x0_hat is not recomputed from eps_hat.
     eps_hat = eps_hat - _for_clips(sigma_t, x_t) * xi_gradient
     return _for_clips(alpha_s, x_t) * x0_hat + _for_clips(sigma_s, x_t) * eps_hat
-
-
-def forward_step(x_s, s, t, noise):
-    """The forward process from s on to t > s, a draw from q(x_t | x_s): noise is added again (RePaint, Lugmayr et al.,
-    2022). Arguments as in ddpm_step."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
-    kept = alpha_t / alpha_s
-    return _for_clips(kept, x_s) * x_s + _for_clips((sigma_t**2 - kept**2 * sigma_s**2).sqrt(), x_s) * noise

@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion import alpha_sigma, ddim_step, ddpm_step, forward_step, time_steps, x0_from_v
+from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps, x0_from_v
 
 
 @dataclass(frozen=True)
@@ -108,53 +108,63 @@ def guided_estimate(model, x_t, t, terms):
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, revisits=0, generator=None, callback=None):
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None, callback=None):
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0 leaves projection alone, and builds no graph
-    revisits   after each step go back and repeat it, so many times (RePaint, Lugmayr et al., 2022)
     generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
     callback   called with a Step after each update
     Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
 
     The algorithms as printed are run for terms with project="x_t". The tasks' default, "x0_hat", departs from them
-    twice, and so do revisits above 0; a comment stands at each of the three.
+    twice; a comment stands at each of the two.
     """
     terms = task.terms if task else ()
-    _check(x_T, terms, sampler, xi, revisits, generator)
+    _check(x_T, terms, sampler, xi, generator)
     xi = xi or 0.0
     times = time_steps(steps, task.t_T if task else 1.0)
     x_t = x_T
     with frozen(model, *[term.A for term in terms]):
         for t, s in zip(times, times[1:]):                                    # the paper's i = N .. 1
-            for visit in range(1 + revisits):
-                if visit:      # departure: from s back to t, so that the new audio and the context can agree
-                    x_t = forward_step(x_t, s, t, draw_noise(x_t, generator))
-                x_t = _update(model, x_t, t, s, terms, sampler, xi, generator, callback)
+            x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
+            for term in terms:
+                if term.project == "x0_hat":
+                    # departure: x0_hat is projected before the update, which adds the noise due at s; not x_s after it
+                    x0_hat = data_consistency(x0_hat, term.y, term.A)
+                    # departure: so is the gradient; what y determines is left to y
+                    gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
+            if sampler == "ddpm":
+                x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
+            else:
+                x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
+            if callback:       # Algorithm 2 moves eps_hat by sigma_t of the gradient, of which x_s takes sigma_s
+                reach = 1.0 if sampler == "ddpm" else (alpha_sigma(t)[1] * alpha_sigma(s)[1]).reshape(-1, 1, 1).to(x_t)
+                callback(Step(t, x_t, x_s, -reach * xi * gradient))
+            for term in terms:
+                if term.project == "x_t":
+                    x_s = data_consistency(x_s, term.y, term.A)
+            x_t = x_s
     return x_t
 
 
-def _update(model, x_t, t, s, terms, sampler, xi, generator, callback):
-    """One iteration of either algorithm, from x_t to x_s."""
-    x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
-    for term in terms:
-        if term.project == "x0_hat":
-            # departure: x0_hat is projected before the update, which then adds the noise due at s; not x_s after it
-            x0_hat = data_consistency(x0_hat, term.y, term.A)
-            # departure: so is the gradient; what y determines is left to y
-            gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
-    if sampler == "ddpm":
-        x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
-    else:
-        x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
-    if callback:               # Algorithm 2 moves eps_hat by sigma_t of the gradient, of which x_s takes sigma_s
-        reach = 1.0 if sampler == "ddpm" else (alpha_sigma(t)[1] * alpha_sigma(s)[1]).reshape(-1, 1, 1).to(x_t)
-        callback(Step(t, x_t, x_s, -reach * xi * gradient))
-    for term in terms:
-        if term.project == "x_t":
-            x_s = data_consistency(x_s, term.y, term.A)
-    return x_s
+def autoguided(model, block, w, above):
+    """The model, steered away from a worse one at times t > above: v + w (v - v_worse), autoguidance (Karras et al.,
+    2024) in an interval (Kynkaanniemi et al., 2024). The worse one is the model itself without `block`, one of its
+    residual blocks. The gradients of terms pass by the correction.
+    """
+    def steered(x_t, t):
+        v = model(x_t, t)
+        if not (t > above).any():
+            return v
+        skip = block.register_forward_hook(lambda module, inputs, output: inputs[0])
+        try:
+            with torch.no_grad():
+                correction = w * (v - model(x_t, t))
+        finally:
+            skip.remove()
+        return v + torch.where((t > above)[:, None, None], correction, 0.0)
+    return steered
 
 
 def windows(C_L, gap, C_R, window, overlap):
@@ -195,15 +205,13 @@ def frozen(*modules):
             p.requires_grad_(True)
 
 
-def _check(x_T, terms, sampler, xi, revisits, generator):
+def _check(x_T, terms, sampler, xi, generator):
     if sampler not in ("ddpm", "ddim"):
         raise ValueError(f'sampler must be "ddpm" or "ddim", not {sampler!r}')
     if terms and xi is None:
         raise ValueError("xi is missing: a task with guidance terms needs a step size (0 for projection alone)")
     if xi is not None and not xi >= 0:
         raise ValueError(f"xi must not be negative, not {xi}")
-    if revisits < 0:
-        raise ValueError(f"revisits must not be negative, not {revisits}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
         raise ValueError(f"generator must be one or one per clip: {len(generator)} for {len(x_T)} clips")
 

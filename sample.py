@@ -32,13 +32,14 @@ TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", 
 EDITS = TASKS[1:5]                                           # those with a track to edit
 FROM_X_BAR = ("regenerate", "transition")                    # those that start from what is there
 NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
-USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:],                 # flags, and their tasks
+USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project", "equalise"), EDITS),
-        **dict.fromkeys(("k", "start_from"), FROM_X_BAR), **dict.fromkeys(("input2", "fade"), EDITS[3:])}
+        **dict.fromkeys(("k", "start_from"), FROM_X_BAR), "autoguide": TASKS[:1] + TASKS[5:]}  # flags, and their tasks
 XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
-AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "equalise": False}
+AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False}
+STEER_ABOVE = 0.7                                            # t; below it, autoguidance adds noise
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -60,9 +61,9 @@ class Settings:
     k: float = flag(0.6, "regenerate, transition: share of noise", type=within(0.01, 1))
     start_from: str = flag("matched", "regenerate, transition: see tasks.regenerate", choices=("paper", "matched"))
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
-    revisits: int = flag(0, "go back after each step and repeat it, so many times", type=within(0, 100, int))
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
-    equalise: bool = flag(True, "undo the VAE's colour", action=argparse.BooleanOptionalAction)
+    autoguide: float = flag(4.0, "without context: steer away from a worse model", type=within(0, 100))
+    equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
 
     @classmethod
     def add_flags(cls, add):
@@ -100,14 +101,16 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     for first, last in spans or [(0, n)]:
         left, right = done - first, C_R if last == n else 0
         z = guidance.draw_noise(x[..., first:last], generator)
-        task = guidance.Task(z, ())
+        task, steered = guidance.Task(z, ()), model
         if left + right:
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi, project=settings.project)
+        elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # a SpectralDiT
+            steered = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], settings.autoguide, STEER_ABOVE)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(
-            model, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
-            revisits=settings.revisits, generator=generator, callback=callback)
+            steered, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
+            generator=generator, callback=callback)
         done = last
     return x
 
@@ -129,17 +132,15 @@ def encode_known(checkpoint, audio, C_L, C_R):
     return x
 
 
-def decode_like(checkpoint, x_0, known, C_L, C_R, equalise=True):
-    """x_0 (B, C, frames) -> audio (B, 2, n), filtered so that its first C_L and last C_R frames, together, have the
-    spectrum of the audio `known` (B, 2, n) that they were encoded from; of this, only they are read.
-
-    A VAE leaves out what it cannot predict; where the answer is known one sees how much. Gains are within 12 dB.
-    """
+def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False):
+    """x_0 (B, C, frames) -> audio (B, 2, n). Its first C_L and last C_R frames get back the spectrum that they have in
+    the audio `known` (B, 2, n); what is new between them gets that too or, from_x_bar, that of what stood there."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
-    if checkpoint.vae is None or not equalise:
-        return audio
-    wanted, found = (vae.spectrum(x[..., :left]) + vae.spectrum(x[..., right:]) + 1e-9 for x in (known, audio))
-    return vae.equalise(audio, (wanted / found).sqrt().clamp(10 ** (-12 / 20), 10 ** (12 / 20)))
+    ramp = min(round(SPLICE * SAMPLE_RATE), max(left, known.shape[-1] - right) // 2)
+    at = torch.arange(known.shape[-1], device=known.device)
+    new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)            # (n,): 1 there, 0 beside it
+    edited = vae.equalise(audio, new, known, new if from_x_bar else 1 - new)
+    return torch.lerp(vae.equalise(audio, 1 - new, known, 1 - new), edited, new)
 
 
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):
@@ -151,7 +152,9 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     read = (known.shape[-1] // checkpoint.hop, 0) if from_x_bar else (C_L, C_R)
     settings = settings if from_x_bar else replace(settings, k=1.0)
     x_0 = generate(checkpoint, encode_known(checkpoint, known, *read), C_L, C_R, settings, generator, **how)
-    return decode_like(checkpoint, x_0, known, C_L, C_R, settings.equalise)
+    if settings.equalise and checkpoint.vae and C_L + C_R:
+        return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar)
+    return checkpoint.decode(x_0)
 
 
 def hear(listener, checkpoint, x, part=slice(None)):
@@ -351,7 +354,7 @@ def check(o):
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     idle = [flag for flag, takers in USED.items() if o.task not in takers]
-    idle += ["equalise"] * (o.model == "waveform") + ["listener"] * (not any(guided.values()))
+    idle += ["equalise", "autoguide"] * (o.model == "waveform") + ["listener"] * (not any(guided.values()))
     for flag in idle:
         if getattr(o, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
@@ -435,7 +438,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        bar = tqdm(total=settings.steps * (1 + settings.revisits) * len(edit.spans), unit="step", dynamic_ncols=True)
+        bar = tqdm(total=settings.steps * len(edit.spans), unit="step", dynamic_ncols=True)
 
         def progress(step):
             if bar.update():      # only now and then: to know the share is to wait for the GPU

@@ -198,21 +198,24 @@ def chunks(frames, reach, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corrections of what is decoded, for sample.py: the colour that a known stretch shows to be missing, and peaks
+# Corrections of what is decoded, for sample.py: its colour, and its peaks
 # ---------------------------------------------------------------------------------------------------------------------
 
-def spectrum(audio):
-    """Power of audio (B, channels, n) at 0 to 22050 Hz in 1025 steps, averaged over a sixth of an octave: (B, 1025)."""
+def spectrum(audio, weight):
+    """Mean power of audio (B, channels, n) times weight (n,) at 0 to 22050 Hz, over sixths of an octave: (B, 1025)."""
     size, window = EQUALISER_FFT, torch.hann_window(EQUALISER_FFT, device=audio.device)
-    power = torch.fft.rfft(F.pad(audio, (size, size)).unfold(-1, size, size // 2) * window).abs().square().sum((1, 2))
+    frames = F.pad(audio * weight, (size, size)).unfold(-1, size, size // 2) * window
+    power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum()
     octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
     weights = torch.exp(-18 * (octave[:, None] - octave).square())
-    return power @ (weights / weights.sum(1, keepdim=True)).T
+    return power @ (weights / weights.sum(1, keepdim=True)).T + 1e-12
 
 
-def equalise(audio, gain):
-    """Audio (B, channels, n) through a filter of the amplitudes gain (B, 1025), at the frequencies of `spectrum`."""
+def equalise(audio, weight, known, like):
+    """Audio (B, channels, n) through the filter, of gains from 1/4 to 4, that gives it, where `weight` (n,) lies, the
+    spectrum that the audio `known` has where `like` (n,) lies."""
     n, size = audio.shape[-1], audio.shape[-1] + EQUALISER_FFT          # the filter's tails do not wrap
+    gain = (spectrum(known, like) / spectrum(audio, weight)).sqrt().clamp(1 / 4, 4)
     gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
     return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 

@@ -3,7 +3,7 @@
     python tests/sanity.py likeness v-loss --data path/to/test
     python tests/sanity.py likeness --task infill --data path/to/test --sampler ddpm
     python tests/sanity.py prompts memory --data path/to/test --train path/to/train --clips 18
-    python tests/sanity.py example class --data path/to/test --clips 20 --second runs/classifier-1/model.pt
+    python tests/sanity.py example class --data path/to/test --train path/to/train --clips 20
 
 likeness   Does it sound like music? Four measures of the generated part alone, not spliced, beside those of what really
            stood there, of its reconstruction by the VAE, of the context repeated and of white noise. tonal: the share
@@ -16,12 +16,14 @@ prompts    Of continuations: is each nearer to its own prompt than to other clip
            level of the music that really follows, and do the clips differ among each other as real ones do?
 memory     Is a continuation an excerpt of the training music? Its highest correlation with any place there, and its
            distance to the nearest window; both to be compared with those of real music that was not trained on.
-example    Guidance by example against samples of the same seeds without it: does the distance fall? With --second, a
-           listener that never guided: the cosine of a sample's embedding with that of its own reference and of the
-           others, and how often the nearest reference is the right one.
-class      Guidance by class, likewise: do the log-odds rise, for the guide and for a second classifier?
+example    Guidance by example against samples of the same seeds without it: does the distance fall? And to a listener
+           that never guides and is no network (tests/judge.py): the cosine of a sample's embedding with that of its own
+           reference and with those of the others, how often the nearest reference is its own, and all of that for other
+           seconds of the references' own tracks.
+class      Guidance by class, likewise: do the log-odds rise, for the guide and for the other listener?
 """
 import argparse
+import functools
 import math
 import sys
 from pathlib import Path
@@ -36,6 +38,7 @@ import sample
 import tasks
 import train
 from diffusion import v_loss
+from judge import Judge
 from train import SAMPLE_RATE
 
 BANDS = [1000 * 2 ** (k / 3) for k in range(-13, 11)]       # middles of the third-octave bands from 50 Hz to 12 kHz
@@ -50,11 +53,14 @@ class Study:
         self.checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
         classifier = train.open_checkpoint("classifier", options.listener, device)
         self.listener, self.classes = classifier.net, classifier.classes
-        self.second = train.open_checkpoint("classifier", options.second, device).net if options.second else None
         self.settings = sample.Settings.of(options, self.checkpoint.kind)
         self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
         self.spans, self.known = evaluate.layout(self.window, self.checkpoint.hop), {}
         self.clips = self.excerpts(options.clips)
+
+    @functools.cached_property
+    def judge(self):
+        return Judge(self.options.train, self.options.seconds)
 
     def excerpts(self, limit):
         """Whole windows of the test music: one of each track, then a second of each, and so on, up to the limit."""
@@ -272,18 +278,18 @@ def about_examples(study):
     before, after = ((embed(study.listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
     print(f"by example, {len(aims)} cases, step {step:g}, {facts}: distance to the example, median "
           f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
-    if study.second:
-        aims = F.normalize(embed(study.second, references))
-        print(f"  the second listener: {'':11} cosine with its own, with others; nearest is its own (chance "
-              f"{1 / len(aims):.2f})")
-        for name, clips in (("unguided", plain), ("guided", guided)):
-            print("    {:10} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(embed(study.second, clips), aims)))
+    listen = lambda clips: F.normalize(torch.cat([study.judge.listen(clip[None])[1] for clip in clips]))
+    n = plain[0].shape[1]
+    print(f"  the judge: {'':8} cosine with its own, with others; nearest is its own (chance {1 / len(aims):.2f})")
+    aims = listen([clip[:, n:] for clip in references])             # of the first seconds, `real` below is made
+    for name, clips in (("unguided", plain), ("guided", guided), ("real", [clip[:, :n] for clip in references])):
+        print("    {:10} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(listen(clips), aims)))
 
 
 def own_and_others(made, aims):
-    """Embeddings (n, width) and unit vectors (n, width): mean cosine with the own aim, with the others, and how often
-    the nearest is the own."""
-    cosine, n = F.normalize(made) @ aims.T, len(made)
+    """Unit vectors (n, width) twice: mean cosine with the own aim, with the others, and how often the nearest is the
+    own."""
+    cosine, n = made @ aims.T, len(made)
     own = cosine.diag()
     right = (cosine.argmax(1) == torch.arange(n)).double().mean()
     return own.mean().item(), ((cosine.sum() - own.sum()) / max(1, n * (n - 1))).item(), right.item()
@@ -291,18 +297,19 @@ def own_and_others(made, aims):
 
 def about_classes(study):
     wanted, step = [j % len(study.classes) for j in range(study.options.clips)], study.options.steps_of[1]
+    if missing := {study.classes[i] for i in wanted} - set(study.judge.classes):
+        raise train.UserError(f"--train has no folder {', '.join(sorted(missing))}: the listener knows these classes")
     hear = lambda x, i: sample.hear(study.listener, study.checkpoint, x)[0][:, i:i + 1]
     y = torch.ones(1, 1, device=study.device)
     guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step) for i in wanted]
     plain, guided, facts = guided_pairs(study, guides)
     print(f"by class, {len(wanted)} cases, step {step:g}, {facts}")
-    for name, judge in (("the guide", study.listener), ("the second", study.second)):
-        if judge:
-            with torch.no_grad():
-                logits = [[judge.listen(clip[None].to(study.device), SAMPLE_RATE)[0][0, i].item()
-                           for clip, i in zip(clips, wanted)] for clips in (plain, guided)]
-            gain = torch.tensor(logits[1]) - torch.tensor(logits[0])
-            print(f"  log-odds of {name}: {gain.mean():+.2f} on average, up in {(gain > 0).sum()}")
+    for name, listen, classes in (("the guide", lambda x: study.listener.listen(x, SAMPLE_RATE), study.classes),
+                                  ("the judge", lambda x: study.judge.listen(x.cpu()), study.judge.classes)):
+        with torch.no_grad():
+            before, after = (torch.stack([listen(clip[None].to(study.device))[0][0].log_softmax(0)[
+                classes.index(study.classes[i])] for clip, i in zip(clips, wanted)]) for clips in (plain, guided))
+        print(f"  log-probability to {name}: {(after - before).mean():+.2f} on average, up in {(after > before).sum()}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -318,9 +325,8 @@ def main(argv=None):
     add("--model", choices=("latent", "waveform"), default="latent")
     add("--checkpoint")
     add("--listener", help="the classifier that listens, and guides")
-    add("--second", help="example, class: a classifier that never guides")
     add("--data", required=True, help="folder of test music")
-    add("--train", nargs="+", help="memory: folders of the training music")
+    add("--train", nargs="+", help="memory, example, class: folders of the training music")
     add("--task", choices=("continuation", "infill", "regenerate"), default="continuation", help="of likeness")
     add("--clips", type=train.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
     add("--seconds", type=float, default=2.0, help="example, class: length of a sample")
@@ -332,8 +338,8 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     options = parser.parse_args(argv)
-    if "memory" in options.tables and not options.train:
-        raise train.UserError("--train is missing: the table memory needs folders of training music")
+    if {"memory", "example", "class"} & set(options.tables) and not options.train:
+        raise train.UserError("--train is missing: memory, example and class need folders of training music")
     study = Study(options)
     for table in options.tables:
         TABLES[table](study)

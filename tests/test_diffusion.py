@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import alpha_sigma, ddim_step, ddpm_step, forward_step, time_steps
+from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps
 
 
 def test_schedule_is_variance_preserving_and_exact_at_both_ends():
@@ -95,13 +95,3 @@ def test_loss_squares_the_weighed_error():
     weigh = lambda error, t: error * (10 * t.float())[:, None, None]
     weighed, plain = diffusion.v_loss(model, x_0, t, eps, weigh), diffusion.v_loss(model, x_0, t, eps)
     assert torch.allclose(weighed, plain * torch.tensor([1.0, 25.0, 81.0]), rtol=1e-5)
-
-
-@pytest.mark.parametrize("s, t", [(0.0, 0.02), (0.3, 0.5), (0.98, 1.0)])
-def test_a_forward_step_stays_on_the_forward_process(s, t):
-    """From q(x_s | x_0) it leads to q(x_t | x_0): mean alpha_t x_0, variance sigma_t^2."""
-    zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(s), alpha_sigma(t)
-    from_x_s, from_noise = forward_step(one, s, t, zero).item(), forward_step(zero, s, t, one).item()
-    assert abs(from_x_s * alpha_s - alpha_t) < 1e-12
-    assert abs((from_x_s * sigma_s) ** 2 + from_noise**2 - sigma_t**2) < 1e-12

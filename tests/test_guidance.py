@@ -218,18 +218,6 @@ def test_unguided_samples_have_the_covariance_of_the_source(sampler):
     assert torch.linalg.norm(got - S) / torch.linalg.norm(S) < 0.12
 
 
-def test_revisits_repeat_steps_and_keep_the_source():
-    """RePaint: each step is made 1 + revisits times, and the samples keep the source's variance and covariance."""
-    S, steps = covariance(), []
-    x_0 = sample(Gaussian(S, 1 + sine()[0, 0]), noise(2000, 1, N), steps=100, sampler="ddpm", revisits=1,
-                 generator=generators(1)[0], callback=lambda step: steps.append(step.t.item()))[:, 0]
-    got = torch.cov(x_0.T)
-    assert [round(t, 9) for t in steps[:4]] == [1, 1, 0.99, 0.99] and len(steps) == 200
-    assert abs(got.diagonal().mean() / S.diagonal().mean() - 1) < 0.05
-    assert torch.linalg.norm(got - S) / torch.linalg.norm(S) < 0.12
-    assert (x_0.mean(0) - 1 - sine()[0, 0]).abs().max() < 0.1
-
-
 def test_infill_with_the_papers_settings_matches_the_posterior():
     """DDPM, 50 steps, xi = 3e-2, L1 through x0_hat and projection; each figure is better than with projection alone."""
     error, ratio, context = infill_errors(sine(), "ddpm", 50, project="x_t", xi=3e-2)
@@ -282,7 +270,7 @@ def test_bad_arguments_are_named():
     z = noise(2, 1, 8)
     task = tasks.continuation(z, 4, z)
     for word, arguments in (("xi", {}), ("xi", {"xi": -1}), ("steps", {"xi": 0.1, "steps": 0}),
-                            ("sampler", {"xi": 0.1, "sampler": "euler"}), ("revisits", {"xi": 0.1, "revisits": -1}),
+                            ("sampler", {"xi": 0.1, "sampler": "euler"}),
                             ("generator", {"xi": 0.1, "generator": generators(0)})):
         with pytest.raises(ValueError, match=word):
             sample(flat_model, task.x_T, task, **arguments)
@@ -297,3 +285,26 @@ def test_bad_arguments_are_named():
         Term(lambda x: x, tasks.l1, z, project=True)
     with pytest.raises(ValueError, match="on must"):
         Term(lambda x: x, tasks.l1, z, on="x_s")
+
+
+def test_autoguidance_steers_away_from_the_model_without_a_block():
+    """v + w (v - v without the block) above the time, v below it, each clip by its own time; gradients are those of v;
+    the block is whole afterwards, also when the model fails."""
+    class Residual(torch.nn.Module):
+        def forward(self, x):
+            return x + x**2
+    block, w = Residual(), 3.0
+    model = lambda x, t: 2 * block(x) * t[:, None, None]
+    steered = guidance.autoguided(model, block, w, above=0.7)
+    x, t = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_(), torch.tensor([0.7, 0.9], dtype=torch.float64)
+    v, plain = steered(x, t), model(x, t)
+    assert torch.equal(v[0], plain[0]) and torch.allclose(v[1], plain[1] + w * 2 * 0.9 * x[1] ** 2)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (v, plain)))
+    assert torch.equal(model(x, t), plain) and torch.equal(steered(x, 0 * t), model(x, 0 * t))
+    def failing(x, t):
+        if block._forward_hooks:
+            raise RuntimeError
+        return block(x)
+    with pytest.raises(RuntimeError):
+        guidance.autoguided(failing, block, w, above=0.7)(x, t)
+    assert torch.equal(model(x, t), plain)

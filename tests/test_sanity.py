@@ -1,9 +1,14 @@
 """The measures and tables of tests/sanity.py."""
+import shutil
+
 import pytest
+import soundfile as sf
 import torch
+import torch.nn.functional as F
 
 import sanity
 import train
+from judge import Judge
 from test_evaluate import studio         # noqa: F401, the fixture
 
 T = torch.arange(3 * 44100) / 44100
@@ -41,7 +46,7 @@ def test_regular_bursts_have_a_beat_and_uneven_flux():
 
 def test_cosine_with_the_own_aim_and_with_others():
     """Of three samples the first two have each other's aim: one own cosine of 1, two of the six others, one right."""
-    made = 5 * torch.eye(3)[[1, 0, 2]]
+    made = torch.eye(3)[[1, 0, 2]]
     assert sanity.own_and_others(made, torch.eye(3)) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
 
 
@@ -53,18 +58,41 @@ def test_a_copied_excerpt_is_found():
     assert best[0] == pytest.approx(1, abs=1e-3) and best[1] < 0.1
 
 
-def test_every_table_is_printed(studio, capsys):         # noqa: F811
+def test_the_judge_knows_tracks_and_classes_again(tmp_path):
+    """Two classes of two tracks each, of noise in other bands; level and place do not matter to it."""
+    def noise(seed, low, seconds=4):
+        drawn = torch.randn(2, seconds * 44100, generator=torch.Generator().manual_seed(seed))
+        X = torch.fft.rfft(drawn)
+        shape = torch.exp(-((torch.arange(X.shape[1]) / seconds / low).clamp(min=0.01).log() ** 2))
+        return torch.fft.irfft(X * shape) * 0.2
+    lows = {"deep/a": 150, "deep/b": 300, "high/c": 2000, "high/d": 5000}
+    for seed, (name, low) in enumerate(lows.items()):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        sf.write(tmp_path / f"{name}.wav", noise(seed, low).T.numpy(), 44100)
+    judge = Judge([tmp_path], 0.5)
+    (odds, first), (again, second) = (judge.listen(torch.stack([noise(seed + i, low, 1) * level for i, low in enumerate(
+        lows.values())])) for seed, level in ((10, 1.0), (20, 0.3)))
+    assert judge.classes == ["deep", "high"] and odds.argmax(1).tolist() == again.argmax(1).tolist() == [0, 0, 1, 1]
+    own, others, right = sanity.own_and_others(*(F.normalize(x) for x in (first, second)))
+    assert right == 1 and own > others + 0.3
+
+
+def test_every_table_is_printed(studio, tmp_path, capsys):         # noqa: F811
     """All six, for a tiny latent model; the v-loss again, alone, is the same."""
     classifier = str(studio / "classifier.pt")
-    command = ["--checkpoint", str(studio / "latent.pt"), "--listener", classifier, "--second", classifier, "--data",
-               str(studio / "train"), "--clips", "3", "--steps", "2", "--seconds", "0.3"]
-    sanity.main([*sanity.TABLES, *command, "--train", str(studio / "test")])
+    command = ["--checkpoint", str(studio / "latent.pt"), "--listener", classifier, "--data", str(studio / "train"), "--clips", "3", "--steps", "2", "--seconds", "0.3"]
+    for name, path in zip("abc", (studio / "test").iterdir()):
+        (tmp_path / name).mkdir()
+        shutil.copy(path, tmp_path / name)
+    sanity.main([*sanity.TABLES, *command, "--train", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "nan" not in printed
     for words in ("white noise", "v-loss on 6 whole windows", "own prompt wins", "training windows",
-                  "by example, 3 cases", "second listener", "log-odds of the second"):
+                  "by example, 3 cases", "the judge", "log-probability to the judge"):
         assert words in printed
     sanity.main(["v-loss", *command])
     assert capsys.readouterr().out.splitlines()[-1] in printed
     with pytest.raises(train.UserError, match="--train is missing"):
         sanity.main(["memory", *command])
+    with pytest.raises(train.UserError, match="no folder a, b, c"):
+        sanity.main(["class", *command, "--train", str(studio / "test")])
