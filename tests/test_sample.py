@@ -15,7 +15,7 @@ import guidance
 import sample
 import tasks
 from conftest import save_checkpoint
-from dit import PRESETS as DIT, DiT
+from dit import PRESETS as DIT, DiT, DiTConfig, build
 from train import load_checkpoint, run
 from unet1d import PRESETS as UNET, UNet1D
 from vae import PRESETS as VAES, VAE, limited, spectrum
@@ -328,6 +328,21 @@ def test_decoded_audio_gets_the_spectrum_of_what_is_known():
     assert torch.allclose(faint, x / 100 * 4, atol=1e-5)
 
 
+def test_autoguidance_is_for_music_without_context():
+    """It changes what a SpectralDiT makes from nothing, and no continuation: nor the second of two windows."""
+    torch.manual_seed(0)
+    net = wake(build(DiTConfig(channels=4, frames=64, width=16, depth=2, heads=2, hops=(16, 8)))).eval()
+
+    def made(autoguide, x_bar, C_L, spans=None):
+        settings, generator = sample.Settings(steps=4, autoguide=autoguide), torch.Generator().manual_seed(1)
+        return sample.generate(SimpleNamespace(net=net), x_bar, C_L, 0, settings, generator, spans=spans)
+    nothing = torch.zeros(1, 4, 64)
+    assert torch.equal(made(0, nothing, 16), made(4, nothing, 16))
+    assert not torch.allclose(made(0, nothing, 0), made(4, nothing, 0), atol=1e-3)
+    first, both = made(4, nothing, 0, [(0, 32)]), made(4, nothing, 0, [(0, 32), (16, 64)])
+    assert torch.allclose(first[..., :32], both[..., :32], atol=1e-5) and both[..., 32:].any()
+
+
 @pytest.mark.parametrize("C_L, C_R", [(1, 0), (0, 1), (0, 3), (3, 500)])
 def test_a_frame_of_context_is_enough_for_its_spectrum(C_L, C_R):
     x = 0.1 * torch.randn(1, 2, 2**16, generator=torch.Generator().manual_seed(0))
@@ -387,7 +402,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("--weights", [*edit, "--weights", "embedding=3"]), ("--listener", [*edit, "--listener", "x.pt"]),
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
-            ("--xi", ["--task", "unconditional", "--xi", "0.1"]),
+            ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--autoguide", [*edit, "--autoguide", "2"]),
             ("--splice", ["--task", "unconditional", "--splice", "9"]),
             ("--equalise", [*edit, "--model", "waveform", "--no-equalise"])):
         with pytest.raises(SystemExit) as end:
