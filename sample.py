@@ -34,12 +34,11 @@ FROM_X_BAR = ("regenerate", "transition")                    # those that start 
 NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project", "equalise"), EDITS),
-        **dict.fromkeys(("k", "start_from"), FROM_X_BAR), "autoguide": TASKS[:1] + TASKS[5:]}  # flags, and their tasks
+        **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
 XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
 AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False}
-STEER_ABOVE = 0.7                                            # t; below it, autoguidance adds noise
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -62,20 +61,20 @@ class Settings:
     start_from: str = flag("matched", "regenerate, transition: see tasks.regenerate", choices=("paper", "matched"))
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
-    autoguide: float = flag(4.0, "without context: steer away from a worse model", type=within(0, 100))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
+    autoguide: float = 4.0                                   # w of guidance.autoguided, for music without context
 
     @classmethod
     def add_flags(cls, add):
-        """Flags for all fields but sampler and steps, None if not given, and --as-printed. add: a parser's method."""
-        for this in fields(cls)[2:]:
+        """Flags for the fields that have one, None if not given, and --as-printed. add: a parser's method."""
+        for this in filter(lambda this: this.metadata, fields(cls)):
             add("--" + this.name.replace("_", "-"), **this.metadata)
         add("--as-printed", action="store_true", help="the paper's Algorithm 1, constants and start instead of these")
 
     @classmethod
     def of(cls, options, kind):
         """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
-        given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name)) is not None}
+        given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name, None)) is not None}
         preset = {"xi": XI[kind]}
         if options.as_printed:
             scale = given.get("steps", cls.steps) / XI_STEPS                           # undoes that of `generate`
@@ -101,16 +100,15 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     for first, last in spans or [(0, n)]:
         left, right = done - first, C_R if last == n else 0
         z = guidance.draw_noise(x[..., first:last], generator)
-        task, steered = guidance.Task(z, ()), model
+        task, estimator = guidance.Task(z, ()), model
         if left + right:
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi, project=settings.project)
         elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # a SpectralDiT
-            steered = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], settings.autoguide, STEER_ABOVE)
+            estimator = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], settings.autoguide)
         task = tasks.combine(task, *[guide(z) for guide in guides])
-        x[..., first:last] = guidance.sample(
-            steered, task.x_T, task, steps=settings.steps, sampler=settings.sampler, xi=xi,
-            generator=generator, callback=callback)
+        x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
+                                             xi=xi, generator=generator, callback=callback)
         done = last
     return x
 
@@ -133,14 +131,17 @@ def encode_known(checkpoint, audio, C_L, C_R):
 
 
 def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False):
-    """x_0 (B, C, frames) -> audio (B, 2, n). Its first C_L and last C_R frames get back the spectrum that they have in
-    the audio `known` (B, 2, n); what is new between them gets that too or, from_x_bar, that of what stood there."""
+    """x_0 (B, C, frames) -> audio (B, 2, n). The first C_L and the last C_R frames get back the spectrum that they have
+    in the audio `known` (B, 2, n), without the VAE's colour; what is new between them gets that too or, from_x_bar, the
+    spectrum of what stood there. Where less than LITTLE is known, all is as decoded."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
-    ramp = min(round(SPLICE * SAMPLE_RATE), max(left, known.shape[-1] - right) // 2)
-    at = torch.arange(known.shape[-1], device=known.device)
+    if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:
+        return audio
+    ramp, at = round(SPLICE * SAMPLE_RATE), torch.arange(known.shape[-1], device=known.device)
     new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)            # (n,): 1 there, 0 beside it
-    edited = vae.equalise(audio, new, known, new if from_x_bar else 1 - new)
-    return torch.lerp(vae.equalise(audio, 1 - new, known, 1 - new), edited, new)
+    beside = vae.spectrum(known, 1 - new)
+    edited = vae.equalise(audio, new, vae.spectrum(known, new) if from_x_bar else beside)
+    return torch.lerp(vae.equalise(audio, 1 - new, beside), edited, new)
 
 
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):
@@ -152,7 +153,7 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     read = (known.shape[-1] // checkpoint.hop, 0) if from_x_bar else (C_L, C_R)
     settings = settings if from_x_bar else replace(settings, k=1.0)
     x_0 = generate(checkpoint, encode_known(checkpoint, known, *read), C_L, C_R, settings, generator, **how)
-    if settings.equalise and checkpoint.vae and C_L + C_R:
+    if settings.equalise and checkpoint.vae and not how.get("guides"):                 # these chose another spectrum
         return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar)
     return checkpoint.decode(x_0)
 
@@ -354,7 +355,7 @@ def check(o):
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     idle = [flag for flag, takers in USED.items() if o.task not in takers]
-    idle += ["equalise", "autoguide"] * (o.model == "waveform") + ["listener"] * (not any(guided.values()))
+    idle += ["equalise"] * (o.model == "waveform" or any(guided.values())) + ["listener"] * (not any(guided.values()))
     for flag in idle:
         if getattr(o, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")

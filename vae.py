@@ -211,11 +211,11 @@ def spectrum(audio, weight):
     return power @ (weights / weights.sum(1, keepdim=True)).T + 1e-12
 
 
-def equalise(audio, weight, known, like):
-    """Audio (B, channels, n) through the filter, of gains from 1/4 to 4, that gives it, where `weight` (n,) lies, the
-    spectrum that the audio `known` has where `like` (n,) lies."""
+def equalise(audio, weight, wanted):
+    """Audio (B, channels, n) through a filter of gains from 1/4 to 4, those that give audio times weight (n,) the
+    spectrum `wanted` (B, 1025)."""
     n, size = audio.shape[-1], audio.shape[-1] + EQUALISER_FFT          # the filter's tails do not wrap
-    gain = (spectrum(known, like) / spectrum(audio, weight)).sqrt().clamp(1 / 4, 4)
+    gain = (wanted / spectrum(audio, weight)).sqrt().clamp(1 / 4, 4)
     gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
     return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 

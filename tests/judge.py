@@ -10,20 +10,20 @@ import train
 from train import SAMPLE_RATE
 
 EXCERPTS, DIRECTIONS, SHRINKAGE = 12, 32, 0.3       # of a training track; of the embedding; of the scatter within tracks
-BANDS, CEPSTRA = 48, 12
+BANDS, CEPSTRA = 48, 11
 
 
 def statistics(audio):
-    """(B, 2, n) at 44.1 kHz -> (B, 210), whatever the level: of 48 log-mel bands the mean, deviation and mean change from
+    """(B, 2, n) at 44.1 kHz -> (B, 210), which do not depend on the level: of 48 log-mel bands the mean, deviation and mean change from
     frame to frame, and how their cepstra vary together."""
     mono = tasks.resample(audio.mean(1), SAMPLE_RATE, 32000)
     X = torch.stft(mono, 1024, 512, window=torch.hann_window(1024), return_complex=True).abs().square()
     mel = (tasks.mel_triangles(BANDS, 30, 14000, 513) @ X + 1e-6).log()                         # (B, bands, frames)
     mel = (mel - mel.mean((1, 2), keepdim=True)).double()
     mean, spread = mel.mean(2), [mel.std(2), mel.diff(dim=2).abs().mean(2)]
-    cosines = torch.cos(math.pi / BANDS * torch.arange(CEPSTRA)[1:, None] * (torch.arange(BANDS) + 0.5)).double() / 7
-    cepstra = cosines @ (mel - mean[..., None])
-    row, column = torch.triu_indices(CEPSTRA - 1, CEPSTRA - 1)
+    cosines = torch.cos(math.pi / BANDS * torch.arange(1, CEPSTRA + 1)[:, None] * (torch.arange(BANDS) + 0.5)).double()
+    cepstra = BANDS**-0.5 * cosines @ (mel - mean[..., None])
+    row, column = torch.triu_indices(CEPSTRA, CEPSTRA)
     together = (cepstra @ cepstra.mT / mel.shape[-1])[:, row, column]
     return torch.cat([mean, *(x.clamp(min=1e-3).log() for x in spread), together.sign() * together.abs().sqrt()], 1)
 
@@ -43,6 +43,8 @@ class Judge:
         self.classes, heard = sorted({path.parent.name for path in paths}), []
         for path in train.progress(paths, "judge", unit="track"):
             audio = train.to_stereo_44k(*train.read_audio(path))
+            if audio.shape[1] < n:
+                raise train.UserError(f"{path} is shorter than {seconds:g} s: take it out of --train")
             starts = torch.linspace(0, audio.shape[1] - n, EXCERPTS).long()
             heard.append(statistics(torch.stack([audio[:, start:start + n] for start in starts])))
         label = torch.tensor([self.classes.index(path.parent.name) for path in paths]).repeat_interleave(EXCERPTS)
@@ -58,6 +60,6 @@ class Judge:
         self.bias = -(means.T * self.weights).sum(0) / 2
 
     def listen(self, audio):
-        """(B, 2, n) at 44.1 kHz -> log-odds of the classes (B, classes) up to a constant, embedding (B, 32)."""
+        """(B, 2, n) at 44.1 kHz -> log-probabilities of the classes (B, classes) up to a constant, embedding (B, 32)."""
         embedding = ((statistics(audio) - self.centre) / self.scale) @ self.directions
         return embedding @ self.weights + self.bias, embedding

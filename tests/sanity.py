@@ -3,7 +3,7 @@
     python tests/sanity.py likeness v-loss --data path/to/test
     python tests/sanity.py likeness --task infill --data path/to/test --sampler ddpm
     python tests/sanity.py prompts memory --data path/to/test --train path/to/train --clips 18
-    python tests/sanity.py example class --data path/to/test --train path/to/train --clips 20
+    python tests/sanity.py example class --data path/to/test --train path/to/train
 
 likeness   Does it sound like music? Four measures of the generated part alone, not spliced, beside those of what really
            stood there, of its reconstruction by the VAE, of the context repeated and of white noise. tonal: the share
@@ -329,7 +329,7 @@ def main(argv=None):
     add("--train", nargs="+", help="memory, example, class: folders of the training music")
     add("--task", choices=("continuation", "infill", "regenerate"), default="continuation", help="of likeness")
     add("--clips", type=train.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
-    add("--seconds", type=float, default=2.0, help="example, class: length of a sample")
+    add("--seconds", type=train.within(0.1, 2.9), default=2.0, help="example, class: length of a sample")
     add("--sampler", choices=("ddim", "ddpm"))
     add("--steps", type=train.within(1, 100000, int))
     sample.Settings.add_flags(add)
