@@ -3,10 +3,10 @@
     pip install diffusers transformers accelerate       # for this example only, beside requirements.txt
     python examples/stable_audio_open.py --task infill --input song.wav --start 60 --end 64 [--prompt "warm pads"]
 
-1.06 billion parameters, 44.1 kHz stereo, a window of 47.6 s (Evans et al., 2024), trained with the diffusion of
+1.06 billion parameters, 44.1 kHz stereo, 47.6 s at once (Evans et al., 2024), trained with the diffusion of
 diffusion.py: its transformer is model(x_t, t) -> v as it stands. The scheduler's time atan(sigma) 2 / pi is our t, and
-the input that it scales is our x_t. So every task runs, with the step sizes of our own latent model: nobody has tuned
-them for this one, or listened. A guided step costs 4.6 TFLOP (with a prompt 9.4) and 8 GiB (with --recompute 5).
+the input that it scales is our x_t. So every task runs, with the step sizes of our own latent model, which nobody
+has tuned or heard. Another sound than the track's wants --no-equalise. 4.6 TFLOP (with a prompt 9.4) and 8 GiB a step.
 
 The weights are your own download, from the page below: accept their licence there and run `hf auth login`. It is the
 Stability AI Community License: free for research, and for business under 1 M USD a year; it asks for attribution.
