@@ -3,19 +3,18 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import tasks
 import train
 from train import SAMPLE_RATE
 
-EXCERPTS, DIRECTIONS, SHRINKAGE = 12, 32, 0.3       # of a training track; of the embedding; of the scatter within tracks
+EXCERPTS, DIRECTIONS, SHRINKAGE = 12, 32, 0.3       # of a track; of the embedding; of the scatter within tracks
 BANDS, CEPSTRA = 48, 11
 
 
 def statistics(audio):
-    """(B, 2, n) at 44.1 kHz -> (B, 210), which do not depend on the level: of 48 log-mel bands the mean, deviation and mean change from
-    frame to frame, and how their cepstra vary together."""
+    """(B, 2, n) at 44.1 kHz -> (B, 210), the same at any level: of 48 log-mel bands the mean, the deviation and the
+    mean change from frame to frame, and how their cepstra vary together."""
     mono = tasks.resample(audio.mean(1), SAMPLE_RATE, 32000)
     X = torch.stft(mono, 1024, 512, window=torch.hann_window(1024), return_complex=True).abs().square()
     mel = (tasks.mel_triangles(BANDS, 30, 14000, 513) @ X + 1e-6).log()                         # (B, bands, frames)
@@ -29,7 +28,7 @@ def statistics(audio):
 
 
 def means_and_scatter(x, groups):
-    """x (n, d) in groups (n,) -> the means (groups, d) and the covariance within groups, shrunk towards a multiple of I."""
+    """x (n, d) in groups (n,) -> means (groups, d), and the covariance within groups, shrunk towards a multiple of I."""
     means = torch.stack([x[groups == group].mean(0) for group in groups.unique()])
     within = (x - means[groups]).T.cov()
     return means, torch.lerp(within, within.diag().mean() * torch.eye(len(within)).to(x), SHRINKAGE)
@@ -60,6 +59,6 @@ class Judge:
         self.bias = -(means.T * self.weights).sum(0) / 2
 
     def listen(self, audio):
-        """(B, 2, n) at 44.1 kHz -> log-probabilities of the classes (B, classes) up to a constant, embedding (B, 32)."""
+        """(B, 2, n) at 44.1 kHz -> log-probabilities (B, classes), up to a constant, and embedding (B, 32)."""
         embedding = ((statistics(audio) - self.centre) / self.scale) @ self.directions
         return embedding @ self.weights + self.bias, embedding
