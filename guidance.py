@@ -150,7 +150,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
 
 def autoguided(model, block, w, above=0.7):
     """A model like `model`, but steered away from a worse one at times t > above: v + w (v - v_worse). Autoguidance
-    (Karras et al., 2024) in an interval (Kynkaanniemi et al., 2024); the worse one is the model itself without
+    (Karras et al., 2024) in an interval (Kynkäänniemi et al., 2024); the worse one is the model itself without
     `block`, a residual block of it, not compiled. In the gradients of terms the correction counts as a constant.
     """
     def steered(x_t, t):

@@ -104,7 +104,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         if left + right:
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi, project=settings.project)
-        elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # a SpectralDiT
+        elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # the block: by measurement
             estimator = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], settings.autoguide)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
@@ -144,16 +144,16 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False):
     return torch.lerp(vae.equalise(audio, 1 - new, beside), edited, new)
 
 
-def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, **how):
+def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
 
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    how         spans, guides, callback: see generate
+    guides, how see generate; with guides nothing is equalised, since they choose another spectrum
     """
-    read = (known.shape[-1] // checkpoint.hop, 0) if from_x_bar else (C_L, C_R)
-    settings = settings if from_x_bar else replace(settings, k=1.0)
-    x_0 = generate(checkpoint, encode_known(checkpoint, known, *read), C_L, C_R, settings, generator, **how)
-    if settings.equalise and checkpoint.vae and not how.get("guides"):                 # these chose another spectrum
+    read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
+    x_bar = encode_known(checkpoint, known, *read)
+    x_0 = generate(checkpoint, x_bar, C_L, C_R, replace(settings, k=k), generator, guides=guides, **how)
+    if settings.equalise and checkpoint.vae and not guides:
         return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar)
     return checkpoint.decode(x_0)
 

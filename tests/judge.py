@@ -28,7 +28,7 @@ def statistics(audio):
 
 
 def means_and_scatter(x, groups):
-    """x (n, d) in groups (n,) -> means (groups, d), and the covariance within groups, shrunk towards a multiple of I."""
+    """x (n, d) in groups (n,) -> means (groups, d); covariance within groups, shrunk towards a multiple of I."""
     means = torch.stack([x[groups == group].mean(0) for group in groups.unique()])
     within = (x - means[groups]).T.cov()
     return means, torch.lerp(within, within.diag().mean() * torch.eye(len(within)).to(x), SHRINKAGE)

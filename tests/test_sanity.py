@@ -80,7 +80,8 @@ def test_the_judge_knows_tracks_and_classes_again(tmp_path):
 def test_every_table_is_printed(studio, tmp_path, capsys):         # noqa: F811
     """All six, for a tiny latent model; the v-loss again, alone, is the same."""
     classifier = str(studio / "classifier.pt")
-    command = ["--checkpoint", str(studio / "latent.pt"), "--listener", classifier, "--data", str(studio / "train"), "--clips", "3", "--steps", "2", "--seconds", "0.3"]
+    command = ["--checkpoint", str(studio / "latent.pt"), "--listener", classifier, "--data", str(studio / "train"),
+               "--clips", "3", "--steps", "2", "--seconds", "0.3"]
     for name, path in zip("abc", (studio / "test").iterdir()):
         (tmp_path / name).mkdir()
         shutil.copy(path, tmp_path / name)
