@@ -327,14 +327,14 @@ Batch = namedtuple("Batch", "task span x other generators")
 
 def unspliced(checkpoint, clips, settings, passt=None):
     """The model's own, unspliced audio (B, 2, window); passt is needed for guidance by example ("embedding")."""
-    guides, span = (), clips.span
+    guides, span, example = (), clips.span, None
     if clips.task == "embedding":
-        heard, step = slice(span.c, span.d), sample.XI_GUIDE["embedding"]
-        y = passt.listen(clips.x[..., heard], SAMPLE_RATE)[1]
-        A = lambda x_0: sample.hear(passt, checkpoint, x_0, heard)[1]
-        guides = (lambda z: tasks.embedder_guidance(A, y, z, step),)
-    return sample.fill(checkpoint, clips.x, span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop,
-                       settings, clips.generators, from_x_bar=clips.task in sample.FROM_X_BAR, guides=guides)
+        y = passt.listen(example := clips.x[..., span.c:span.d], SAMPLE_RATE)[1]
+        A = lambda x_0: sample.hear(passt, checkpoint, x_0, slice(span.c, span.d))[1]
+        guides = (lambda z: tasks.embedder_guidance(A, y, z, sample.XI_GUIDE["embedding"]),)
+    C_L, C_R = span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop
+    return sample.fill(checkpoint, clips.x, C_L, C_R, settings, clips.generators,
+                       from_x_bar=clips.task in sample.FROM_X_BAR, guides=guides, example=example)
 
 
 @dataclass(frozen=True)

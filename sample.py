@@ -3,8 +3,8 @@
     python sample.py --task continuation --input song.mp3 --start 61.5 --length 8
     python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
 
-The result is the whole track in its own sample rate, channels and word length. Only the requested region is new; beside
-it lie cross-fades of at most 50 ms, in known audio; everything else is the input's own samples, bit for bit.
+The result is the whole track in its own sample rate, channels and word length. New are the requested region and
+cross-fades of at most 50 ms beside it; everything else is the input's own samples, bit for bit.
 """
 import argparse
 import hashlib
@@ -25,16 +25,16 @@ import guidance
 import tasks
 import vae
 from examples import page
-from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, within,
-                   write_atomic)
+from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, to_stereo_44k,
+                   within, write_atomic)
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS = TASKS[1:5]                                           # those with a track to edit
 FROM_X_BAR = ("regenerate", "transition")                    # those that start from what is there
 NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
-        **dict.fromkeys(("input", "context", "splice", "xi", "project", "equalise"), EDITS),
-        **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
+        **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
+        **dict.fromkeys(("k", "start_from"), FROM_X_BAR), "equalise": TASKS[1:6]}           # flags, and their tasks
 XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
@@ -130,37 +130,40 @@ def encode_known(checkpoint, audio, C_L, C_R):
     return x
 
 
-def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False):
+def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
     """x_0 (B, C, frames) -> audio (B, 2, n). The first C_L and the last C_R frames get back the spectrum that they have
-    in the audio `known` (B, 2, n), without the VAE's colour; what is new between them gets that too or, from_x_bar, the
-    spectrum of what stood there. Where less than LITTLE is known, all is as decoded."""
+    in the audio `known` (B, 2, n), without the VAE's colour. What is new gets that too, or from_x_bar what stood there
+    had, or the shape of an example's (B, 2, m). With less than LITTLE known: its level too, or all is as decoded."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
-    if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:
+    little = left + known.shape[-1] - right < LITTLE * SAMPLE_RATE
+    if little and example is None:
         return audio
     ramp, at = round(SPLICE * SAMPLE_RATE), torch.arange(known.shape[-1], device=known.device)
     new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)            # (n,): 1 there, 0 beside it
     beside = vae.spectrum(known, 1 - new)
-    edited = vae.equalise(audio, new, vae.spectrum(known, new) if from_x_bar else beside)
-    return torch.lerp(vae.equalise(audio, 1 - new, beside), edited, new)
+    wanted = vae.spectrum(known, new) if from_x_bar else beside
+    if example is not None:
+        shape = vae.spectrum(example, torch.ones_like(example[0, 0]))
+        wanted = shape if little else shape * (wanted.sum(1) / shape.sum(1))[:, None]
+    return torch.lerp(vae.equalise(audio, 1 - new, beside), vae.equalise(audio, new, wanted), new)
 
 
-def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), **how):
+def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), example=None, **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
 
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    guides, how see generate; with guides nothing is equalised, since they choose another spectrum
+    guides, how see generate; with guides nothing is equalised, since they choose another spectrum, but to an `example`
     """
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
     x_0 = generate(checkpoint, x_bar, C_L, C_R, replace(settings, k=k), generator, guides=guides, **how)
-    if settings.equalise and checkpoint.vae and not guides:
-        return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar)
+    if settings.equalise and checkpoint.vae and (example is not None or not guides):
+        return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar, example)
     return checkpoint.decode(x_0)
 
 
 def hear(listener, checkpoint, x, part=slice(None)):
-    """A(x) = PaSST(resample(decode(x))), Sect. 4.3: logits (B, classes) and embedding (B, width) of x (B, C, n), in the
-    model's space; of its samples at 44.1 kHz, `part` is heard."""
+    """A(x) = PaSST(resample(decode(x))), Sect. 4.3: logits and embedding of x (B, C, n), of a `part` of its samples."""
     return listener.listen(checkpoint.decode(x)[..., part], SAMPLE_RATE)
 
 
@@ -205,8 +208,7 @@ class Edit:
         self.C_R = min(behind, each, spare - self.C_L)
         self.b, self.end = b, a + math.ceil(self.gap * self.frame - 1e-6) if self.C_R else b
         if track.n and not self.C_L + self.C_R:
-            raise UserError("--input has less than one frame of the model to hear beside the new audio: move --start, "
-                            "raise --context, or take a longer file")
+            raise UserError("--input has less than one frame to hear: move --start, raise --context, or lengthen it")
         self.spans = guidance.windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
 
     def known(self, whole):
@@ -318,7 +320,7 @@ def parse(argv, add_flags=Settings.add_flags):
         raise UserError(f"{message} (all flags: --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.error, add, length = refuse, p.add_argument, within(0.01, math.inf)
-    add("--task", choices=TASKS, help="what to do")
+    add("--task", choices=TASKS, required=True, help="what to do")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
@@ -348,14 +350,12 @@ def parse(argv, add_flags=Settings.add_flags):
 
 def check(o):
     """UserError for flags that are missing, or would do nothing."""
-    if not o.task:
-        raise UserError(f"--task is missing: {', '.join(TASKS)}")
     guided = {"embedding": o.reference, "classifier": o.classes}
     for flag, takers in NEEDED.items():
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
-    idle = [flag for flag, takers in USED.items() if o.task not in takers]
-    idle += ["equalise"] * (o.model == "waveform" or any(guided.values())) + ["listener"] * (not any(guided.values()))
+    idle = [flag for flag, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
+    idle += ["equalise"] * (o.model == "waveform" or bool(o.classes) and not o.reference)
     for flag in idle:
         if getattr(o, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
@@ -402,23 +402,23 @@ def crossfaded(one, two, fade):
 
 
 def guide_terms(o, checkpoint, listener, device):
-    """Functions z -> Task for --reference and --classes."""
-    weight, guides = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}, []
+    """Functions z -> Task for --reference and --classes; and the reference, (1, 2, n) at 44.1 kHz, or None."""
+    weight = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}
+    guides, example = [], None
     if o.reference:
-        example = Track.read(o.reference)
-        y = listener.net.listen(example.audio[None].float().to(device), example.rate)[1]
+        example = to_stereo_44k((track := Track.read(o.reference)).audio.float(), track.rate)[None].to(device)
+        y = listener.net.listen(example, SAMPLE_RATE)[1]
         embedding = lambda x: hear(listener.net, checkpoint, x)[1]
         guides.append(lambda z: tasks.embedder_guidance(embedding, y, z, weight["embedding"]))
     if o.classes:
         wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
         if wrong:
-            raise UserError(f"--classes {', '.join(wrong)}: give name=1 for wanted, name=0 for unwanted, or between; "
-                            f"the listener knows {', '.join(listener.classes)}")
+            raise UserError(f"--classes {', '.join(wrong)}: give name=0 to name=1, of {', '.join(listener.classes)}")
         chosen = [listener.classes.index(name) for name in o.classes]
         logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
         labels = torch.tensor([list(o.classes.values())], device=device)
         guides.append(lambda z: tasks.classifier_guidance(logits, labels, z, weight["classifier"]))
-    return guides
+    return guides, example
 
 
 def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both for examples/stable_audio_open.py
@@ -430,7 +430,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
     edit, fade = Edit(checkpoint, *region(o, checkpoint)), SPLICE if o.splice is None else o.splice / 1000
     print(edit.times(fade))
     listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
-    guides = guide_terms(o, checkpoint, listener, device)
+    guides, example = guide_terms(o, checkpoint, listener, device)
     used = [path for path in (o.input, o.input2, o.reference, checkpoint.path, listener and listener.path) if path]
     record = {"command": shlex.join(["python", *(sys.argv if argv is None else ["sample.py", *argv])]),
               "settings": asdict(settings), "times": edit.times(fade), "sha256": {path: digest(path) for path in used},
@@ -445,7 +445,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
             if bar.update():      # only now and then: to know the share is to wait for the GPU
                 bar.set_postfix_str(f"guidance {step.share:.2f} of the sampler's step", refresh=False)
         audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
-                     spans=edit.spans, guides=guides, callback=progress)
+                     spans=edit.spans, guides=guides, example=example, callback=progress)
         bar.close()
         track = Track(edit.splice(audio[0].cpu(), fade, limit=subtype in PCM_BITS), rate, subtype)
         write_track(path, track)

@@ -205,7 +205,7 @@ def spectrum(audio, weight):
     """Mean power of audio (B, channels, n) times weight (n,) at 0 to 22050 Hz, over sixths of an octave: (B, 1025)."""
     size, window = EQUALISER_FFT, torch.hann_window(EQUALISER_FFT, device=audio.device)
     frames = F.pad(audio * weight, (size, size)).unfold(-1, size, size // 2) * window
-    power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum()
+    power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum().clamp(min=1)
     octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
     weights = torch.exp(-18 * (octave[:, None] - octave).square())
     return power @ (weights / weights.sum(1, keepdim=True)).T + 1e-12

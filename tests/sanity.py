@@ -37,6 +37,7 @@ import evaluate
 import sample
 import tasks
 import train
+import vae
 from diffusion import v_loss
 from judge import Judge
 from train import SAMPLE_RATE
@@ -254,17 +255,18 @@ def about_memory(study):
 # ---- guidance by example and by class -------------------------------------------------------------------------------
 
 @torch.no_grad()
-def guided_pairs(study, guides):
-    """For each guide (a function z -> Task): audio without and with it, from the same random numbers; and how large the
-    steps of guidance were on average, as a share of the sampler's own."""
+def guided_pairs(study, guides, examples=None):
+    """For each guide (a function z -> Task): audio without and with it (and with the spectrum of its example), from the
+    same random numbers; and how large the steps of guidance were on average, as a share of the sampler's own."""
     checkpoint, plain, guided, shares = study.checkpoint, [], [], []
     frames = round(study.options.seconds * SAMPLE_RATE / checkpoint.hop)
-    x_bar = torch.zeros(1, checkpoint.channels, frames, device=study.device)
+    nothing = torch.zeros(1, 2, frames * checkpoint.hop, device=study.device)
     for j, guide in enumerate(train.progress(guides, "guidance", unit="case")):
-        for out, some in ((plain, ()), (guided, (guide,))):
-            x_0 = sample.generate(checkpoint, x_bar, 0, 0, study.settings, evaluate.generator(study.options.seed, j),
-                                  guides=some, callback=(lambda step: shares.append(step.share)) if some else None)
-            out.append(checkpoint.decode(x_0)[0].cpu())
+        example = examples[j][None].to(study.device) if examples else None
+        for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example,
+                                                "callback": lambda step: shares.append(step.share)})):
+            numbers = evaluate.generator(study.options.seed, j)
+            out.append(sample.fill(checkpoint, nothing, 0, 0, study.settings, numbers, **how)[0].cpu())
     moved = torch.stack([evaluate.mel_distance(b, a, SAMPLE_RATE) for a, b in zip(plain, guided)]).mean()
     return plain, guided, f"share {sum(shares) / len(shares):.2f}, mel distance to the unguided {moved:.2f}"
 
@@ -274,16 +276,18 @@ def about_examples(study):
     hear = lambda x: sample.hear(study.listener, study.checkpoint, x)[1]
     aims = embed(study.listener, references)
     guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step) for y in aims]
-    plain, guided, facts = guided_pairs(study, guides)
+    plain, guided, facts = guided_pairs(study, guides, references)
     before, after = ((embed(study.listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
     print(f"by example, {len(aims)} cases, step {step:g}, {facts}: distance to the example, median "
           f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
     listen = lambda clips: F.normalize(torch.cat([study.judge.listen(clip[None])[1] for clip in clips]))
-    n = plain[0].shape[1]
-    print(f"  the judge: {'':8} cosine with its own, with others; nearest is its own (chance {1 / len(aims):.2f})")
+    n, spectra = plain[0].shape[1], [vae.spectrum(x[None], torch.ones(x.shape[1])) for x in references]
+    coloured = [vae.equalise(x[None], torch.ones(n), spectrum)[0] for x, spectrum in zip(plain, spectra)]
+    print(f"  the judge: {'':22} cosine with its own, with others; nearest is its own (chance {1 / len(aims):.2f})")
     aims = listen([clip[:, n:] for clip in references])             # of the first seconds, `real` below is made
-    for name, clips in (("unguided", plain), ("guided", guided), ("real", [clip[:, :n] for clip in references])):
-        print("    {:10} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(listen(clips), aims)))
+    for name, clips in (("unguided", plain), ("with its spectrum alone", coloured), ("guided", guided),
+                        ("real", [clip[:, :n] for clip in references])):
+        print("    {:24} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(listen(clips), aims)))
 
 
 def own_and_others(made, aims):

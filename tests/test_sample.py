@@ -155,7 +155,7 @@ def test_guidance_leads_where_it_should(folder, alone):
 
     target = net.listen(torch.from_numpy(sf.read(folder / "other.wav")[0].T[None]).float(), 44100)[1]
     logits, embedding = heard("unconditional", *["--no-equalise"] * (not alone))        # as it is under guidance
-    near = heard("embedding", "--reference", folder / "other.wav", "--weights", "embedding=10")[1]
+    near = heard("embedding", "--reference", folder / "other.wav", "--weights", "embedding=10", "--no-equalise")[1]
     classed = heard("classifier", "--classes", "a=1,c=0", "--weights", "classifier=1000")[0]
     assert (near - target).norm() < 0.98 * (embedding - target).norm()
     assert (classed - logits)[0, 0] > 0 > (classed - logits)[0, 2]
@@ -329,6 +329,23 @@ def test_decoded_audio_gets_the_spectrum_of_what_is_known():
     assert torch.allclose(faint, x / 100 * 4, atol=1e-5)
 
 
+@pytest.mark.parametrize("C_L, C_R", [(200, 100), (0, 0)])
+def test_an_example_gives_new_audio_its_spectrum(C_L, C_R):
+    """The shape, at the level that it would have without; where nothing is known, the level too."""
+    draw, n = torch.Generator().manual_seed(0), 2**17
+    x, other = 0.1 * torch.randn(2, 2, n, generator=draw), 0.1 * torch.randn(2, 2, 2**16, generator=draw)
+    example, copy = 2 * dull(other), SimpleNamespace(vae=True, hop=128, decode=lambda x: x)
+    made = sample.decode_like(copy, x, x, C_L, C_R, example=example)
+    heard = lambda audio: spectrum(audio, torch.ones(audio.shape[-1]))
+    new = made[..., C_L * 128 + 4096:n - C_R * 128 - 4096]
+    change = 10 * torch.log10(heard(new) / heard(example))[:, [*range(5, 70), *range(120, 1025)]]
+    power = lambda audio: 10 * audio.square().mean((1, 2)).log10()
+    assert (change - change.mean(1, keepdim=True)).abs().max() < 1
+    assert (power(new) - power(x if C_L else example)).abs().max() < 0.5
+    beside = slice(max(0, C_L * 128 - 8192))
+    assert torch.allclose(made[..., beside], x[..., beside], atol=0.01)
+
+
 def test_autoguidance_is_for_music_without_context():
     """It changes what a SpectralDiT makes from nothing, and no continuation: nor the second of two windows."""
     torch.manual_seed(0)
@@ -409,14 +426,14 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("long.wav", [*edit, "--output", str(folder / "long.wav" / "deep.wav"), "--force"]),
             ("session.json", [*edit, "--output", str(folder / "session.wav")]),
             ("--length", ["--task", "unconditional", "--length", "0.00001"]), ("--context", [*edit, "--context", "0"]),
-            ("--k", [*edit, "--k", "2"]), ("--steps", [*edit, "--steps", "0"]), ("--replay", ["--replay", "none.json"]),
+            ("--k", [*edit, "--k", "2"]), ("--steps", [*edit, "--steps", "0"]), ("--replay", [*edit, "--replay", "none.json"]),
             # what would do nothing
             ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
             ("--k", [*edit, "--k", "0.5"]), ("--start-from", [*edit, "--start-from", "paper"]),
             ("--weights", [*edit, "--weights", "embedding=3"]), ("--listener", [*edit, "--listener", "x.pt"]),
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
-            ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--equalise", [*edit, "--reference", clip, "--no-equalise"]),
+            ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--equalise", [*edit, "--classes", "a=1", "--no-equalise"]),
             ("--splice", ["--task", "unconditional", "--splice", "9"]),
             ("--equalise", [*edit, "--model", "waveform", "--no-equalise"])):
         with pytest.raises(SystemExit) as end:
