@@ -331,7 +331,7 @@ def unspliced(checkpoint, clips, settings, passt=None):
     if clips.task == "embedding":
         y = passt.listen(example := clips.x[..., span.c:span.d], SAMPLE_RATE)[1]
         A = lambda x_0: sample.hear(passt, checkpoint, x_0, slice(span.c, span.d))[1]
-        guides = (lambda z: tasks.embedder_guidance(A, y, z, sample.XI_GUIDE["embedding"]),)
+        guides = (lambda z: tasks.embedder_guidance(A, y, z, sample.XI_GUIDE["embedding"], above=sample.ABOVE),)
     C_L, C_R = span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop
     return sample.fill(checkpoint, clips.x, C_L, C_R, settings, clips.generators,
                        from_x_bar=clips.task in sample.FROM_X_BAR, guides=guides, example=example)

@@ -1,7 +1,7 @@
 """Sampling with guidance gradients: Sect. 3, Algorithms 1 and 2.
 
     task = tasks.infill(x_bar, C_L, C_R, z)
-    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.2, generator=torch.Generator().manual_seed(0))
+    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.1, generator=torch.Generator().manual_seed(0))
 
 `model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a list of terms
 d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by projection.
@@ -29,6 +29,7 @@ class Term:
     project what meets y exactly, by the data consistency step: "x_t" at the end of each iteration, as in Sect. 3, or
             "x0_hat" before the update, which adds the noise that x_s should have (as in DDNM, Wang et al., 2022);
             "none", nothing
+    above   the term has a gradient at times t > above only (an interval, as in Kynkäänniemi et al., 2024)
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,7 @@ class Term:
     weight: float | Tensor = 1.0
     on: str = "x0_hat"
     project: str = "none"
+    above: float = 0.0
 
     def __post_init__(self):
         if self.on not in ("x0_hat", "x_t"):
@@ -95,6 +97,7 @@ def guided_estimate(model, x_t, t, terms):
     Clips never mix: each distance is a number per clip, summed only for the one backward pass that all terms share.
     A graph is built only through what some term looks at; without terms there is none, and the gradient is 0.
     """
+    terms = [term for term in terms if (t > term.above).any()]
     if not terms:
         return x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t), torch.zeros_like(x_t)
     with torch.enable_grad():
@@ -102,7 +105,8 @@ def guided_estimate(model, x_t, t, terms):
         with torch.set_grad_enabled(any(term.on == "x0_hat" for term in terms)):
             x0_hat = x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t)
         distances = [term.distance(x0_hat if term.on == "x0_hat" else x_t) for term in terms]    # (B,) each
-        J_2 = sum((torch.as_tensor(term.weight).to(d) * d).sum() for term, d in zip(terms, distances))
+        J_2 = sum((torch.as_tensor(term.weight).to(d) * (t > term.above).to(d) * d).sum()
+                  for term, d in zip(terms, distances))
         gradient, = torch.autograd.grad(J_2, x_t)
     return x0_hat.detach(), gradient
 

@@ -35,8 +35,8 @@ NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
         **dict.fromkeys(("k", "start_from"), FROM_X_BAR), "equalise": TASKS[1:6]}           # flags, and their tasks
-XI, XI_STEPS = {"latent": 0.2, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
-XI_GUIDE = {"embedding": 1.0, "classifier": 1.0}             # for L2 and BCE
+XI, XI_STEPS = {"latent": 0.1, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
+XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
 AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False}
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
@@ -132,8 +132,8 @@ def encode_known(checkpoint, audio, C_L, C_R):
 
 def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
     """x_0 (B, C, frames) -> audio (B, 2, n). The first C_L and the last C_R frames get back the spectrum that they have
-    in the audio `known` (B, 2, n), without the VAE's colour. What is new gets that too, or from_x_bar what stood there
-    had, or the shape of an example's (B, 2, m). With less than LITTLE known: its level too, or all is as decoded."""
+    in the audio `known` (B, 2, n), without the VAE's colour. What is new gets that too; or, from_x_bar, that of what
+    stood there; or, at its level, that of an `example` (B, 2, m). Nothing is matched to less than LITTLE of `known`."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     little = left + known.shape[-1] - right < LITTLE * SAMPLE_RATE
     if little and example is None:
@@ -409,7 +409,7 @@ def guide_terms(o, checkpoint, listener, device):
         example = to_stereo_44k((track := Track.read(o.reference)).audio.float(), track.rate)[None].to(device)
         y = listener.net.listen(example, SAMPLE_RATE)[1]
         embedding = lambda x: hear(listener.net, checkpoint, x)[1]
-        guides.append(lambda z: tasks.embedder_guidance(embedding, y, z, weight["embedding"]))
+        guides.append(lambda z: tasks.embedder_guidance(embedding, y, z, weight["embedding"], above=ABOVE))
     if o.classes:
         wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
         if wrong:
@@ -417,7 +417,7 @@ def guide_terms(o, checkpoint, listener, device):
         chosen = [listener.classes.index(name) for name in o.classes]
         logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
         labels = torch.tensor([list(o.classes.values())], device=device)
-        guides.append(lambda z: tasks.classifier_guidance(logits, labels, z, weight["classifier"]))
+        guides.append(lambda z: tasks.classifier_guidance(logits, labels, z, weight["classifier"], above=ABOVE))
     return guides, example
 
 

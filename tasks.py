@@ -3,7 +3,7 @@ the resampler and PaSST [30], through which embedder and classifier hear.
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.6)
     task = combine(task, embedder_guidance(listen, listen(reference), z), weights=(1, 5))
-    x_0 = guidance.sample(model, task.x_T, task, xi=0.2)
+    x_0 = guidance.sample(model, task.x_T, task, xi=0.1)
 
 Signals are (B, C, n) in the model's own space (samples or latent frames); C_L and C_R count positions along n; z is
 standard normal noise in the shape of x_bar. y, k, weights and labels may differ from clip to clip.
@@ -158,16 +158,16 @@ def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **options):
     return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **options)
 
 
-def embedder_guidance(A, y, z, weight=1.0, on="x0_hat"):
+def embedder_guidance(A, y, z, weight=1.0, on="x0_hat", above=0.0):
     """Table 2, Embedder guidance: pull the embedding A(x) (B, m) towards that of an example, y = A(x_bar)."""
-    return Task(z, (Term(A, l2, y, weight, on),))
+    return Task(z, (Term(A, l2, y, weight, on, above=above),))
 
 
-def classifier_guidance(A, y, z, weight=1.0, on="x0_hat"):
+def classifier_guidance(A, y, z, weight=1.0, on="x0_hat", above=0.0):
     """Table 2, Classifier guidance: A(x) gives logits (B, m) of p(c_i | x), y in [0, 1] the wanted probabilities."""
     if not ((y >= 0) & (y <= 1)).all():
         raise ValueError("y must hold labels in [0, 1]")
-    return Task(z, (Term(A, bce, y, weight, on),))
+    return Task(z, (Term(A, bce, y, weight, on, above=above),))
 
 
 def combine(*tasks, weights=None):

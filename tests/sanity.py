@@ -40,6 +40,7 @@ import train
 import vae
 from diffusion import v_loss
 from judge import Judge
+from sample import ABOVE
 from train import SAMPLE_RATE
 
 BANDS = [1000 * 2 ** (k / 3) for k in range(-13, 11)]       # middles of the third-octave bands from 50 Hz to 12 kHz
@@ -275,7 +276,8 @@ def about_examples(study):
     references, step = study.clips, study.options.steps_of[0]
     hear = lambda x: sample.hear(study.listener, study.checkpoint, x)[1]
     aims = embed(study.listener, references)
-    guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step) for y in aims]
+    guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step, above=ABOVE)
+              for y in aims]
     plain, guided, facts = guided_pairs(study, guides, references)
     before, after = ((embed(study.listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
     print(f"by example, {len(aims)} cases, step {step:g}, {facts}: distance to the example, median "
@@ -305,7 +307,7 @@ def about_classes(study):
         raise train.UserError(f"--train has no folder {', '.join(sorted(missing))}: the listener knows these classes")
     hear = lambda x, i: sample.hear(study.listener, study.checkpoint, x)[0][:, i:i + 1]
     y = torch.ones(1, 1, device=study.device)
-    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step) for i in wanted]
+    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step, above=ABOVE) for i in wanted]
     plain, guided, facts = guided_pairs(study, guides)
     print(f"by class, {len(wanted)} cases, step {step:g}, {facts}")
     for name, listen, classes in (("the guide", lambda x: study.listener.listen(x, SAMPLE_RATE), study.classes),

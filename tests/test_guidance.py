@@ -101,6 +101,18 @@ def test_gradient_agrees_with_finite_differences(d, on):
         assert abs(gradient[0, 0, i].item() - finite) < 1e-6
 
 
+def test_a_term_guides_only_above_its_time():
+    """Each clip by its own time; where no clip is guided, the model runs without autograd."""
+    x_t, t, seen = noise(2, 1, 6, seed=6), torch.tensor([0.4, 0.6]), []
+    always = tasks.embedder_guidance(lambda x: x, noise(2, 1, 6, seed=7), x_t, 0.7)
+    late = tasks.embedder_guidance(lambda x: x, always.terms[0].y, x_t, 0.7, above=0.5)
+    one, other = (guided_estimate(flat_model, x_t, t, task.terms)[1] for task in (always, late))
+    assert one[0].any() and not other[0].any() and other[1].any() and torch.equal(one[1], other[1])
+    model = lambda x_t, t: seen.append(torch.is_grad_enabled()) or flat_model(x_t, t)
+    with torch.no_grad():
+        assert not guided_estimate(model, x_t, torch.tensor(0.5), late.terms)[1].any() and seen == [False]
+
+
 @pytest.mark.parametrize("d", [tasks.l1, tasks.l2])
 def test_gradient_is_finite_where_the_measurement_is_met(d):
     """At y = A(x) the kinks of L1 and of the unsquared L2 give 0, not NaN."""
