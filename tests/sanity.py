@@ -18,8 +18,8 @@ memory     Is a continuation an excerpt of the training music? Its highest corre
            distance to the nearest window; both to be compared with those of real music that was not trained on.
 example    Guidance by example against samples of the same seeds without it: does the distance fall? And to a listener
            that never guides and is no network (tests/judge.py): the cosine of a sample's embedding with that of its own
-           reference and with those of the others, how often the nearest reference is its own, and all of that for other
-           seconds of the references' own tracks.
+           reference and with those of the others, how often the nearest reference is its own, and all of that for
+           samples that have only their reference's spectrum, and for other seconds of the references' own tracks.
 class      Guidance by class, likewise: do the log-odds rise, for the guide and for the other listener?
 """
 import argparse
