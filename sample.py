@@ -34,7 +34,7 @@ FROM_X_BAR = ("regenerate", "transition")                    # those that start 
 NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
-        **dict.fromkeys(("k", "start_from"), FROM_X_BAR), "equalise": TASKS[1:6]}           # flags, and their tasks
+        **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
 XI, XI_STEPS = {"latent": 0.1, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
@@ -133,18 +133,16 @@ def encode_known(checkpoint, audio, C_L, C_R):
 def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
     """x_0 (B, C, frames) -> audio (B, 2, n). The first C_L and the last C_R frames get back the spectrum that they have
     in the audio `known` (B, 2, n), without the VAE's colour. What is new gets that too; or, from_x_bar, that of what
-    stood there; or, at its level, that of an `example` (B, 2, m). Nothing is matched to less than LITTLE of `known`."""
+    stood there; or, at its level, that of an `example` (B, 2, m). Less than LITTLE of known audio is not matched."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
-    little = left + known.shape[-1] - right < LITTLE * SAMPLE_RATE
-    if little and example is None:
-        return audio
+    shape = None if example is None else vae.spectrum(example, torch.ones_like(example[0, 0]))
+    if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:
+        return audio if shape is None else vae.equalise(audio, torch.ones_like(audio[0, 0]), shape)
     ramp, at = round(SPLICE * SAMPLE_RATE), torch.arange(known.shape[-1], device=known.device)
     new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)            # (n,): 1 there, 0 beside it
     beside = vae.spectrum(known, 1 - new)
     wanted = vae.spectrum(known, new) if from_x_bar else beside
-    if example is not None:
-        shape = vae.spectrum(example, torch.ones_like(example[0, 0]))
-        wanted = shape if little else shape * (wanted.sum(1) / shape.sum(1))[:, None]
+    wanted = wanted if shape is None else shape * (wanted.sum(1) / shape.sum(1))[:, None]
     return torch.lerp(vae.equalise(audio, 1 - new, beside), vae.equalise(audio, new, wanted), new)
 
 
@@ -152,7 +150,7 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
 
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    guides, how see generate; with guides nothing is equalised, since they choose another spectrum, but to an `example`
+    guides, how see generate; guides choose another spectrum, so that only an `example` is matched beside them
     """
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
@@ -355,7 +353,7 @@ def check(o):
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     idle = [flag for flag, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
-    idle += ["equalise"] * (o.model == "waveform" or bool(o.classes) and not o.reference)
+    idle += ["equalise"] * (o.model == "waveform" or not o.reference and (o.task not in EDITS or bool(o.classes)))
     for flag in idle:
         if getattr(o, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
@@ -407,6 +405,8 @@ def guide_terms(o, checkpoint, listener, device):
     guides, example = [], None
     if o.reference:
         example = to_stereo_44k((track := Track.read(o.reference)).audio.float(), track.rate)[None].to(device)
+        if not example.any():
+            raise UserError(f"--reference {o.reference} is silent: give another")
         y = listener.net.listen(example, SAMPLE_RATE)[1]
         embedding = lambda x: hear(listener.net, checkpoint, x)[1]
         guides.append(lambda z: tasks.embedder_guidance(embedding, y, z, weight["embedding"], above=ABOVE))

@@ -262,10 +262,10 @@ def guided_pairs(study, guides, examples=None):
     checkpoint, plain, guided, shares = study.checkpoint, [], [], []
     frames = round(study.options.seconds * SAMPLE_RATE / checkpoint.hop)
     nothing = torch.zeros(1, 2, frames * checkpoint.hop, device=study.device)
+    callback = lambda step: shares.append(step.share) if (step.t > ABOVE).all() else None
     for j, guide in enumerate(train.progress(guides, "guidance", unit="case")):
         example = examples[j][None].to(study.device) if examples else None
-        for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example,
-                                                "callback": lambda step: shares.append(step.share)})):
+        for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example, "callback": callback})):
             numbers = evaluate.generator(study.options.seed, j)
             out.append(sample.fill(checkpoint, nothing, 0, 0, study.settings, numbers, **how)[0].cpu())
     moved = torch.stack([evaluate.mel_distance(b, a, SAMPLE_RATE) for a, b in zip(plain, guided)]).mean()

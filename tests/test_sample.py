@@ -406,6 +406,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
     """No traceback, no file written, the culprit named."""
     clip, latent = str(folder / "long.wav"), str(folder / "latent.pt")
     (folder / "text.wav").write_text("not audio")
+    sf.write(folder / "silence.wav", np.zeros((44100, 2)), 44100)
     (folder / "cut.pt").write_bytes((folder / "latent.pt").read_bytes()[:5000])
     torch.save({"format": 1, "kind": "latent", "trick": Path("x")}, folder / "pickled.pt")
     (folder / "there.wav").write_text("mine")
@@ -434,6 +435,8 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
             ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--equalise", [*edit, "--classes", "a=1", "--no-equalise"]),
+            ("--equalise", ["--task", "unconditional", "--no-equalise"]),
+            ("silent", [*edit, "--reference", str(folder / "silence.wav"), "--listener", str(folder / "classifier.pt")]),
             ("--splice", ["--task", "unconditional", "--splice", "9"]),
             ("--equalise", [*edit, "--model", "waveform", "--no-equalise"])):
         with pytest.raises(SystemExit) as end:
