@@ -413,7 +413,7 @@ def guide_terms(o, checkpoint, listener, device):
     if o.classes:
         wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
         if wrong:
-            raise UserError(f"--classes {', '.join(wrong)}: give name=0 to name=1, of {', '.join(listener.classes)}")
+            raise UserError(f"--classes {', '.join(wrong)}: give labels from 0 to 1 to {', '.join(listener.classes)}")
         chosen = [listener.classes.index(name) for name in o.classes]
         logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
         labels = torch.tensor([list(o.classes.values())], device=device)

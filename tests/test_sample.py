@@ -346,6 +346,15 @@ def test_an_example_gives_new_audio_its_spectrum(C_L, C_R):
     assert torch.allclose(made[..., beside], x[..., beside], atol=0.01)
 
 
+def test_a_reference_gives_its_spectrum(folder):
+    """From the command line: not with --no-equalise."""
+    heard = lambda audio: spectrum(torch.from_numpy(audio.T[None].copy()).float(), torch.ones(len(audio)))[:, 5:].log10()
+    wanted = heard(sf.read(folder / "other.wav")[0])
+    matched, plain = (heard(call(folder, "--task", "embedding", "--reference", folder / "other.wav", "--length", 0.5, *flag))
+                      for flag in ((), ("--no-equalise",)))
+    assert (matched - wanted).abs().mean() < 0.5 * (plain - wanted).abs().mean()
+
+
 def test_autoguidance_is_for_music_without_context():
     """It changes what a SpectralDiT makes from nothing, and no continuation: nor the second of two windows."""
     torch.manual_seed(0)
