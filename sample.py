@@ -77,8 +77,7 @@ class Settings:
         given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name, None)) is not None}
         preset = {"xi": XI[kind]}
         if options.as_printed:
-            scale = given.get("steps", cls.steps) / XI_STEPS                           # undoes that of `generate`
-            preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * scale}
+            preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * given.get("steps", cls.steps) / XI_STEPS}  # see generate
             for name in sorted(given.keys() & preset.keys()):
                 raise UserError(f"--{name.replace('_', '-')} is set by --as-printed: leave one of them out")
         return cls(**preset | given)
@@ -404,7 +403,8 @@ def guide_terms(o, checkpoint, listener, device):
     weight = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}
     guides, example = [], None
     if o.reference:
-        example = to_stereo_44k((track := Track.read(o.reference)).audio.float(), track.rate)[None].to(device)
+        track = Track.read(o.reference)
+        example = to_stereo_44k(track.audio.float(), track.rate)[None].to(device)
         if not example.any():
             raise UserError(f"--reference {o.reference} is silent: give another")
         y = listener.net.listen(example, SAMPLE_RATE)[1]
