@@ -154,7 +154,7 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
     x_0 = generate(checkpoint, x_bar, C_L, C_R, replace(settings, k=k), generator, guides=guides, **how)
-    if settings.equalise and checkpoint.vae and (example is not None or not guides):
+    if settings.equalise and (example is not None or not guides):
         return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar, example)
     return checkpoint.decode(x_0)
 
@@ -352,7 +352,7 @@ def check(o):
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
     idle = [flag for flag, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
-    idle += ["equalise"] * (o.model == "waveform" or not o.reference and (o.task not in EDITS or bool(o.classes)))
+    idle += ["equalise"] * (not o.reference and (o.task not in EDITS or bool(o.classes)))
     for flag in idle:
         if getattr(o, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
