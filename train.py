@@ -36,7 +36,7 @@ import vae as autoencoder
 from diffusion import v_loss
 from examples import synthetic
 from guidance import frozen
-from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, resample, to_resample
+from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, full_precision, resample, to_resample
 from vae import VAE
 
 SAMPLE_RATE = 44100                     # Hz, of all audio inside
@@ -101,7 +101,8 @@ def run(main, need_memory="lower --batch"):
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(error):
+        words = "out of memory", "can't allocate", "ALLOC_FAILED"               # of CUDA and MPS, the CPU, cuBLAS
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
@@ -235,7 +236,7 @@ class AudioFiles:
     def __init__(self, facts):
         self.paths, self.rates = list(facts), [rate for _, rate, _ in facts.values()]
         self.lengths = np.array([frames * SAMPLE_RATE // rate for frames, rate, _ in facts.values()], dtype=np.int64)
-        self.names = [Path(path).resolve().parent.name for path in facts]
+        self.names = [Path(os.path.abspath(path)).parent.name for path in facts]
         self.broken = {}                        # what could be opened when indexed, but not read
 
     def crop(self, place, window):
@@ -394,11 +395,10 @@ def load_state(path, kinds=tuple(NETS)):
     """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert state["format"] == 1 and state["kind"] in NETS
     except Exception as error:          # a damaged or foreign file raises whatever its parser met first
         what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or no checkpoint of train.py"
         raise UserError(f"{path} {what} ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != 1 or state.get("kind") not in NETS:
-        raise UserError(f"{path} is no checkpoint of train.py")
     if state["kind"] not in kinds:
         raise UserError(f"{path} holds a {state['kind']} model, not a {' or '.join(kinds)}: give another file")
     return state
@@ -428,7 +428,7 @@ def open_checkpoint(kind, path=None, device="cpu"):
     """The one rule of all scripts: the file given, else the one beside this module. A latent model's VAE is a VAE."""
     kinds = ("vae", "latent") if kind == "vae" else (kind,)
     found = load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
-    return found if found.kind == kind else replace(found, kind=kind, net=found.vae, vae=None)
+    return found if found.kind == kind else replace(found, kind=kind, net=found.vae, vae=None, step=None)
 
 
 # ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
@@ -483,7 +483,8 @@ class Denoising(nn.Module):
         return drawn
 
     def forward(self, x, t, noise, start=None, **_):
-        x_0 = self.space.encode(x) if x.shape[1] == 2 else x                    # latents, from the cache
+        with full_precision(x):
+            x_0 = self.space.encode(x) if x.shape[1] == 2 else x                # latents, from the cache
         net = self.net if start is None else partial(self.net, start=start)
         return {"loss": v_loss(net, x_0, t, noise, getattr(self.net, "weigh", None)).mean()}       # the U-Net weighs
 
@@ -549,8 +550,7 @@ class Trainer:
             objective.net.encoder.requires_grad_(not adversarial)
             objective.critic.requires_grad_(adversarial)
         self.optimizers = make_optimizers(objective, o)
-        DDP = nn.parallel.DistributedDataParallel
-        self.model = DDP(objective, broadcast_buffers=False) if WORLD > 1 else objective
+        self.model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
 
     def learning_rate(self):
         """Warm-up, a constant, then linearly to zero over the last --cooldown share, in each stage of a VAE."""
@@ -596,8 +596,8 @@ class Trainer:
         return {"step": self.step, "core_hours": self.core_hours, "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):
-        """Train to the end, the time limit or a signal; save, and say how it went."""
-        o, first, self.deadline = self.options, self.step, time.perf_counter() + 60 * self.options.minutes
+        """Train to the end, or a signal; save, and say how it went."""
+        o, first = self.options, self.step
         mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
         stream = prefetch(self.clips, mine, o.workers)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -629,8 +629,8 @@ class Trainer:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stopping(self):
-        """Whether to end now, because of a signal or the time limit; all processes agree."""
-        stop = torch.tensor(float(self.stop or time.perf_counter() > self.deadline), device=self.options.device)
+        """Whether to end now, because of a signal; all processes agree."""
+        stop = torch.tensor(float(self.stop), device=self.options.device)
         if WORLD > 1:
             dist.all_reduce(stop)
         return stop.item() > 0
@@ -679,7 +679,7 @@ def measure(o, objective, source):
     waveform model the deviations of its coefficients."""
     net, vae, seen = objective.net, objective.space.vae, []
     for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
-        clip, _ = source.crop((i + 0.5) / MEASURED, min(*o.windows, 2**15))
+        clip, _ = source.crop((i + 0.5) / MEASURED, 2**15)
         x = torch.from_numpy(clip)[None].to(o.device)
         seen.append(vae.posterior(x)[0].cpu() if vae else net.coefficients(x).square().mean((0, 2)).cpu())
     seen = torch.cat(seen) if vae else torch.stack(seen)        # (MEASURED, C, n), (MEASURED, coefficients)
@@ -693,7 +693,8 @@ def measure(o, objective, source):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-PER_CALL = ("resume", "minutes", "save_every", "device", "workers", "out")     # options that say not what a run is
+ONLY = {"vae": "latent", "cache": "latent", "compile": "latent", "finetune_steps": "vae"}      # flags of one model
+PER_CALL = ("resume", "save_every", "device", "workers", "out")     # options that say not what a run is
 
 
 def parse(argv):
@@ -703,7 +704,7 @@ def parse(argv):
     add("--model", choices=NETS, default="latent")
     add("--size", choices=("tiny", "small", "paper"), help="default: small, or that of --init")
     count, steps = within(1, 10**9, int), within(0, 10**9, int)
-    folders = {"nargs": "+", "metavar": "FOLDER", "type": os.path.realpath}
+    folders = {"nargs": "+", "metavar": "FOLDER", "type": os.path.abspath}
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
@@ -721,7 +722,6 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--workers", type=count, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="threads that prepare clips")
     add("--cache", **flag, help="latent: encode all music once, into the run's folder")
-    add("--minutes", type=within(0, math.inf), default=math.inf, help="save and stop after so long; --resume goes on")
     add("--save-every", type=count, metavar="STEPS", help="save, and validate, every so many steps")
     add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
     return parser.parse_args(argv)
@@ -739,16 +739,20 @@ def settle(o):
     path = file if state else o.init
     known = open_checkpoint(o.model, path) if path else None
     settings = state["settings"] if state else {}
-    for name, value in settings.items():
-        if getattr(o, name, None) not in (None, value) and name not in ("steps", "finetune_steps"):
-            raise UserError(f"the run in {o.out} has another --{name}: leave it out, or choose another --out")
+    longer = ("finetune_steps",) if state and state["adversarial"] else ("steps", "finetune_steps")
+    for name, value in (settings or {"size": known.size} if known else {}).items():
+        if getattr(o, name, None) not in (None, value) and name not in longer:
+            raise UserError(f"{path} has another --{name}: leave it out, or begin another run")
     o.size = o.size or (known.size if known else "small")
     recipe = asdict(RECIPES[o.model][o.size])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"seed": 0, "before": known.step if known else 0, **recipe, **settings}.items():
+    for name, value in {"seed": 0, "before": known and known.step or 0, **recipe, **settings}.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
+    idle = [name for name, model in ONLY.items() if o.model != model] + ["valid", "cache"] * (not o.data)
+    for name in filter(partial(getattr, o), idle):
+        raise UserError(f"--{name.replace('_', '-')} does nothing with this model, or without --data: leave it out")
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
@@ -818,7 +822,6 @@ def train(o):
         if not set(classes) & set(source.names):
             raise UserError(f"--init: no folder has the name of one of its classes, {', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
-
     torch.manual_seed(o.seed)
     objectives = {"vae": Autoencoding, "classifier": Classifying}
     objective = objectives.get(o.model, partial(Denoising, vae=vae))(make(config)).to(o.device)
@@ -833,7 +836,7 @@ def train(o):
         for block in (module for module in objective.net.modules() if isinstance(module, dit.Block)):
             block.compile(dynamic=False)
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
-    validation = Clips(held_out, [longest or max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
+    validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
     header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
     Trainer(o, objective, clips, validation, header, state).fit()

@@ -178,6 +178,14 @@ def test_files_are_found_once_through_links_and_loops(music):
     assert train.probe(str(music / "träck ♪.wav")) == [RATE, RATE, 2]
 
 
+def test_a_linked_folder_gives_its_class_its_own_name(music):
+    """Classes are what the folders are called where they are found, not what the links point to."""
+    (music / "classes").mkdir()
+    (music / "classes" / "drums").symlink_to(music / "loud", target_is_directory=True)
+    found = train.find_files([music / "classes"])
+    assert train.AudioFiles({path: train.probe(path) for path in found}).names == ["drums", "drums"]
+
+
 def test_batches_arrive_in_order_whatever_the_workers():
     """Threads finish in any order; the loop gets batch after batch."""
     def slow(k):
@@ -325,6 +333,26 @@ def test_what_cannot_be_resumed_is_named(tmp_path):
     train.main(vae_args(tmp_path, "--steps", 1, "--finetune-steps", 0))
     with pytest.raises(train.UserError, match=f"{tmp_path}/state.pt holds a vae model, not a classifier"):
         train.main(["--model", "classifier", "--device", "cpu", "--out", str(tmp_path), "--resume"])
+
+
+def test_a_second_stage_is_prolonged_by_its_own_flag(tmp_path):
+    """Another --steps would make the rate of a VAE's second stage negative; it takes --finetune-steps only."""
+    train.main(vae_args(tmp_path, "--steps", 2, "--finetune-steps", 1))
+    before = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(train.UserError, match="another --steps: leave it out"):
+        train.main(vae_args(tmp_path, "--resume", "--steps", 9))
+    assert (tmp_path / "state.pt").read_bytes() == before
+    train.main(vae_args(tmp_path, "--resume", "--finetune-steps", 2))
+    assert train.load_state(tmp_path / "state.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("words", ["--model latent --finetune-steps 5", "--model waveform --compile", "--valid music",
+                                   "--model vae --vae vae.pt", "--model classifier --cache", "--cache"])
+def test_a_flag_that_would_do_nothing_is_refused(words, tmp_path):
+    """It belongs to another model, or needs --data."""
+    flag = next(word for word in words.split()[::-1] if word.startswith("--"))
+    with pytest.raises(train.UserError, match=f"^{flag} does nothing"):
+        train.main([*words.split(), "--device", "cpu", "--out", str(tmp_path)])
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
@@ -540,7 +568,7 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["--batch 0", "--workers 0", "--save-every 0", "--steps -1",
-                                   "--lr 0", "--lr nan", "--seed -1", "--minutes -1", "--windows 0.1", "--windows inf",
+                                   "--lr 0", "--lr nan", "--seed -1", "--windows 0.1", "--windows inf",
                                    "--cooldown 0"])
 def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
     """Exit status 2, and a line that names the flag."""
@@ -552,7 +580,8 @@ def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, status, words", [
     (train.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (MemoryError(), 1, "--batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "--batch"), (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
 def test_errors_end_in_one_line(error, status, words, capsys):
     """run(main): the status, and one line on stderr that says what to do."""
     def main():
@@ -561,6 +590,14 @@ def test_errors_end_in_one_line(error, status, words, capsys):
         train.run(main)
     err = capsys.readouterr().err
     assert end.value.code == status and words in err and err.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    """"alloc" alone does not make one of memory."""
+    def main():
+        raise RuntimeError("Placeholder storage has not been allocated on MPS device!")
+    with pytest.raises(RuntimeError, match="Placeholder"):
+        train.run(main)
 
 
 class Touch:
@@ -582,7 +619,7 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
     torch.save({"kind": "vae", "weights": torch.zeros(2)}, tmp_path / "other.pt")
     torch.save({"format": 1, "kind": "vae", "code": Touch(tmp_path / "executed")}, tmp_path / "code.pt")
     messages = {"cut.pt": "is damaged", "text.pt": "is damaged", "empty.pt": "is damaged", "code.pt": "is damaged",
-                "other.pt": "is no checkpoint", "missing.pt": "does not exist"}
+                "other.pt": "is damaged, or no checkpoint", "missing.pt": "does not exist"}
     for name, words in messages.items():
         with pytest.raises(train.UserError, match=f"{name} {words}"):
             train.load_checkpoint(tmp_path / name)
@@ -688,6 +725,44 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
         train.main([str(a) for a in [*args, "--init", first / "model.pt", "--windows", 1, "--out", tmp_path / "third"]])
     with pytest.raises(train.UserError, match="holds a vae model"):
         train.main([str(a) for a in [*args, "--init", tmp_path / "vae/model.pt", "--out", tmp_path / "third"]])
+    with pytest.raises(train.UserError, match="first/model.pt has another --size"):
+        train.main(["--init", str(first / "model.pt"), "--size", "small", "--out", str(tmp_path / "third")])
+
+
+def test_a_vae_out_of_a_latent_model_has_steps_of_its_own(tmp_path, monkeypatch):
+    """How long it was trained is not known; the steps of a latent model are the transformer's."""
+    vae = train.VAE(train.autoencoder.PRESETS["tiny"])
+    config = train.dit.PRESETS["tiny"]
+    save_checkpoint(tmp_path / "latent.pt", "latent", train.dit.build(config), vae)
+    state = torch.load(tmp_path / "latent.pt", weights_only=True)
+    torch.save(state | {"step": 500, "size": "tiny"}, tmp_path / "latent.pt")
+    assert train.open_checkpoint("vae", tmp_path / "latent.pt").step is None
+    train.main(vae_args(tmp_path / "run", "--init", tmp_path / "latent.pt", "--steps", 1, "--finetune-steps", 0))
+    assert train.load_checkpoint(tmp_path / "run" / "model.pt").step == 1
+
+
+def test_short_windows_are_measured_and_validated_as_they_are(music, tmp_path, monkeypatch):
+    """--windows of 0.2 s: the statistics come from clips that hold whole spectra; held-out files may be as short."""
+    seen = []
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: seen.append(self.held_out([0])["x"].shape) or 0.0)
+    save_checkpoint(tmp_path / "vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
+    config = train.replace(train.dit.PRESETS["tiny"], hops=(64, 16))
+    monkeypatch.setitem(train.dit.PRESETS, "tiny", config)
+    train.main(["--size", "tiny", "--data", str(music), "--vae", str(tmp_path / "vae.pt"), "--windows", "0.2",
+                "--steps", "1", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "run")])
+    power = train.load_checkpoint(tmp_path / "run" / "model.pt").net.stages[0].power
+    assert power.isfinite().all() and seen == [(1, 2, round(0.2 * RATE / 128) * 128)]
+
+
+def test_the_frozen_vae_encodes_in_full_precision(monkeypatch):
+    """Whatever the autocast around it: --precision bf16 is for the network that is trained."""
+    vae, net = (train.NETS[kind][0](train.NETS[kind][2]["tiny"]) for kind in ("vae", "latent"))
+    objective, found = train.Denoising(net, vae), []
+    monkeypatch.setattr(train, "v_loss", lambda net, x_0, *_: found.append(x_0) or x_0.mean())
+    x, noise = torch.randn(1, 2, 2**15), torch.randn(1, 16, 256)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        objective(x, torch.tensor([0.5]), noise)
+    assert torch.equal(found[0], vae.encode(x))
 
 
 @pytest.mark.slow
