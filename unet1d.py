@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SAMPLE_RATE = 44100
 FRAME, HOP = 32, 16
 CHANNELS = 2 * FRAME    # of a folded frame: both channels of the stereo signal
 EDGE = (FRAME - HOP) // 2
@@ -229,7 +228,7 @@ class UNet1D(nn.Module):
     def set_spectrum(self, deviations):
         """Set both buffers, from the standard deviations (64,) of the coefficients of training audio."""
         self.scale.copy_(deviations.square().mean().sqrt())                 # coefficients have the power of samples
-        self.spectrum.copy_(deviations / self.scale)
+        self.spectrum.copy_((deviations / self.scale).clamp(min=1e-4))      # of mono, the sides' difference has none
 
     def preconditioning(self, t):
         """c_skip, c_in, c_out, (B, 64, 1) each: v = c_skip x_t + c_out F(c_in x_t), where F is the network proper.
