@@ -100,7 +100,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         left, right = done - first, C_R if last == n else 0
         z = guidance.draw_noise(x[..., first:last], generator)
         task, estimator = guidance.Task(z, ()), model
-        if left + right:
+        if left + right or settings.k < 1:
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi, project=settings.project)
         elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # the block: by measurement
@@ -115,10 +115,8 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
 # ---- between a track and the model's space --------------------------------------------------------------------------
 
 def encode_known(checkpoint, audio, C_L, C_R):
-    """The first C_L and the last C_R frames of audio (B, 2, n) -> model space (B, C, n / hop), zeros in between.
-
-    Each side is encoded by itself, so that nothing in between leaks; the encoder sees it mirrored beyond its ends.
-    """
+    """The first C_L and the last C_R frames of audio (B, 2, n) -> model space (B, C, n / hop), zeros in between. Each
+    side is encoded by itself, mirrored beyond its ends, so that nothing in between leaks."""
     hop, frames = checkpoint.hop, audio.shape[-1] // checkpoint.hop
     reach = math.ceil(checkpoint.vae.encoder_field / hop) if checkpoint.vae else 0     # frames
     x = torch.zeros(len(audio), checkpoint.channels, frames, device=audio.device)
@@ -130,9 +128,9 @@ def encode_known(checkpoint, audio, C_L, C_R):
 
 
 def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
-    """x_0 (B, C, frames) -> audio (B, 2, n). The first C_L and the last C_R frames get back the spectrum that they have
-    in the audio `known` (B, 2, n), without the VAE's colour. What is new gets that too; or, from_x_bar, that of what
-    stood there; or, at its level, that of an `example` (B, 2, m). Less than LITTLE of known audio is not matched."""
+    """x_0 (B, C, frames) -> audio (B, 2, n), equalised: what is known, the first C_L and the last C_R frames, to its
+    spectrum in the audio `known` (B, 2, n); what is new to the same one, or from_x_bar to that of what stood there, or
+    to an example's (B, 2, m), at the level beside it. With less than LITTLE known, to an example's or not at all."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     shape = None if example is None else vae.spectrum(example, torch.ones_like(example[0, 0]))
     if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:
@@ -316,7 +314,7 @@ def parse(argv, add_flags=Settings.add_flags):
     def refuse(message):
         raise UserError(f"{message} (all flags: --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.error, add, length = refuse, p.add_argument, within(0.01, math.inf)
+    p.error, add, length = refuse, p.add_argument, within(0.01, 1e6)
     add("--task", choices=TASKS, required=True, help="what to do")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
@@ -348,6 +346,9 @@ def parse(argv, add_flags=Settings.add_flags):
 def check(o):
     """UserError for flags that are missing, or would do nothing."""
     guided = {"embedding": o.reference, "classifier": o.classes}
+    for path in filter(None, (o.input, o.input2, o.reference)):
+        if not Path(path).is_file():
+            raise UserError(f"{path} is no file: check its name")
     for flag, takers in NEEDED.items():
         if o.task in takers and not getattr(o, flag):
             raise UserError(f"--{flag} is missing: --task {o.task} needs it")
@@ -403,10 +404,9 @@ def guide_terms(o, checkpoint, listener, device):
     weight = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}
     guides, example = [], None
     if o.reference:
-        track = Track.read(o.reference)
-        example = to_stereo_44k(track.audio.float(), track.rate)[None].to(device)
-        if not example.any():
-            raise UserError(f"--reference {o.reference} is silent: give another")
+        example = to_stereo_44k(*read_audio(o.reference))[None].to(device)
+        if not (example.any() and example.isfinite().all()):
+            raise UserError(f"--reference {o.reference} is silent, or holds samples that are not finite: give another")
         y = listener.net.listen(example, SAMPLE_RATE)[1]
         embedding = lambda x: hear(listener.net, checkpoint, x)[1]
         guides.append(lambda z: tasks.embedder_guidance(embedding, y, z, weight["embedding"], above=ABOVE))

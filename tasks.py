@@ -109,7 +109,7 @@ def infill(x_bar, C_L, C_R, z, **term):
 
 def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     """Table 2, Regenerate: Infill that starts from a mixture of noise and x_bar in the middle; k = 1 is Infill.
-
+    If nothing is known, C_L = C_R = 0, there is no term.
     k           share of noise, in [0, 1]; a number, or (B,); App. C.3 has 0.85
     start_from  "paper": from k z + (1 - k) x_bar at t = 1, as Table 2 prints it. "matched": the same mixture scaled to
                 unit variance, at the time t_T whose alpha_t : sigma_t is (1 - k) : k, which is Sect. 4.3's "partially
@@ -127,6 +127,8 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
         scale, t_T = torch.hypot(k, 1 - k), 2 / math.pi * torch.atan2(k, 1 - k)
     of_z, of_x_bar = (share.to(z.dtype).to(z.device).reshape(-1, 1, 1) for share in (k / scale, (1 - k) / scale))
     mixed = of_z * z + of_x_bar * x_bar
+    if not C_L + C_R:
+        return Task(mixed, (), t_T)
     if start_from == "paper":
         A = KeepEnds(z.shape[-1], C_L, C_R)
         mixed = data_consistency(mixed, A(z), A)                        # the context is noise at t = 1, or else y
@@ -189,8 +191,7 @@ def combine(*tasks, weights=None):
 def full_precision(x):
     """Within the context, float32 work on the device of x is just that: no half precision of an autocast around it, and
     on NVIDIA GPUs none of TF32's 10 bits, which convolutions have by default. Either is good for -60 dB only."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
     try:
         if x.is_cuda:                                     # a flag of the process: threads on the CPU leave it alone
             cudnn.allow_tf32 = False
@@ -363,7 +364,7 @@ class PaSST(nn.Module):
         self.register_buffer("triangles", mel_triangles(PASST_BANDS, 0, 15000, 513), persistent=False)
 
     def mel(self, mono):
-        """mono (B, n) at 32 kHz in [-1, 1], n > 513 -> log-mel (B, 128, 1 + (n - 2) // 320)."""
+        """mono (B, n) at 32 kHz in [-1, 1], n > 513 -> log-mel (B, 128, 1 + (n - 1) // 320)."""
         with full_precision(mono):                                                      # powers overflow float16
             x = mono[:, 1:] - 0.97 * mono[:, :-1]                                       # pre-emphasis
             X = torch.stft(x, 1024, 320, 800, self.window, pad_mode="reflect", return_complex=True)

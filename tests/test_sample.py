@@ -361,13 +361,31 @@ def test_autoguidance_is_for_music_without_context():
     net = wake(build(DiTConfig(channels=4, frames=64, width=16, depth=2, heads=2, hops=(16, 8)))).eval()
 
     def made(autoguide, x_bar, C_L, spans=None):
-        settings, generator = sample.Settings(steps=4, autoguide=autoguide), torch.Generator().manual_seed(1)
+        settings, generator = sample.Settings(steps=4, k=1.0, autoguide=autoguide), torch.Generator().manual_seed(1)
         return sample.generate(SimpleNamespace(net=net), x_bar, C_L, 0, settings, generator, spans=spans)
     nothing = torch.zeros(1, 4, 64)
     assert torch.equal(made(0, nothing, 16), made(4, nothing, 16))
     assert not torch.allclose(made(0, nothing, 0), made(4, nothing, 0), atol=1e-3)
     first, both = made(4, nothing, 0, [(0, 32)]), made(4, nothing, 0, [(0, 32), (16, 64)])
     assert torch.allclose(first[..., :32], both[..., :32], atol=1e-5) and both[..., 32:].any()
+
+
+def test_regenerating_the_start_of_a_track_begins_with_what_stood_there():
+    """Also where nothing beside it is known: all of it, or the first of several windows. The model: v = 0."""
+    x_bar, net = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)), lambda x_t, t: torch.zeros_like(x_t)
+    for start in ("paper", "matched"):
+        settings = sample.Settings(steps=1, k=0.01, start_from=start, sampler="ddim")
+        for spans in ([(0, 64)], [(0, 32), (16, 64)]):
+            made = sample.generate(SimpleNamespace(net=net), x_bar, 0, 0, settings, torch.Generator().manual_seed(1), spans=spans)
+            alpha = 1.0 if start == "matched" else 0.0      # x0_hat is alpha_t x_t; at t = 1, nothing
+            assert (made - alpha * x_bar).abs().mean() < 0.05
+
+
+def test_a_reference_may_have_any_number_of_channels(folder):
+    """It is heard, not edited."""
+    sf.write(folder / "six.wav", 0.1 * np.random.default_rng(0).standard_normal((44100, 6)), 44100)
+    edit = ("--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 1.2)
+    assert np.isfinite(call(folder, *edit, "--reference", folder / "six.wav")).all()
 
 
 def test_where_the_spectrum_is_as_decoded(folder):
@@ -422,6 +440,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
     clip, latent = str(folder / "long.wav"), str(folder / "latent.pt")
     (folder / "text.wav").write_text("not audio")
     sf.write(folder / "silence.wav", np.zeros((44100, 2)), 44100)
+    sf.write(folder / "broken.wav", np.full((44100, 2), np.nan), 44100, subtype="FLOAT")
     (folder / "cut.pt").write_bytes((folder / "latent.pt").read_bytes()[:5000])
     torch.save({"format": 1, "kind": "latent", "trick": Path("x")}, folder / "pickled.pt")
     (folder / "there.wav").write_text("mine")
@@ -441,7 +460,8 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("there.wav", [*edit, "--output", str(folder / "there.wav")]),
             ("long.wav", [*edit, "--output", str(folder / "long.wav" / "deep.wav"), "--force"]),
             ("session.json", [*edit, "--output", str(folder / "session.wav")]),
-            ("--length", ["--task", "unconditional", "--length", "0.00001"]), ("--context", [*edit, "--context", "0"]),
+            ("clip.wav is no file", ["--task", "infill", "--input", str(folder / "nowhere" / "clip.wav")]),
+            *[("--length", ["--task", "unconditional", "--length", length]) for length in ("0.00001", "inf", "nan")], ("--context", [*edit, "--context", "0"]),
             ("--k", [*edit, "--k", "2"]), ("--steps", [*edit, "--steps", "0"]), ("--replay", [*edit, "--replay", "none.json"]),
             # what would do nothing
             ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
@@ -451,14 +471,15 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
             ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--equalise", [*edit, "--classes", "a=1", "--no-equalise"]),
             ("--equalise", ["--task", "unconditional", "--no-equalise"]),
-            ("silent", [*edit, "--reference", str(folder / "silence.wav"), "--listener", str(folder / "classifier.pt")]),
+            *[(f"{name}.wav is silent", [*edit, "--reference", str(folder / f"{name}.wav"), "--listener",
+                                         str(folder / "classifier.pt")]) for name in ("silence", "broken")],
             ("--splice", ["--task", "unconditional", "--splice", "9"])):
         with pytest.raises(SystemExit) as end:
             run(lambda: sample.main(arguments))
         said = capsys.readouterr().err.strip()
         assert end.value.code == 2 and culprit in said and "\n" not in said and "Traceback" not in said
     assert (folder / "there.wav").read_text() == (folder / "session.json").read_text() == "mine"
-    assert not list(tmp_path.iterdir()) and not (folder / "session.wav").exists()
+    assert not list(tmp_path.iterdir()) and not any((folder / name).exists() for name in ("session.wav", "nowhere"))
 
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "checkpoints").glob("*.pt"))
