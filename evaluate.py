@@ -545,16 +545,16 @@ def parse(argv):
 
 def plan_files(options):
     """(pairs, spans) to score files that any system made: clips of the same name in --originals and --generated."""
-    originals = {Path(path).stem: path for path in train.find_files([options.originals])}
-    made = [path for path in train.find_files([options.generated]) if Path(path).stem in originals]
-    facts = [found for found in map(train.probe, made) if not isinstance(found, str)]
+    originals, made = page.clips_in(options.originals), page.clips_in(options.generated)
+    names = sorted(originals.keys() & made.keys())
+    facts = [found for found in (train.probe(made[name]) for name in names) if not isinstance(found, str)]
     if not facts:
         raise UserError(f"--generated {options.generated} has no audio file with the name of one in --originals")
     n = statistics.mode(frames * SAMPLE_RATE // rate for frames, rate, _ in facts)     # reading skips shorter ones
     a, b = (round(seconds * SAMPLE_RATE) for seconds in options.region or (0, n / SAMPLE_RATE))
     if not 0 <= a < b <= n:
         raise UserError(f"--region must lie within the clips' {n / SAMPLE_RATE:.3f} s")
-    pairs = [((originals[Path(path).stem], 0, n), (path, 0, n)) for path in made]
+    pairs = [((originals[name], 0, n), (made[name], 0, n)) for name in names]
     return {"files": pairs}, {"files": Span(a, b, 0, n)}
 
 
@@ -577,10 +577,10 @@ def main(argv=None):
     train.join_processes(device)
     listeners = Listeners(options, device)
     if options.generated:
-        (pairs, spans), rows, out = plan_files(options), [GENERATED, TEST_SET], "files"
+        (pairs, spans), rows, out, file = plan_files(options), [GENERATED, TEST_SET], "files", None
     else:
         checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
-        (pairs, spans), out = plan_tasks(options, checkpoint), options.model
+        (pairs, spans), out, file = plan_tasks(options, checkpoint), options.model, sample.digest(checkpoint.path)
         rows = [*model_rows(checkpoint, listeners, options), TEST_SET, *FILLERS]
     out = options.out or Path("runs") / f"evaluate-{out}"
     lengths = sorted({spans[task].d - spans[task].c for task in pairs})
@@ -590,7 +590,7 @@ def main(argv=None):
     if train.RANK == 0:
         settings = {name: getattr(options, name) for name in ("data", "clips", "generated", "originals", "region",
                                                               "reference", "seed")}
-        settings |= {"listeners": listeners.names, "code": code_hash(),
+        settings |= {"checkpoint": file, "listeners": listeners.names, "code": code_hash(),
                      "excerpts": len(reference[lengths[0]]["embedding"])}
         write_results(out, {row.name: {task: evaluation.figures(row, task) for task in pairs if task in row.tasks}
                             for row in rows}, settings)

@@ -15,6 +15,7 @@ import html
 import io
 import json
 import math
+import os
 from itertools import combinations
 from pathlib import Path
 
@@ -137,13 +138,24 @@ def figure2(options):
         test_page(out, options.figure2, options.region, options.seed, options.clips)
 
 
+def clips_in(folder):
+    """{name: path} of a folder's audio files, at any depth; a name is the path below the folder, without its ending."""
+    found = {}
+    for path in find_files([folder]):
+        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        if name in found:
+            raise UserError(f"{found[name]} and {path} have the same name: remove one of them")
+        found[name] = path
+    return found
+
+
 def find_pairs(systems, rng, limit):
     """{name: folder} of the texts "name=folder", and [(clip, {name: file})] in random order: each two systems' files of
-    the same name, of up to `limit` clips; which of the two comes first is random too."""
+    the same name (see clips_in), of up to `limit` clips; which of the two comes first is random too."""
     folders = dict(text.partition("=")[::2] for text in systems)
     if len(folders) < max(2, len(systems)) or not all(folders) or not all(folders.values()):
         raise UserError("--figure2 needs two or more of NAME=FOLDER, with different names")
-    files = {name: {Path(file).stem: file for file in find_files([folder])} for name, folder in folders.items()}
+    files = {name: clips_in(folder) for name, folder in folders.items()}
     clips = sorted({clip for one, two in combinations(files.values(), 2) for clip in one.keys() & two.keys()})
     if not clips:
         raise UserError(f"--figure2: no two of {', '.join(folders.values())} are folders with files of the same name")

@@ -283,6 +283,7 @@ def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, cap
     assert first["Silence", "infill", "MR"] > 2
     assert all(math.isfinite(value) for value in first.values())
     table = json.loads((tmp_path / "a" / "table.json").read_text())
+    assert table["settings"]["checkpoint"] == evaluate.sample.digest(studio / "latent.pt")     # rows of others are dropped
     curve, _, n = table["rows"]["Latent DDPM 2"]["transition"]["Figure 1"]
     assert n == 3 and len(curve) == 19 and curve[0] < curve[-1]                       # away from the first track
     records = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.pt")}

@@ -528,6 +528,17 @@ def test_votes_that_are_damaged_doubled_or_foreign_are_refused_by_name(key, caps
     evaluate.main(["--votes", spreadsheet, "--out", str(key)])
 
 
+def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
+    """Two albums may both have a track 01; two files of one name in one place are refused."""
+    for path in ("a/01.wav", "b/01.wav"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    assert page.clips_in(tmp_path) == {f"{album}/01": str(tmp_path / album / "01.wav") for album in "ab"}
+    (tmp_path / "a" / "01.mp3").touch()
+    with pytest.raises(train.UserError, match="01.mp3 and .*01.wav have the same name"):
+        page.clips_in(tmp_path)
+
+
 def test_systems_that_cannot_be_compared_end_in_a_sentence(tests, tmp_path):
     """One folder, a name twice, no common file, a region beyond the clips."""
     quiet, loud = f"q={tests / 'quiet system'}", f"l={tests / 'loud system'}"
