@@ -5,8 +5,8 @@
     python evaluate.py --figure2 ours=edited/ original=test/                # Figure 2, a blind test: examples/page.py
 
 Each clip's measurements are a small file under --out: an interrupted run goes on where it stopped, processes share the
-work, and neither the order of clips nor the size of batches enters a figure. A run measures one sampler; runs with the
-same --out add up to one table.
+work, and neither the order of clips nor the size of batches enters a figure. A run measures one sampler; runs of one
+checkpoint with the same --out add up to one table.
 """
 import argparse
 import functools
@@ -492,7 +492,7 @@ def as_text(results):
 
 def write_results(out, results, settings):
     """Print Table 1 and write table.json: every figure, and the settings. Rows that an earlier run with the same
-    settings left there, of another sampler for instance, stay."""
+    settings left there, of another sampler for instance, stay; others go."""
     clips = sorted({f"{found['KLD'][2]} {task}" for row in results.values() for task, found in row.items() if found})
     if not clips:
         raise UserError("nothing could be measured: at least two clips are needed", 1)
@@ -549,7 +549,7 @@ def plan_files(options):
     names = sorted(originals.keys() & made.keys())
     facts = [found for found in (train.probe(made[name]) for name in names) if not isinstance(found, str)]
     if not facts:
-        raise UserError(f"--generated {options.generated} has no audio file with the name of one in --originals")
+        raise UserError(f"--generated {options.generated} has no audio file in the place of one in --originals")
     n = statistics.mode(frames * SAMPLE_RATE // rate for frames, rate, _ in facts)     # reading skips shorter ones
     a, b = (round(seconds * SAMPLE_RATE) for seconds in options.region or (0, n / SAMPLE_RATE))
     if not 0 <= a < b <= n:

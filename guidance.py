@@ -175,7 +175,7 @@ def windows(C_L, gap, C_R, window, overlap):
     """The spans (first, last) of positions in which to fill `gap` of them, each from where the one before it ended.
 
     C_L positions are known before the gap and C_R behind it; a model takes `window` at a time. One window if everything
-    fits. Else equal shares, each but the first behind `overlap` positions or more; the last one hears C_R too.
+    fits. Else equal shares, each behind `overlap` positions if there are as many; the last one hears C_R too.
     """
     if C_L + gap + C_R <= window:
         return [(0, C_L + gap + C_R)]

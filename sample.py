@@ -128,9 +128,9 @@ def encode_known(checkpoint, audio, C_L, C_R):
 
 
 def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
-    """x_0 (B, C, frames) -> audio (B, 2, n), equalised: what is known, the first C_L and the last C_R frames, to its
-    spectrum in the audio `known` (B, 2, n); what is new to the same one, or from_x_bar to that of what stood there, or
-    to an example's (B, 2, m), at the level beside it. With less than LITTLE known, to an example's or not at all."""
+    """x_0 (B, C, frames) -> audio (B, 2, n), equalised. Known frames, the first C_L and the last C_R, get the spectrum
+    that they have in the audio `known` (B, 2, n). New frames get the same; with from_x_bar, that of what stood there;
+    with an `example` (B, 2, m), its own, as loud as these. With less than LITTLE known, only an example counts."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     shape = None if example is None else vae.spectrum(example, torch.ones_like(example[0, 0]))
     if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:

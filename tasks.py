@@ -109,7 +109,7 @@ def infill(x_bar, C_L, C_R, z, **term):
 
 def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     """Table 2, Regenerate: Infill that starts from a mixture of noise and x_bar in the middle; k = 1 is Infill.
-    If nothing is known, C_L = C_R = 0, there is no term.
+
     k           share of noise, in [0, 1]; a number, or (B,); App. C.3 has 0.85
     start_from  "paper": from k z + (1 - k) x_bar at t = 1, as Table 2 prints it. "matched": the same mixture scaled to
                 unit variance, at the time t_T whose alpha_t : sigma_t is (1 - k) : k, which is Sect. 4.3's "partially
@@ -127,7 +127,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
         scale, t_T = torch.hypot(k, 1 - k), 2 / math.pi * torch.atan2(k, 1 - k)
     of_z, of_x_bar = (share.to(z.dtype).to(z.device).reshape(-1, 1, 1) for share in (k / scale, (1 - k) / scale))
     mixed = of_z * z + of_x_bar * x_bar
-    if not C_L + C_R:
+    if not C_L + C_R:                                                   # nothing is known: no term
         return Task(mixed, (), t_T)
     if start_from == "paper":
         A = KeepEnds(z.shape[-1], C_L, C_R)

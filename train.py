@@ -101,7 +101,7 @@ def run(main, need_memory="lower --batch"):
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "can't allocate", "ALLOC_FAILED"               # of CUDA and MPS, the CPU, cuBLAS
+        words = "out of memory", "can't allocate", "bad_alloc", "ALLOC_FAILED"  # of CUDA and MPS, the CPU, cuBLAS
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         message, status = f"out of memory: {need_memory}", 1
@@ -395,12 +395,12 @@ def load_state(path, kinds=tuple(NETS)):
     """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        assert state["format"] == 1 and state["kind"] in NETS
+        kind = state["kind"] if state["format"] == 1 else "foreign"
     except Exception as error:          # a damaged or foreign file raises whatever its parser met first
         what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or no checkpoint of train.py"
         raise UserError(f"{path} {what} ({type(error).__name__})") from None
-    if state["kind"] not in kinds:
-        raise UserError(f"{path} holds a {state['kind']} model, not a {' or '.join(kinds)}: give another file")
+    if kind not in kinds:
+        raise UserError(f"{path} holds a {kind} model, not a {' or '.join(kinds)}: give another file")
     return state
 
 
@@ -751,7 +751,7 @@ def settle(o):
         if getattr(o, name, None) is None:
             setattr(o, name, value)
     idle = [name for name, model in ONLY.items() if o.model != model] + ["valid", "cache"] * (not o.data)
-    for name in filter(partial(getattr, o), idle):
+    for name in filter(partial(getattr, o), () if state else idle):
         raise UserError(f"--{name.replace('_', '-')} does nothing with this model, or without --data: leave it out")
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)

@@ -184,6 +184,8 @@ def test_a_linked_folder_gives_its_class_its_own_name(music):
     (music / "classes" / "drums").symlink_to(music / "loud", target_is_directory=True)
     found = train.find_files([music / "classes"])
     assert train.AudioFiles({path: train.probe(path) for path in found}).names == ["drums", "drums"]
+    given = str(music / "classes" / "drums")
+    assert train.parse(["--data", given]).data == [given]
 
 
 def test_batches_arrive_in_order_whatever_the_workers():
@@ -581,6 +583,7 @@ def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
 @pytest.mark.parametrize("error, status, words", [
     (train.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (MemoryError(), 1, "--batch"),
+    (RuntimeError("std::bad_alloc"), 1, "--batch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "--batch"), (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
 def test_errors_end_in_one_line(error, status, words, capsys):
     """run(main): the status, and one line on stderr that says what to do."""
@@ -617,9 +620,11 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
     for name, content in {"cut.pt": whole[:len(whole) // 2], "text.pt": b"hello", "empty.pt": b""}.items():
         (tmp_path / name).write_bytes(content)
     torch.save({"kind": "vae", "weights": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"format": 2, "kind": "vae"}, tmp_path / "later.pt")
     torch.save({"format": 1, "kind": "vae", "code": Touch(tmp_path / "executed")}, tmp_path / "code.pt")
     messages = {"cut.pt": "is damaged", "text.pt": "is damaged", "empty.pt": "is damaged", "code.pt": "is damaged",
-                "other.pt": "is damaged, or no checkpoint", "missing.pt": "does not exist"}
+                "other.pt": "is damaged, or no checkpoint", "missing.pt": "does not exist",
+                "later.pt": "holds a foreign model"}
     for name, words in messages.items():
         with pytest.raises(train.UserError, match=f"{name} {words}"):
             train.load_checkpoint(tmp_path / name)
@@ -729,7 +734,7 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
         train.main(["--init", str(first / "model.pt"), "--size", "small", "--out", str(tmp_path / "third")])
 
 
-def test_a_vae_out_of_a_latent_model_has_steps_of_its_own(tmp_path, monkeypatch):
+def test_a_vae_out_of_a_latent_model_has_steps_of_its_own(tmp_path):
     """How long it was trained is not known; the steps of a latent model are the transformer's."""
     vae = train.VAE(train.autoencoder.PRESETS["tiny"])
     config = train.dit.PRESETS["tiny"]
