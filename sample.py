@@ -35,10 +35,11 @@ NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
         **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
-XI, XI_STEPS = {"latent": 0.1, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
+XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
-AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False}
+AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False,
+              "by_level": False}
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -63,6 +64,7 @@ class Settings:
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
     autoguide: float = 4.0                                   # w of guidance.autoguided, for music without context
+    by_level: bool = True                                    # latent: xi times the level of what is known, see generate
 
     @classmethod
     def add_flags(cls, add):
@@ -75,7 +77,7 @@ class Settings:
     def of(cls, options, kind):
         """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
         given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name, None)) is not None}
-        preset = {"xi": XI[kind]}
+        preset = {"xi": XI[kind], "by_level": kind == "latent"}
         if options.as_printed:
             preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * given.get("steps", cls.steps) / XI_STEPS}  # see generate
             for name in sorted(given.keys() & preset.keys()):
@@ -87,8 +89,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
     """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
 
     spans       see guidance.windows; default: one window for all
-    guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in every window
-    """
+    guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in all windows"""
     xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0                   # each term brings its own size
 
     def model(x_t, t):
@@ -101,8 +102,10 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         z = guidance.draw_noise(x[..., first:last], generator)
         task, estimator = guidance.Task(z, ()), model
         if left + right or settings.k < 1:
+            known = x[..., [*range(first, done), *range(last - right, last)]]          # quiet music needs small steps,
+            level = known.square().mean((1, 2)).sqrt() if settings.by_level else 1.0   # for L1's are of one size
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
-                                    weight=settings.xi, project=settings.project)
+                                    weight=settings.xi * level, project=settings.project)
         elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # the block: by measurement
             estimator = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], settings.autoguide)
         task = tasks.combine(task, *[guide(z) for guide in guides])
@@ -187,8 +190,7 @@ class Edit:
     """The region [a, b) of a track, in its own samples, laid on a model's frames: C_L known, `gap` free, C_R known.
 
     Time is counted from a, which lies exactly on a frame. The right border is rounded up to the next frame: what is new
-    ends at `end`, where the audio that the model knows begins (at b, if it knows none there).
-    """
+    ends at `end`, where the audio that the model knows begins (at b, if it knows none there)."""
 
     def __init__(self, checkpoint, track, a, b, context=None):
         self.checkpoint, self.track, self.a = checkpoint, track, a
@@ -278,9 +280,8 @@ def digest(path):
 
 def output_paths(o):
     """One path per variation; checked before any work is done."""
-    source = Path(o.input or o.reference or o.task)
-    name = f"{source.stem}.{o.task}.wav" if source.suffix else f"{o.task}.wav"
-    first = Path(o.output or source.with_name(name))
+    source = o.input or o.reference
+    first = Path(o.output or (Path(source).with_suffix(f".{o.task}.wav") if source else f"{o.task}.wav"))
     if first.suffix.lower() not in (".wav", ".flac") or first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
         raise UserError(f"--output {first} must end in .wav, or in .flac (but not with --subtype FLOAT)")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
@@ -440,7 +441,6 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
         bar = tqdm(total=settings.steps * len(edit.spans), unit="step", dynamic_ncols=True)
-
         def progress(step):
             if bar.update():      # only now and then: to know the share is to wait for the GPU
                 bar.set_postfix_str(f"guidance {step.share:.2f} of the sampler's step", refresh=False)

@@ -141,6 +141,17 @@ def test_xi_is_the_step_towards_the_context_alone(folder):
     assert not np.array_equal(call(folder, *infill), call(folder, *infill, "--reference", folder / "other.wav"))
 
 
+def test_the_step_towards_the_context_is_as_small_as_the_context(monkeypatch):
+    """The gradient of an L1 norm is as large for quiet music as for loud: xi is times the level of what is known."""
+    weights, x_bar = [], torch.ones(2, 4, 64) * torch.tensor([0.01, 3.0])[:, None, None]
+    monkeypatch.setattr(guidance, "sample", lambda model, x_T, task, **_: weights.append(task.terms[0].weight) or x_T)
+    x_bar[..., 16:40] = 7.0                                 # not known
+    for by_level in (True, False):
+        settings = sample.Settings(xi=0.2, k=1.0, by_level=by_level)
+        sample.generate(SimpleNamespace(net=None), x_bar, 16, 24, settings, torch.Generator())
+    assert torch.allclose(weights[0], torch.tensor([0.002, 0.6])) and weights[1] == 0.2
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside an infill"])
 def test_guidance_leads_where_it_should(folder, alone):
     """The distance to the reference falls; the wanted class's log-odds rise, and the unwanted one's fall."""
@@ -260,15 +271,17 @@ def test_little_context_is_said_and_none_refused(folder, capsys):
         call(folder, "--task", "continuation", "--input", folder / "n100.wav", "--length", 0.2)
 
 
-def test_as_printed_is_algorithm_1_with_the_papers_constants(folder):
+def test_as_printed_is_algorithm_1_with_the_papers_constants(folder, monkeypatch):
     """One switch for the flags of the paper's choices; beside any of those it is refused; --steps leaves xi alone."""
     edit = ["--task", "regenerate", "--input", folder / "long.wav", "--start", 1, "--end", 1.2]
     printed = call(folder, *edit, "--as-printed", steps=5)
     settings = json.loads((folder / "out.json").read_text())["settings"]
+    of = sample.Settings.of                                 # by_level has no flag
+    monkeypatch.setattr(sample.Settings, "of", lambda *given: sample.replace(of(*given), by_level=False))
     spelled = call(folder, *edit, "--sampler", "ddpm", "--xi", 0.03 * 5 / 50, "--k", 0.85,
                    "--start-from", "paper", "--project", "x_t", "--no-equalise", steps=5)
     assert np.array_equal(printed, spelled) and settings["k"] == 0.85
-    assert not settings["equalise"] and not settings["autoguide"]
+    assert not (settings["equalise"] or settings["autoguide"] or settings["by_level"])
     for flag in (("--xi", 1), ("--sampler", "ddpm"), ("--k", 0.5), ("--start-from", "paper"),
                  ("--project", "x_t"), ("--equalise",)):
         with pytest.raises(sample.UserError, match=f"{flag[0]} is set by --as-printed"):
