@@ -150,6 +150,8 @@ def test_the_step_towards_the_context_is_as_small_as_the_context(monkeypatch):
         settings = sample.Settings(xi=0.2, k=1.0, by_level=by_level)
         sample.generate(SimpleNamespace(net=None), x_bar, 16, 24, settings, torch.Generator())
     assert torch.allclose(weights[0], torch.tensor([0.002, 0.6])) and weights[1] == 0.2
+    default = lambda kind: sample.Settings.of(SimpleNamespace(as_printed=False), kind).by_level
+    assert default("latent") and not default("waveform")    # for the U-Net it was not measured
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside an infill"])
