@@ -102,8 +102,8 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         z = guidance.draw_noise(x[..., first:last], generator)
         task, estimator = guidance.Task(z, ()), model
         if left + right or settings.k < 1:
-            known = x[..., [*range(first, done), *range(last - right, last)]]          # quiet music needs small steps,
-            level = known.square().mean((1, 2)).sqrt() if settings.by_level else 1.0   # for L1's are of one size
+            known = x[..., [*range(first, done), *range(last - right, last)]]
+            level = known.square().mean((1, 2)).sqrt() if settings.by_level else 1.0   # the gradient of L1 has none
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi * level, project=settings.project)
         elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # the block: by measurement
