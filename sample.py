@@ -35,7 +35,7 @@ NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
         **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
-XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50         # for the L1 sum; what matters is their product
+XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50        # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
 AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False,
