@@ -1,8 +1,8 @@
 """The autoencoder of the latent model: stereo audio to latents 128 times slower, and back (App. C.1).
 
 Eight ConvNeXt-1D layers [41] a side, with a factor of 2 in time after every layer but the first; trained on spectra,
-L1, L2 and a small KL; the decoder is then fine-tuned against a discriminator of complex spectra, encoder frozen, on
-latents with noise, since a diffusion model's are never quite right (that, and band_loss, are ours).
+L1, L2 and a small KL; the decoder is then fine-tuned against a discriminator of complex spectra, encoder frozen, and
+if one can be had on the latents of a diffusion model, which are never quite right (that, and band_loss, are ours).
 
     vae = VAE(PRESETS["small"])
     latents = vae.encode(audio)        # (B, 2, samples) -> (B, C, ceil(samples / 128))
@@ -21,7 +21,6 @@ from torch.nn.utils.parametrizations import weight_norm
 FFT_SIZES = (512, 1024, 2048, 4096)      # samples at 44.1 kHz: 12 to 93 ms
 SPECTRAL_WEIGHT, L1_WEIGHT, L2_WEIGHT, KL_WEIGHT = 1.0, 20.0, 50.0, 1e-4
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT, BAND_WEIGHT = 1.0, 5.0, 4.0
-LATENT_NOISE = 0.3                       # of the latents' deviation, at most, while the decoder is fine-tuned
 # STFT magnitude (white noise of power 1 has 1) below which all is silence. Lower hears fainter hiss, but the empty
 # bins of clean synthetic music then drown the rest: 50 steps on such a clip end at an SNR of 6.7 dB with 1e-3,
 # 5.2 with 3e-4, 0.2 with 1e-4.
@@ -143,12 +142,13 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(audio.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
         return mean, logvar.clamp(-20, 10)                          # exp() stays finite in half precision
 
-    def forward(self, audio, noise=None, level=None):
-        """For training: reconstruction (B, 2, samples), mean, log-variance. noise (B, C, frames) None: the mean; it has
-        the posterior's deviation, or `level` (B,) times that of the clip's own latents over time."""
+    def forward(self, audio, noise=None, latents=None):
+        """For training: reconstruction (B, 2, samples), mean, log-variance. Decoded is the posterior's mean; with
+        noise (B, C, frames), a draw from the posterior; with latents (B, C, frames), normalised, these."""
         mean, logvar = self.posterior(audio)
-        deviation = (logvar / 2).exp() if level is None else level[:, None, None] * mean.std(2, keepdim=True)
-        z = mean if noise is None else mean + deviation * noise
+        z = mean if noise is None else mean + (logvar / 2).exp() * noise
+        if latents is not None:
+            z = latents * self.latent_std[:, None] + self.latent_mean[:, None]
         return self.decoder(z.transpose(1, 2)).transpose(1, 2)[..., :audio.shape[-1]], mean, logvar
 
     @torch.no_grad()
@@ -261,12 +261,12 @@ def stft_loss(reconstruction, audio):
 
 
 def band_loss(reconstruction, audio):
-    """L1 of the log power in bands, (B, 2, n) twice -> scalar: as loud as the original at every moment, where its
-    phases, and so its single bins, are out of reach. For the decoder's fine-tuning."""
-    # FFT size, bands in an octave, frames together
-    looks = (512, 3, 4), (2048, 3, 4), (2048, 3, 32), (512, 1, 1), (1024, 1, 1)
-    losses = [(band_powers(reconstruction, *look) - band_powers(audio, *look)).abs().mean() for look in looks]
-    return sum(losses) / len(losses)
+    """L1 of the log power in bands, and in octaves of its change from frame to frame; (B, 2, n) twice -> scalar. For
+    the decoder's fine-tuning: as loud as the original at every moment, where single bins are out of its reach."""
+    looks = (512, 1, 1), (1024, 1, 1), (512, 3, 4), (2048, 3, 4), (2048, 3, 32)     # size, bands an octave, frames
+    errors = [band_powers(reconstruction, *look) - band_powers(audio, *look) for look in looks]
+    errors += [error.diff(dim=-1) for error in errors[:2]]          # of octaves: attacks, and a steady hiss
+    return sum(error.abs().mean() for error in errors) / len(looks)
 
 
 def band_powers(audio, size, per_octave, together):

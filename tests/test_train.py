@@ -93,7 +93,7 @@ def test_a_clip_is_a_function_of_seed_and_number(music):
     assert len(set(taken)) == len(taken)
     for i in range(4):
         batch = clips(clips.of_step(i))
-        assert set(batch["n"].tolist()) == {batch["x"].shape[-1]} == {clips.window(i)}
+        assert set(batch["n"].tolist()) == {batch["x"].shape[-1]} == {clips.windows[i % len(clips.windows)]}
 
 
 def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
@@ -685,6 +685,30 @@ def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_pa
     save_checkpoint(tmp_path / "first.pt", "classifier", net, classes=["fado", "jazz"])
     with pytest.raises(train.UserError, match="of its classes, fado, jazz"):
         run("none known")
+
+
+def test_a_decoder_is_tuned_on_what_its_latent_model_makes():
+    """In the second stage, if --init gave a latent model: its own latents, further from the music's the more noise they
+    began with, the same in any batch; never while validating, nor in the first stage, nor with a VAE alone."""
+    vae = train.VAE(train.autoencoder.PRESETS["tiny"])
+    vae.latent_mean.fill_(0.1), vae.latent_std.fill_(0.7)
+    maker = train.Checkpoint("latent", train.dit.build(train.dit.PRESETS["tiny"]).eval(), vae)
+    objective, decoded, forward = train.Autoencoding(vae, maker), [], vae.forward
+    vae.forward = lambda x, noise, latents: decoded.append(latents) or forward(x, noise, latents)
+    x, draw = 0.1 * torch.randn(3, 2, 2**12), objective.draw(train.random_numbers(0), 2**12)
+    batch = {"noise": torch.from_numpy(draw["noise"]).expand(3, -1, -1), "seed": torch.tensor([5, 6, 7]),
+             "share": torch.tensor([1e-3, 0.1, 0.5], dtype=torch.float64)}
+    objective(x, **batch)
+    objective.adversarial = True
+    objective.eval()(x, **batch), objective.train()(x, **batch)
+    objective(x[1:2], **{name: value[1:2] for name, value in batch.items()})
+    assert decoded[:2] == [None, None]
+    torch.testing.assert_close(decoded[3], decoded[2][1:2])
+    error = (decoded[2] - vae.encode(x)).square().mean((1, 2)).sqrt()
+    assert error[0] < 0.01 < error[1] < error[2] and not decoded[2].requires_grad
+    objective.begun_with = train.replace(maker, kind="vae")
+    objective(x, **batch)
+    assert decoded[-1] is None
 
 
 def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeypatch):
