@@ -171,6 +171,23 @@ def autoguided(model, block, w, above=0.7):
     return steered
 
 
+def level_kept(model, C_L, C_R, above=0.5, most=4.0):
+    """A model like `model`, but its x0_hat between the first C_L and last C_R positions, those known, has the power of
+    x0_hat beside it at times t > above. Else a weak model's notes hardly begin there, or guidance lets one of them
+    grow without bounds. The gain, from 1 / most to most, counts as a constant in the gradients of terms.
+    """
+    def kept(x_t, t):
+        v = model(x_t, t)
+        x0_hat, new = x0_from_v(x_t, v, t), slice(C_L, x_t.shape[-1] - C_R)
+        power = x0_hat.detach().square().mean(1, keepdim=True)                                      # (B, 1, n)
+        beside = torch.cat([power[..., :new.start], power[..., new.stop:]], -1)
+        gain = (beside.mean(2) / power[..., new].mean(2)).sqrt().clamp(1 / most, most)              # (B, 1)
+        change = torch.zeros_like(power)
+        change[..., new] = torch.where(t[:, None] > above, gain - 1, 0.0)[:, None]
+        return v - change * x0_hat / alpha_sigma(t)[1].to(x_t.dtype).to(x_t.device)[:, None, None]
+    return kept
+
+
 def windows(C_L, gap, C_R, window, overlap):
     """The spans (first, last) of positions in which to fill `gap` of them, each from where the one before it ended.
 

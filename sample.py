@@ -38,8 +38,7 @@ USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], 
 XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50        # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
-AS_PRINTED = {"sampler": "ddpm", "k": 0.85, "start_from": "paper", "project": "x_t", "autoguide": 0, "equalise": False,
-              "by_level": False}
+AS_PRINTED = dict(sampler="ddpm", k=0.85, start_from="paper", project="x_t", equalise=False, keep_level=False)
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -63,8 +62,7 @@ class Settings:
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
-    autoguide: float = 4.0                                   # w of guidance.autoguided, for music without context
-    by_level: bool = True                                    # latent: xi times the level of what is known, see generate
+    keep_level: bool = True                                  # latent: as loud as music is, see generate
 
     @classmethod
     def add_flags(cls, add):
@@ -77,7 +75,7 @@ class Settings:
     def of(cls, options, kind):
         """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
         given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name, None)) is not None}
-        preset = {"xi": XI[kind], "by_level": kind == "latent"}
+        preset = {"xi": XI[kind], "keep_level": kind == "latent"}
         if options.as_printed:
             preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * given.get("steps", cls.steps) / XI_STEPS}  # see generate
             for name in sorted(given.keys() & preset.keys()):
@@ -103,11 +101,13 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         task, estimator = guidance.Task(z, ()), model
         if left + right or settings.k < 1:
             known = x[..., [*range(first, done), *range(last - right, last)]]
-            level = known.square().mean((1, 2)).sqrt() if settings.by_level else 1.0   # the gradient of L1 has none
+            level = known.square().mean((1, 2)).sqrt() if settings.keep_level else 1.0   # the gradient of L1 has none
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi * level, project=settings.project)
-        elif settings.autoguide and hasattr(checkpoint.net, "stages"):                 # the block: by measurement
-            estimator = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], settings.autoguide)
+            if settings.keep_level and settings.k == 1:
+                estimator = guidance.level_kept(model, left, right)
+        elif settings.keep_level and hasattr(checkpoint.net, "stages"):                # w and the block: by measurement
+            estimator = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], w=4.0)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
                                              xi=xi, generator=generator, callback=callback)

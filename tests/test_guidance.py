@@ -7,6 +7,7 @@ from exact import C, N, Gaussian, Mixture, covariance, infill_errors, sine
 
 import guidance
 import tasks
+from diffusion import x0_from_v
 from guidance import Task, Term, data_consistency, guided_estimate, sample
 
 
@@ -297,6 +298,25 @@ def test_bad_arguments_are_named():
         Term(lambda x: x, tasks.l1, z, project=True)
     with pytest.raises(ValueError, match="on must"):
         Term(lambda x: x, tasks.l1, z, on="x_s")
+
+
+def test_the_level_is_kept_between_what_is_known():
+    """x0_hat there, times one gain per clip, has the power beside it, or `most` of its own amplitude; known positions,
+    and times up to `above`, are left alone; gradients are those of x0_hat times the gain."""
+    x = torch.randn(4, 3, 20, dtype=torch.float64) * torch.ones(20).index_fill(0, torch.arange(8, 15), 2.0)
+    x[3, :, 8:15] *= 100
+    x, t = x.requires_grad_(), torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
+    model = lambda x, t: 0.3 * x * t[:, None, None]
+    kept = guidance.level_kept(model, 8, 5, above=0.5, most=4.0)
+    before, after = (x0_from_v(x, m(x, t), t) for m in (model, kept))
+    gain = (after / before).detach()
+    power = lambda x_0, part: x_0[..., part].square().mean((1, 2))
+    known = [*range(8), *range(15, 20)]
+    assert (gain[..., known] - 1).abs().max() < 1e-6 and (gain[1] - 1).abs().max() < 1e-6
+    assert torch.allclose(power(after, slice(8, 15))[[0, 2]], power(before, known)[[0, 2]])
+    assert (gain[3, :, 8:15] - 0.25).abs().max() < 1e-6 and (gain[[0, 2], :, 8:15] < 0.9).all()
+    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (after, before * gain)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_autoguidance_steers_away_from_the_model_without_a_block():

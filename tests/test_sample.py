@@ -146,11 +146,11 @@ def test_the_step_towards_the_context_is_as_small_as_the_context(monkeypatch):
     weights, x_bar = [], torch.ones(2, 4, 64) * torch.tensor([0.01, 3.0])[:, None, None]
     monkeypatch.setattr(guidance, "sample", lambda model, x_T, task, **_: weights.append(task.terms[0].weight) or x_T)
     x_bar[..., 16:40] = 7.0                                 # not known
-    for by_level in (True, False):
-        settings = sample.Settings(xi=0.2, k=1.0, by_level=by_level)
+    for keep_level in (True, False):
+        settings = sample.Settings(xi=0.2, k=1.0, keep_level=keep_level)
         sample.generate(SimpleNamespace(net=None), x_bar, 16, 24, settings, torch.Generator())
     assert torch.allclose(weights[0], torch.tensor([0.002, 0.6])) and weights[1] == 0.2
-    default = lambda kind: sample.Settings.of(SimpleNamespace(as_printed=False), kind).by_level
+    default = lambda kind: sample.Settings.of(SimpleNamespace(as_printed=False), kind).keep_level
     assert default("latent") and not default("waveform")    # for the U-Net it was not measured
 
 
@@ -278,12 +278,12 @@ def test_as_printed_is_algorithm_1_with_the_papers_constants(folder, monkeypatch
     edit = ["--task", "regenerate", "--input", folder / "long.wav", "--start", 1, "--end", 1.2]
     printed = call(folder, *edit, "--as-printed", steps=5)
     settings = json.loads((folder / "out.json").read_text())["settings"]
-    of = sample.Settings.of                                 # by_level has no flag
-    monkeypatch.setattr(sample.Settings, "of", lambda *given: sample.replace(of(*given), by_level=False))
+    of = sample.Settings.of                                 # keep_level has no flag
+    monkeypatch.setattr(sample.Settings, "of", lambda *given: sample.replace(of(*given), keep_level=False))
     spelled = call(folder, *edit, "--sampler", "ddpm", "--xi", 0.03 * 5 / 50, "--k", 0.85,
                    "--start-from", "paper", "--project", "x_t", "--no-equalise", steps=5)
     assert np.array_equal(printed, spelled) and settings["k"] == 0.85
-    assert not (settings["equalise"] or settings["autoguide"] or settings["by_level"])
+    assert not (settings["equalise"] or settings["keep_level"])
     for flag in (("--xi", 1), ("--sampler", "ddpm"), ("--k", 0.5), ("--start-from", "paper"),
                  ("--project", "x_t"), ("--equalise",)):
         with pytest.raises(sample.UserError, match=f"{flag[0]} is set by --as-printed"):
@@ -370,19 +370,34 @@ def test_a_reference_gives_its_spectrum(folder):
     assert (matched - wanted).abs().mean() < 0.5 * (plain - wanted).abs().mean()
 
 
-def test_autoguidance_is_for_music_without_context():
+def test_autoguidance_is_for_music_without_context(monkeypatch):
     """It changes what a SpectralDiT makes from nothing, and no continuation: nor the second of two windows."""
+    monkeypatch.setattr(guidance, "level_kept", lambda model, *known: model)
     torch.manual_seed(0)
     net = wake(build(DiTConfig(channels=4, frames=64, width=16, depth=2, heads=2, hops=(16, 8)))).eval()
 
-    def made(autoguide, x_bar, C_L, spans=None):
-        settings, generator = sample.Settings(steps=4, k=1.0, autoguide=autoguide), torch.Generator().manual_seed(1)
+    def made(keep_level, x_bar, C_L, spans=None):
+        settings = sample.Settings(steps=4, xi=0.0, k=1.0, keep_level=keep_level)
+        generator = torch.Generator().manual_seed(1)
         return sample.generate(SimpleNamespace(net=net), x_bar, C_L, 0, settings, generator, spans=spans)
     nothing = torch.zeros(1, 4, 64)
-    assert torch.equal(made(0, nothing, 16), made(4, nothing, 16))
-    assert not torch.allclose(made(0, nothing, 0), made(4, nothing, 0), atol=1e-3)
-    first, both = made(4, nothing, 0, [(0, 32)]), made(4, nothing, 0, [(0, 32), (16, 64)])
+    assert torch.equal(made(False, nothing, 16), made(True, nothing, 16))
+    assert not torch.allclose(made(False, nothing, 0), made(True, nothing, 0), atol=1e-3)
+    first, both = made(True, nothing, 0, [(0, 32)]), made(True, nothing, 0, [(0, 32), (16, 64)])
     assert torch.allclose(first[..., :32], both[..., :32], atol=1e-5) and both[..., 32:].any()
+
+
+def test_where_the_level_is_kept(monkeypatch):
+    """In infills and continuations of the latent model, in each window between what is known there; not where the start
+    is x_bar, which has a level of its own, nor from nothing, nor with --as-printed or the waveform model."""
+    asked, x_bar = [], torch.ones(1, 4, 64)
+    monkeypatch.setattr(guidance, "level_kept", lambda model, *known: asked.append(known))
+    monkeypatch.setattr(guidance, "sample", lambda model, x_T, task, **_: x_T)
+    for k, C_L, C_R, keep_level in ((1.0, 16, 24, True), (1.0, 0, 0, True), (0.6, 16, 24, True), (1.0, 16, 24, False)):
+        settings = sample.Settings(k=k, keep_level=keep_level)
+        spans = [(0, 30), (20, 64)] if C_L else None
+        sample.generate(SimpleNamespace(net=None), x_bar, C_L, C_R, settings, torch.Generator(), spans=spans)
+    assert asked == [(16, 0), (10, 24)]
 
 
 def test_regenerating_the_start_of_a_track_begins_with_what_stood_there(monkeypatch):
