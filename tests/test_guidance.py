@@ -303,8 +303,8 @@ def test_bad_arguments_are_named():
 def test_the_level_is_kept_between_what_is_known():
     """x0_hat there, times one gain per clip, has the power beside it, or `most` of its own amplitude; known positions,
     and times up to `above`, are left alone; gradients are those of x0_hat times the gain."""
-    x = torch.randn(4, 3, 20, dtype=torch.float64) * torch.ones(20).index_fill(0, torch.arange(8, 15), 2.0)
-    x[3, :, 8:15] *= 100
+    x = torch.randn(4, 3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[..., 8:15] *= torch.tensor([2.0, 2.0, 3.0, 100.0], dtype=x.dtype)[:, None, None]
     x, t = x.requires_grad_(), torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
     model = lambda x, t: 0.3 * x * t[:, None, None]
     kept = guidance.level_kept(model, 8, 5, above=0.5, most=4.0)
