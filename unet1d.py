@@ -228,7 +228,7 @@ class UNet1D(nn.Module):
     def set_spectrum(self, deviations):
         """Set both buffers, from the standard deviations (64,) of the coefficients of training audio."""
         self.scale.copy_(deviations.square().mean().sqrt())                 # coefficients have the power of samples
-        self.spectrum.copy_((deviations / self.scale).clamp(min=1e-4))      # of mono, the sides' difference has none
+        self.spectrum.copy_(deviations).div_(self.scale).clamp_(min=1e-4)   # of mono, the sides' difference has none
 
     def preconditioning(self, t):
         """c_skip, c_in, c_out, (B, 64, 1) each: v = c_skip x_t + c_out F(c_in x_t), where F is the network proper.

@@ -114,6 +114,11 @@ def test_errors_weigh_by_what_is_expected_of_their_coefficient(generator):
     assert ((power * c_out - 1).abs() < 0.2).all() and power[-1] > 25 * power[0]
 
 
+def test_a_spectrum_can_be_set_on_any_device():
+    """From deviations on the CPU, as training measures them; "meta" stands for a GPU."""
+    UNet1D(TINY).to("meta").set_spectrum(torch.ones(CHANNELS))
+
+
 def test_mono_music_has_a_finite_loss(generator):
     """Its sides have no difference, so that half of the deviations are 0."""
     model, error = UNet1D(TINY), torch.randn(1, 2, 512, generator=generator)
