@@ -16,7 +16,7 @@ import math
 import os
 import statistics
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Callable
 
@@ -131,12 +131,10 @@ def mel_distance(x, y, rate):
     total = 0
     for n_fft, bands in ((2048, 150), (512, 80)):
         filters, window = _slaney_filters(rate, n_fft, bands).to(x.device), torch.hann_window(n_fft, device=x.device)
-
         def mel(z):
             z = F.pad(z, (0, max(0, n_fft // 2 + 1 - z.shape[-1])))                             # reflection needs that
             Z = torch.stft(z.reshape(-1, z.shape[-1]), n_fft, n_fft // 4, window=window, return_complex=True)
             return (filters @ Z.abs()).unflatten(0, z.shape[:-1])                           # (..., C, bands, frames)
-
         M_x, M_y = mel(x), mel(y)
         log_part = (M_x.clamp(min=1e-5).log10() - M_y.clamp(min=1e-5).log10()).abs() * 2
         total = total + (log_part + (M_x - M_y).abs()).mean((-3, -2, -1))
@@ -152,11 +150,9 @@ def realism(reference, generated, k=3, prune=True):
     reference, generated = reference.cpu().double(), generated.cpu().double()
     if not 0 < k < len(reference):
         raise ValueError(f"realism needs more than k = {k} reference points, not {len(reference)}")
-
     def distances(points):                                 # exact ones: near points are what matters
         for some in points.split(512):
             yield torch.cdist(some, reference, compute_mode="donot_use_mm_for_euclid_dist")         # (512, n_reference)
-
     radius = torch.cat([d.kthvalue(k + 1).values for d in distances(reference)])           # the nearest is r itself
     kept = radius <= radius.quantile(0.5) if prune else radius >= 0
     return torch.cat([(radius / d.clamp(min=1e-12))[:, kept].amax(1) for d in distances(generated)])
@@ -346,12 +342,12 @@ class Row:
     made_with: dict = field(default_factory=dict)
 
 
-def filler(name, tasks, content):
+def filler(name, measured, content):
     """The row that has content(Batch) in the region, and the original around it."""
     def produce(clips):
         x, a, b = clips.x, clips.span.a, clips.span.b
         return torch.cat([x[..., :a], content(clips)[..., a:b], x[..., b:]], -1)
-    return Row(name, tasks, produce)
+    return Row(name, measured, produce)
 
 
 def white_noise(clips):
@@ -369,11 +365,13 @@ FILLERS = (
 
 
 def model_rows(checkpoint, listeners, options):
-    """The model with the sampler of the options, and its VAE's reconstruction."""
+    """The model with the sampler and the flags of the options, which name it, and its VAE's reconstruction."""
     rows, file = [], {"checkpoint": sample.digest(checkpoint.path)}
     if options.sampler != "none":
         settings = sample.Settings.of(options, checkpoint.kind)
+        flags = {flag.name: getattr(options, flag.name) for flag in fields(settings) if flag.metadata}
         name = f"{options.model.title()} {settings.sampler.upper()} {settings.steps}" + ", printed" * options.as_printed
+        name += "".join(f", {flag} {value}" for flag, value in flags.items() if value is not None)
         produce = functools.partial(unspliced, checkpoint, settings=settings, passt=listeners.passt)
         rows.append(Row(name, tuple(options.tasks), produce, file | asdict(settings)))
     if checkpoint.kind == "latent":
@@ -476,8 +474,9 @@ COLUMNS = (("Files", ("files",), ("FAD", "KLD", "MR")),
 def as_text(results):
     """Table 1 as lines of text, in the paper's order of columns; results: {row: {task: {metric: [value, std, n]}}}."""
     def cell(by_task, names, metric):
-        found = [by_task[task][metric] for task in names if metric in by_task.get(task, {})]
-        texts = [f"{round(value, 2) + 0.0:.2f}" + (f"±{std:.2f}" if std else "") for value, std, _ in found] or ["-"]
+        def text(value=None, std=None, _=0):
+            return "-" if value is None else f"{round(value, 2) + 0.0:.2f}" + (f"±{std:.2f}" if std else "")
+        texts = [text(*by_task.get(task, {}).get(metric, ())) for task in names]
         return "/".join(texts if len(set(texts)) > 1 else texts[:1])
 
     columns = [["", *results]]
@@ -491,15 +490,16 @@ def as_text(results):
 
 
 def write_results(out, results, settings):
-    """Print Table 1 and write table.json: every figure, and the settings. Rows that an earlier run with the same
-    settings left there, of another sampler for instance, stay; others go."""
+    """Print Table 1 and write table.json: every figure, and the settings. What an earlier run with the same settings
+    left there, of another sampler or task for instance, stays; else it goes."""
     clips = sorted({f"{found['KLD'][2]} {task}" for row in results.values() for task, found in row.items() if found})
     if not clips:
         raise UserError("nothing could be measured: at least two clips are needed", 1)
     file = out / "table.json"
     earlier = json.loads(file.read_text()) if file.exists() else {}
-    if earlier.get("settings") == settings:
-        results = {row: found for row, found in earlier["rows"].items() if row not in results} | results
+    old = earlier["rows"] if earlier.get("settings") == settings else {}
+    rows = [row for row in old if row not in results] + [*results]
+    results = {row: old.get(row, {}) | results.get(row, {}) for row in rows}
     text = json.dumps({"settings": settings, "metric": "[value, standard deviation, count]", "rows": results}, indent=1)
     train.write_atomic(file, lambda out: out.write(text.encode()))
     fad, passt = settings["listeners"]
@@ -554,8 +554,7 @@ def plan_files(options):
     a, b = (round(seconds * SAMPLE_RATE) for seconds in options.region or (0, n / SAMPLE_RATE))
     if not 0 <= a < b <= n:
         raise UserError(f"--region must lie within the clips' {n / SAMPLE_RATE:.3f} s")
-    pairs = [((originals[name], 0, n), (made[name], 0, n)) for name in names]
-    return {"files": pairs}, {"files": Span(a, b, 0, n)}
+    return {"files": [((originals[name], 0, n), (made[name], 0, n)) for name in names]}, {"files": Span(a, b, 0, n)}
 
 
 def plan_tasks(options, checkpoint):
@@ -588,8 +587,8 @@ def main(argv=None):
     evaluation = Evaluation(out, pairs, spans, listeners, reference, options, device)
     evaluation.run(rows)
     if train.RANK == 0:
-        settings = {name: getattr(options, name) for name in ("data", "clips", "generated", "originals", "region",
-                                                              "reference", "seed")}
+        asked = "data clips generated originals region reference seed".split()
+        settings = {name: getattr(options, name) for name in asked}
         settings |= {"checkpoint": file, "listeners": listeners.names, "code": code_hash(),
                      "excerpts": len(reference[lengths[0]]["embedding"])}
         write_results(out, {row.name: {task: evaluation.figures(row, task) for task in pairs if task in row.tasks}
