@@ -13,6 +13,7 @@ import copy
 import hashlib
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -280,7 +281,7 @@ class Latents(AudioFiles):
                     audio = to_stereo_44k(*read_audio(path))
                 except UserError:
                     continue                    # damaged in its middle, where `probe` did not look
-                rows = vae.encode(audio[None].to(vae.latent_mean.device))[0].T.cpu().numpy()
+                rows = np.ascontiguousarray(vae.encode(audio[None].to(vae.latent_mean.device))[0].T.cpu())
                 write_atomic(file, lambda out: np.save(out, rows))
         barrier()
         self.broken = {path: "damaged" for path, file in zip(self.paths, self.files) if not file.exists()}
@@ -662,12 +663,12 @@ class Trainer:
 
     def farewell(self):
         o, found = self.options, "".join(f"; validation {name} {value:.4g}" for name, value in self.found.items())
-        file = self.out / "model.pt"
+        file = shlex.quote(str(self.out / "model.pt"))
         say(f"{o.model}: step {self.step} of {self.total} in {file}{found}")
         for path, why in self.clips.source.broken.items():
             say(f"  could not be read: {path} ({why})")
         if self.step < self.total:
-            say(f"stopped; to go on: python train.py --model {o.model} --out {o.out} --resume")
+            say(f"stopped; to go on: python train.py --model {o.model} --out {shlex.quote(o.out)} --resume")
         elif o.model in ("latent", "waveform"):
             say(f"to use it: python sample.py --model {o.model} --checkpoint {file} --task infill --input clip.wav")
 
@@ -701,13 +702,13 @@ def parse(argv):
     add, flag = parser.add_argument, {"action": "store_true", "default": None}
     add("--model", choices=NETS, default="latent")
     add("--size", choices=("tiny", "small", "paper"), help="default: small, or that of --init")
-    count, steps = within(1, 10**9, int), within(0, 10**9, int)
-    folders = {"nargs": "+", "metavar": "FOLDER", "type": os.path.abspath}
+    count, steps, file = within(1, 10**9, int), within(0, 10**9, int), {"metavar": "FILE", "type": os.path.abspath}
+    folders = file | {"nargs": "+", "metavar": "FOLDER"}
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
-    add("--vae", metavar="FILE", help="latent: a checkpoint with a VAE; beside --init, one with another decoder")
-    add("--init", metavar="FILE", help="begin with the weights, and the VAE, of this checkpoint")
+    add("--vae", **file, help="latent: a checkpoint with a VAE; beside --init, one with another decoder")
+    add("--init", **file, help="begin with the weights, and the VAE, of this checkpoint")
     add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="lengths of clips, in turns")
     add("--steps", type=steps)
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
@@ -789,30 +790,35 @@ def music(o):
     return tuple(AudioFiles({path: files[path] for path in paths}) for paths in (train, valid))
 
 
-def vae_for(o):
-    """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model."""
+def vae_for(o, known=None):
+    """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model.
+    Beside the latent model of --init, one that differs in the decoder alone: its latents must mean the same."""
     found = open_checkpoint("vae", o.vae)
     if not o.vae and found.size != o.size:
         raise UserError(f"the shipped VAE is not of size {o.size}: first train one, with --model vae, then give --vae")
+    kept = {name: w for name, w in found.net.state_dict().items() if not name.startswith("decoder")}
+    if known and not all(torch.equal(w, known.vae.state_dict()[name]) for name, w in kept.items()):
+        raise UserError(f"{o.vae} has another encoder than {o.init}: give one made with --model vae --init {o.init}")
     return found.net
 
 
-def train(o):
-    """Prepare a run, and train."""
+def main(argv=None):
+    o = parse(argv)
     state, known = settle(o)
     join_processes(o.device)
     make, _, presets = NETS[o.model]
     config = known.net.config if known else presets[o.size]
-    longest = config.frames * VAE.hop if o.model == "latent" else getattr(config, "samples", None)
+    begun_with = load_checkpoint(o.init, o.device) if o.model == "vae" and o.init else None
+    limits = begun_with.net.config if begun_with else config            # a latent model's, if a VAE begins with one
+    longest = getattr(limits, "samples", 0) or getattr(limits, "frames", 0) * VAE.hop
+    longest = 10 * SAMPLE_RATE if o.model == "classifier" else longest          # see PaSST
     o.windows = o.windows or [longest]
     if longest and max(o.windows) > longest:
         raise UserError(f"--windows: a clip of this model has at most {longest / SAMPLE_RATE:.2f} s")
     Path(o.out).mkdir(parents=True, exist_ok=True)
     vae, classes = None, []
     if o.model == "latent":
-        vae = (known.vae if known else vae_for(o)).to(o.device)
-        if known and o.vae and not state:
-            vae.decoder.load_state_dict(vae_for(o).decoder.state_dict())
+        vae = (known.vae if state or known and not o.vae else vae_for(o, known)).to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":
@@ -821,7 +827,6 @@ def train(o):
             raise UserError(f"--init: no folder has the name of one of its classes, {', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
     torch.manual_seed(o.seed)
-    begun_with = load_checkpoint(o.init, o.device) if o.model == "vae" and o.init else None
     objectives = {"vae": partial(Autoencoding, begun_with=begun_with), "classifier": Classifying}
     objective = objectives.get(o.model, partial(Denoising, vae=vae))(make(config)).to(o.device)
     if known:
@@ -839,10 +844,6 @@ def train(o):
     header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,
               "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
     Trainer(o, objective, clips, validation, header, state).fit()
-
-
-def main(argv=None):
-    train(parse(argv))
 
 
 if __name__ == "__main__":

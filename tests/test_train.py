@@ -572,9 +572,8 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", ["--batch 0", "--workers 0", "--save-every 0", "--steps -1",
                                    "--lr 0", "--lr nan", "--seed -1", "--windows 0.1", "--windows inf",
                                    "--cooldown 0"])
-def test_numbers_out_of_range_are_refused(words, monkeypatch, capsys):
+def test_numbers_out_of_range_are_refused(words, capsys):
     """Exit status 2, and a line that names the flag."""
-    monkeypatch.setattr(train, "train", lambda given: None)
     with pytest.raises(SystemExit) as end:
         train.main(words.split())
     assert end.value.code == 2 and f"error: argument {words.split()[0]}: " in capsys.readouterr().err
@@ -685,6 +684,9 @@ def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_pa
     save_checkpoint(tmp_path / "first.pt", "classifier", net, classes=["fado", "jazz"])
     with pytest.raises(train.UserError, match="of its classes, fado, jazz"):
         run("none known")
+    with pytest.raises(train.UserError, match="--windows: a clip of this model has at most 10.00 s"):
+        args += ["--windows", 10.1]
+        run("longer than its positions")
 
 
 def test_a_decoder_is_tuned_on_what_its_latent_model_makes():
@@ -728,6 +730,11 @@ def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeyp
     changed = {name.split(".")[0] for name, w in after.vae.state_dict().items()
                if not torch.equal(w, before.vae.state_dict()[name])}
     assert changed == {"decoder"}
+    train.main(vae_args(tmp_path / "other", "--steps", 1, "--finetune-steps", 0, "--seed", 1))
+    with pytest.raises(train.UserError, match="other/model.pt has another encoder than .*latent/model.pt"):
+        run("wrong", "--model", "latent", "--init", tmp_path / "latent/model.pt", "--vae", tmp_path / "other/model.pt")
+    with pytest.raises(train.UserError, match="--windows: a clip of this model has at most 0.74 s"):
+        run("long", "--model", "vae", "--init", tmp_path / "latent/model.pt", "--windows", 1)
 
 
 def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatch):
