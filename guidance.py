@@ -181,7 +181,7 @@ def level_kept(model, C_L, C_R, above=0.5, most=4.0):
         x0_hat, new = x0_from_v(x_t, v, t), slice(C_L, x_t.shape[-1] - C_R)
         power = x0_hat.detach().square().mean(1, keepdim=True)                                      # (B, 1, n)
         beside = torch.cat([power[..., :new.start], power[..., new.stop:]], -1)
-        gain = (beside.mean(2) / power[..., new].mean(2)).sqrt().clamp(1 / most, most)              # (B, 1)
+        gain = (beside.mean(2) / power[..., new].mean(2).clamp(min=1e-20)).sqrt().clamp(1 / most, most)     # (B, 1)
         change = torch.zeros_like(power)
         change[..., new] = torch.where(t[:, None] > above, gain - 1, 0.0)[:, None]
         return v - change * x0_hat / alpha_sigma(t)[1].to(x_t.dtype).to(x_t.device)[:, None, None]

@@ -37,8 +37,8 @@ USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], 
         **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
 XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50        # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
-XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithm 1, Table 2
-AS_PRINTED = dict(sampler="ddpm", k=0.85, start_from="paper", project="x_t", equalise=False, keep_level=False)
+XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithms, Table 2
+AS_PRINTED = dict(k=0.85, start_from="paper", project="x_t", equalise=False, keep_level=False)
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -62,14 +62,14 @@ class Settings:
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
-    keep_level: bool = True                                  # latent: as loud as music is, see generate
+    keep_level: bool = True                                  # latent: as loud as music is, by the means in generate
 
     @classmethod
     def add_flags(cls, add):
         """Flags for the fields that have one, None if not given, and --as-printed. add: a parser's method."""
         for this in filter(lambda this: this.metadata, fields(cls)):
             add("--" + this.name.replace("_", "-"), **this.metadata)
-        add("--as-printed", action="store_true", help="the paper's Algorithm 1, constants and start instead of these")
+        add("--as-printed", action="store_true", help="the paper's algorithms, constants and start instead of these")
 
     @classmethod
     def of(cls, options, kind):
@@ -85,15 +85,12 @@ class Settings:
 
 def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, guides=(), callback=None):
     """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
-
     spans       see guidance.windows; default: one window for all
     guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in all windows"""
     xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0                   # each term brings its own size
-
     def model(x_t, t):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return checkpoint.net(x_t, t).float()
-
     x, n, done = x_bar.clone(), x_bar.shape[-1], C_L
     for first, last in spans or [(0, n)]:
         left, right = done - first, C_R if last == n else 0
@@ -101,7 +98,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         task, estimator = guidance.Task(z, ()), model
         if left + right or settings.k < 1:
             known = x[..., [*range(first, done), *range(last - right, last)]]
-            level = known.square().mean((1, 2)).sqrt() if settings.keep_level else 1.0   # the gradient of L1 has none
+            level = known.square().mean((1, 2)).sqrt() if settings.keep_level else 1.0   # L1's gradient has no level
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi * level, project=settings.project)
             if settings.keep_level and settings.k == 1:
@@ -148,7 +145,6 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None
 
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), example=None, **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
-
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
     guides, how see generate; guides choose another spectrum, so that only an `example` is matched beside them
     """
@@ -249,13 +245,13 @@ class Edit:
 
 
 def clock(seconds):
-    return f"{int(seconds // 60)}:{seconds % 60:06.3f}"
+    return f"{int(round(seconds, 3) // 60)}:{round(seconds, 3) % 60:06.3f}"
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def word_length(path, track):
-    """The subtype to write at path: the track's own where the format has it, else one that loses nothing (flac: 24)."""
+    """The subtype to write at path: the track's own where the format has it, else floats, or the 24 bits of flac."""
     kind = path.suffix[1:].upper()
     if track.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") and sf.check_format(kind, track.subtype):
         return track.subtype
@@ -286,6 +282,8 @@ def output_paths(o):
         raise UserError(f"--output {first} must end in .wav, or in .flac (but not with --subtype FLOAT)")
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
     for path in paths + [path.with_suffix(".json") for path in paths] + [first.with_suffix(".html")] * o.page:
+        if any(path.exists() and path.samefile(used) for used in (o.input, o.input2, o.reference) if used):
+            raise UserError(f"{path} is also what is read: choose another --output")
         if path.exists() and not o.force:
             raise UserError(f"{path} exists; choose another --output, or overwrite it with --force")
     try:
@@ -307,7 +305,7 @@ def seconds(text):
 
 def pairs(text):
     """"drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
-    return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
+    return {name.strip(): within(-1e9, 1e9)(value) for name, value in (item.split("=") for item in text.split(","))}
 
 
 def parse(argv, add_flags=Settings.add_flags):
@@ -350,14 +348,14 @@ def check(o):
     for path in filter(None, (o.input, o.input2, o.reference)):
         if not Path(path).is_file():
             raise UserError(f"{path} is no file: check its name")
-    for flag, takers in NEEDED.items():
-        if o.task in takers and not getattr(o, flag):
-            raise UserError(f"--{flag} is missing: --task {o.task} needs it")
-    idle = [flag for flag, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
+    for name, takers in NEEDED.items():
+        if o.task in takers and not getattr(o, name):
+            raise UserError(f"--{name} is missing: --task {o.task} needs it")
+    idle = [name for name, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
     idle += ["equalise"] * (not o.reference and (o.task not in EDITS or bool(o.classes)))
-    for flag in idle:
-        if getattr(o, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
+    for name in idle:
+        if getattr(o, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
     for name in o.weights or {}:
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: embedding is for --reference, classifier for --classes")
@@ -447,6 +445,8 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
         audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
                      spans=edit.spans, guides=guides, example=example, callback=progress)
         bar.close()
+        if not audio.isfinite().all():
+            raise UserError(f"{checkpoint.path} made samples that are not finite: take other settings or another", 1)
         track = Track(edit.splice(audio[0].cpu(), fade, limit=subtype in PCM_BITS), rate, subtype)
         write_track(path, track)
         text = json.dumps(record | {"variation": i, "seed": o.seed, "output": str(path)}, indent=1)

@@ -302,7 +302,7 @@ def test_bad_arguments_are_named():
 
 def test_the_level_is_kept_between_what_is_known():
     """x0_hat there, times one gain per clip, has the power beside it, or `most` of its own amplitude; known positions,
-    and times up to `above`, are left alone; gradients are those of x0_hat times the gain."""
+    and times up to `above`, are left alone; gradients are those of x0_hat times the gain. Silence stays silent."""
     x = torch.randn(4, 3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[..., 8:15] *= torch.tensor([2.0, 2.0, 3.0, 100.0], dtype=x.dtype)[:, None, None]
     x, t = x.requires_grad_(), torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
@@ -317,6 +317,7 @@ def test_the_level_is_kept_between_what_is_known():
     assert (gain[3, :, 8:15] - 0.25).abs().max() < 1e-6 and (gain[[0, 2], :, 8:15] < 0.9).all()
     slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (after, before * gain)]
     torch.testing.assert_close(*slopes)
+    assert not kept(0 * x, t).any()
 
 
 def test_autoguidance_steers_away_from_the_model_without_a_block():
