@@ -152,25 +152,6 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     return x_t
 
 
-def autoguided(model, block, w, above=0.7):
-    """A model like `model`, but steered away from a worse one at times t > above: v + w (v - v_worse). Autoguidance
-    (Karras et al., 2024) in an interval (Kynkäänniemi et al., 2024); the worse one is the model itself without
-    `block`, a residual block of it, not compiled. In the gradients of terms the correction counts as a constant.
-    """
-    def steered(x_t, t):
-        v = model(x_t, t)
-        if not (t > above).any():
-            return v
-        skip = block.register_forward_hook(lambda module, inputs, output: inputs[0])
-        try:
-            with torch.no_grad():
-                correction = w * (v - model(x_t, t))
-        finally:
-            skip.remove()
-        return v + torch.where((t > above)[:, None, None], correction, 0.0)
-    return steered
-
-
 def level_kept(model, C_L, C_R, above=0.5, most=4.0):
     """A model like `model`, but its x0_hat between the first C_L and last C_R positions, those known, has the power of
     x0_hat beside it at times t > above. Else a weak model's notes hardly begin there, or guidance lets one of them

@@ -29,8 +29,7 @@ from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_
                    within, write_atomic)
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
-EDITS = TASKS[1:5]                                           # those with a track to edit
-FROM_X_BAR = ("regenerate", "transition")                    # those that start from what is there
+EDITS, FROM_X_BAR = TASKS[1:5], TASKS[3:5]                   # with a track to edit; that start from what is there
 NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
 USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
         **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
@@ -41,6 +40,7 @@ XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is
 AS_PRINTED = dict(k=0.85, start_from="paper", project="x_t", equalise=False, keep_level=False)
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
+LEVEL = 0.1                                                  # of music from nothing: its root mean square
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 
 
@@ -62,7 +62,7 @@ class Settings:
     project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
-    keep_level: bool = True                                  # latent: as loud as music is, by the means in generate
+    keep_level: bool = True                                  # latent: as loud as what is beside it, or as music is
 
     @classmethod
     def add_flags(cls, add):
@@ -103,8 +103,6 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
                                     weight=settings.xi * level, project=settings.project)
             if settings.keep_level and settings.k == 1:
                 estimator = guidance.level_kept(model, left, right)
-        elif settings.keep_level and hasattr(checkpoint.net, "stages"):                # w and the block: by measurement
-            estimator = guidance.autoguided(model, checkpoint.net.stages[0].blocks[1], w=4.0)
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
                                              xi=xi, generator=generator, callback=callback)
@@ -151,9 +149,11 @@ def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, 
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
     x_0 = generate(checkpoint, x_bar, C_L, C_R, replace(settings, k=k), generator, guides=guides, **how)
-    if settings.equalise and (example is not None or not guides):
-        return decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar, example)
-    return checkpoint.decode(x_0)
+    matched = settings.equalise and (example is not None or not guides)
+    audio = decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar, example) if matched else checkpoint.decode(x_0)
+    if settings.keep_level and example is None and not (C_L or C_R or from_x_bar):
+        audio = audio * LEVEL / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+    return audio
 
 
 def hear(listener, checkpoint, x, part=slice(None)):

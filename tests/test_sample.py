@@ -16,7 +16,7 @@ import guidance
 import sample
 import tasks
 from conftest import save_checkpoint
-from dit import PRESETS as DIT, DiT, DiTConfig, build
+from dit import PRESETS as DIT, DiT
 from train import load_checkpoint, run
 from unet1d import PRESETS as UNET, UNet1D
 from vae import PRESETS as VAES, VAE, limited, spectrum
@@ -384,21 +384,22 @@ def test_a_reference_gives_its_spectrum(folder):
     assert (matched - wanted).abs().mean() < 0.5 * (plain - wanted).abs().mean()
 
 
-def test_autoguidance_is_for_music_without_context(monkeypatch):
-    """It changes what a SpectralDiT makes from nothing, and no continuation: nor the second of two windows."""
-    monkeypatch.setattr(guidance, "level_kept", lambda model, *known: model)
-    torch.manual_seed(0)
-    net = wake(build(DiTConfig(channels=4, frames=64, width=16, depth=2, heads=2, hops=(16, 8)))).eval()
-
-    def made(keep_level, x_bar, C_L, spans=None):
-        settings = sample.Settings(steps=4, xi=0.0, k=1.0, keep_level=keep_level)
-        generator = torch.Generator().manual_seed(1)
-        return sample.generate(SimpleNamespace(net=net), x_bar, C_L, 0, settings, generator, spans=spans)
-    nothing = torch.zeros(1, 4, 64)
-    assert torch.equal(made(False, nothing, 16), made(True, nothing, 16))
-    assert not torch.allclose(made(False, nothing, 0), made(True, nothing, 0), atol=1e-3)
-    first, both = made(True, nothing, 0, [(0, 32)]), made(True, nothing, 0, [(0, 32), (16, 64)])
-    assert torch.allclose(first[..., :32], both[..., :32], atol=1e-5) and both[..., 32:].any()
+def test_music_from_nothing_is_as_loud_as_music(folder, monkeypatch):
+    """Each clip by itself, and silence stays silent; not where something is known, heard as an example or started from,
+    nor with --as-printed or the waveform model."""
+    checkpoint, known = load_checkpoint(folder / "latent.pt"), torch.zeros(3, 2, 2**14)
+    loudness = torch.tensor([1e-3, 3.0, 0.0])[:, None, None]
+    decoded = loudness * torch.randn(known.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoint, "decode", lambda _: decoded)
+    monkeypatch.setattr(sample, "decode_like", lambda *_: decoded)
+    def level(C_L=0, keep_level=True, **how):
+        settings = sample.Settings(keep_level=keep_level)
+        return sample.fill(checkpoint, known, C_L, 0, settings, None, **how).square().mean((1, 2)).sqrt()
+    as_it_was = pytest.approx([1e-3, 3.0, 0.0], rel=0.05)
+    assert level().tolist() == level(guides=(1,)).tolist() == pytest.approx([0.1, 0.1, 0.0])
+    for how in ({"C_L": 8}, {"keep_level": False}, {"example": known}, {"from_x_bar": True}):
+        assert level(**how).tolist() == as_it_was
 
 
 def test_where_the_level_is_kept(monkeypatch):
