@@ -144,14 +144,14 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), example=None, **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    guides, how see generate; guides choose another spectrum, so that only an `example` is matched beside them
+    guides, how see generate; beside guides only an `example` gives the spectrum. Where nothing gives the level: LEVEL
     """
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
     x_0 = generate(checkpoint, x_bar, C_L, C_R, replace(settings, k=k), generator, guides=guides, **how)
     matched = settings.equalise and (example is not None or not guides)
     audio = decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar, example) if matched else checkpoint.decode(x_0)
-    if settings.keep_level and example is None and not (C_L or C_R or from_x_bar):
+    if settings.keep_level and not (C_L or C_R or from_x_bar or (matched and example is not None)):
         audio = audio * LEVEL / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
     return audio
 
