@@ -674,7 +674,7 @@ def test_a_latent_run_takes_the_vae_it_is_told(tmp_path):
 
 
 def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_path):
-    """--init: if no folder has the name of one of its classes, these are named."""
+    """--init: if no folder has the name of one of its classes, these are named. Clips fit into its positions."""
     net = train.PaSST(train.replace(train.PASST_PRESETS["tiny"], classes=2))
     args = ["--model", "classifier", "--init", tmp_path / "first.pt", "--data", music, "--steps", 0, "--device", "cpu"]
     run = lambda out: train.main([str(word) for word in [*args, "--out", tmp_path / out]])
@@ -715,7 +715,8 @@ def test_a_decoder_is_tuned_on_what_its_latent_model_makes():
 
 def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeypatch):
     """Fine-tuned by a vae run that begins with the latent model, and put back by --init with --vae: the decoder is
-    another, while the encoder, the latents' statistics and the transformer are as they were."""
+    another, while the encoder, the latents' statistics and the transformer are as they were. Refused are a VAE with
+    another encoder, and clips longer than those of the latent model."""
     monkeypatch.setattr(train.Trainer, "validate", lambda self: 0.0)
     train.main(vae_args(tmp_path / "vae", "--steps", 1, "--finetune-steps", 0))
     args = ["--size", "tiny", "--data", music, "--batch", 2, "--device", "cpu"]
