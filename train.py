@@ -68,8 +68,8 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, windows=(2**14,)),
-            "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, windows=(2**15,)),
+    "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, windows=(2**14,), muon=True),
+            "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, windows=(2**15,), muon=True),
             "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, windows=(2**16,))},
     "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True),
                "small": Recipe(20_000, 2, 2e-3, 200, 0.999, windows=(2**16, 2**17, 2**18), muon=True),
@@ -514,11 +514,11 @@ class Classifying(nn.Module):
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def make_optimizers(objective, o):
-    """AdamW (App. C.2). With `muon`, the weight matrices of transformer blocks get Muon (Jordan et al., 2024) instead,
-    with steps of the size of AdamW's: our small transformers learn in two thirds of the time."""
+    """AdamW (App. C.2). With `muon`, the weight matrices of transformer blocks and of the VAE get Muon (Jordan et al.,
+    2024) instead, with steps of the size of AdamW's: our small models learn in two thirds of the time, or less."""
     wanted = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in wanted.items()
-                if o.muon and "blocks" in name and name.endswith("weight") and p.dim() == 2}
+    matrices = {name: p for name, p in wanted.items() if o.muon and p.dim() == 2 and name.endswith("weight")
+                and any(part in name for part in ("blocks", "encoder", "decoder"))}
     rest = [p for name, p in wanted.items() if name not in matrices]
     optimizers = [torch.optim.AdamW(rest, o.lr, betas=(0.9, o.beta2), weight_decay=0.0, fused=True)]
     if matrices:

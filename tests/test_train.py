@@ -252,6 +252,13 @@ def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
     assert len(taken) + len(rest.param_groups[0]["params"]) == len(list(net.parameters()))
 
 
+def test_muon_takes_the_matrices_of_the_vae_but_no_critic():
+    objective = train.Autoencoding(train.VAE(train.autoencoder.PRESETS["tiny"]))
+    _, muon = train.make_optimizers(objective, train.argparse.Namespace(muon=True, lr=1.0, beta2=0.99))
+    linear = [module.weight for module in objective.net.modules() if isinstance(module, torch.nn.Linear)]
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(weight) for weight in linear}
+
+
 def test_finetuning_freezes_the_averaged_encoder(tmp_path):
     """The second stage starts from the averaged weights; it trains the decoder and the discriminator, nothing else."""
     args = vae_args(tmp_path, "--steps", 4)
