@@ -594,7 +594,7 @@ class Trainer:
         if self.bad_in_a_row == 10:
             raise UserError(f"ten steps up to {self.step} were not finite: lower --lr, or use --precision fp32", 1)
         self.step += 1
-        self.core_hours = round(self.spent + time.process_time() / 3600, 4)     # of this process, in all calls
+        self.core_hours = round(self.spent + WORLD * time.process_time() / 3600, 4)     # of all, each as busy as this
         return {"step": self.step, "core_hours": self.core_hours, "loss": loss, "lr": lr, "gradient_norm": norm}
 
     def fit(self):

@@ -371,6 +371,7 @@ import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import train
 train.MEASURED = 20
+train.time.process_time = lambda: 3600.0
 recipes = train.RECIPES["vae"]
 recipes["tiny"] = train.replace(recipes["tiny"], muon=False)      # which makes whole steps of rounding errors, in bfloat16
 gradients, seen, first = train.Trainer.gradients, [], []
@@ -387,7 +388,8 @@ torch.save({"seen": seen, "gradient": first[0]}, f"{sys.argv[2]}.{rank}")
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    """torchrun, gloo: first gradient and weights, by AdamW, of two processes; no clip is read twice."""
+    """torchrun, gloo: first gradient and weights, by AdamW, of two processes; no clip is read twice; the core-hours of
+    both are logged."""
     (tmp_path / "worker.py").write_text(WORKER)
     more = ("--batch", 4, "--steps", 5, "--finetune-steps", 0)
 
@@ -406,6 +408,9 @@ def test_two_processes_agree_with_one(tmp_path):
     assert (a - b).norm() < 1e-6 * b.norm()
     a, b = (flat(train.load_state(tmp_path / out / "state.pt")["objective"].values()) for out in ("out-two", "out-one"))
     assert (a - b).abs().max() < 1e-5
+    for name, processes in (("two", 2), ("one", 1)):
+        rows = list(csv.DictReader((tmp_path / f"out-{name}" / "log.csv").open()))
+        assert {float(row["core_hours"]) for row in rows} == {processes}
 
 
 def test_a_batch_is_shared_out_evenly(tmp_path, monkeypatch):
