@@ -69,7 +69,7 @@ class Recipe:
 
 RECIPES = {
     "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, windows=(2**14,), muon=True),
-            "small": Recipe(20_000, 8, 1e-3, 500, 0.999, 4_000, windows=(2**15,), muon=True),
+            "small": Recipe(20_000, 8, 2e-3, 500, 0.999, 4_000, windows=(2**15,), muon=True),
             "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, windows=(2**16,))},
     "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True),
                "small": Recipe(20_000, 2, 2e-3, 200, 0.999, windows=(2**16, 2**17, 2**18), muon=True),
@@ -458,12 +458,11 @@ class Autoencoding(nn.Module):
         return {"loss": loss}
 
     def second_stage(self, reconstruction, x):
-        """Levels in bands, and both sides of a contest: a critic judges a constant, the decoder meets a frozen one."""
+        """Both sides of a contest: a critic judges a constant, the decoder meets a frozen one."""
         real, fake = self.critic(x), self.critic(reconstruction.detach())
         with frozen(self.critic):
             judged = self.critic(reconstruction)
-        return (autoencoder.BAND_WEIGHT * autoencoder.band_loss(reconstruction, x)
-                + autoencoder.discriminator_loss(real, fake)
+        return (autoencoder.discriminator_loss(real, fake)
                 + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(judged)
                 + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, judged))
 

@@ -1,8 +1,8 @@
 """The autoencoder of the latent model: stereo audio to latents 128 times slower, and back (App. C.1).
 
 Eight ConvNeXt-1D layers [41] a side, with a factor of 2 in time after every layer but the first; trained on spectra,
-L1, L2 and a small KL; the decoder is then fine-tuned against a discriminator of complex spectra, encoder frozen, and
-if one can be had on the latents of a diffusion model, which are never quite right (that, and band_loss, are ours).
+L1, L2, levels in bands and a small KL. Then the decoder is fine-tuned against a discriminator of complex spectra, the
+encoder frozen, and on a latent model's own latents where there is one. The bands and those latents are ours.
 
     vae = VAE(PRESETS["small"])
     latents = vae.encode(audio)        # (B, 2, samples) -> (B, C, ceil(samples / 128))
@@ -19,11 +19,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 # What training minimises. Choose the weights here: train.py takes them from this file.
 FFT_SIZES = (512, 1024, 2048, 4096)      # samples at 44.1 kHz: 12 to 93 ms
-SPECTRAL_WEIGHT, L1_WEIGHT, L2_WEIGHT, KL_WEIGHT = 1.0, 20.0, 50.0, 1e-4
-ADVERSARIAL_WEIGHT, FEATURE_WEIGHT, BAND_WEIGHT = 1.0, 5.0, 4.0
+SPECTRAL_WEIGHT, BAND_WEIGHT, L1_WEIGHT, L2_WEIGHT = 1.0, 4.0, 20.0, 50.0
+KL_WEIGHT = 0.1                          # leaves noise in the latents, so that the decoder bears small errors in them
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1.0, 5.0
 # STFT magnitude (white noise of power 1 has 1) below which all is silence. Lower hears fainter hiss, but the empty
-# bins of clean synthetic music then drown the rest: 50 steps on such a clip end at an SNR of 6.7 dB with 1e-3,
-# 5.2 with 3e-4, 0.2 with 1e-4.
+# bins of clean synthetic music then drown the rest.
 QUIET = 3e-4
 EQUALISER_FFT = 2048                     # samples, in `spectrum`
 CHUNK = 1024                             # latent frames, at most, that encode and decode work on at a time
@@ -261,8 +261,8 @@ def stft_loss(reconstruction, audio):
 
 
 def band_loss(reconstruction, audio):
-    """L1 of the log power in bands, and in octaves of its change from frame to frame; (B, 2, n) twice -> scalar. For
-    the decoder's fine-tuning: as loud as the original at every moment, where single bins are out of its reach."""
+    """L1 of the log power in bands, and in octaves of its change from frame to frame; (B, 2, n) twice -> scalar.
+    As loud as the original at every moment, where single bins are out of the decoder's reach."""
     looks = (512, 1, 1), (1024, 1, 1), (512, 3, 4), (2048, 3, 4), (2048, 3, 32)     # size, bands an octave, frames
     errors = [band_powers(reconstruction, *look) - band_powers(audio, *look) for look in looks]
     errors += [error.diff(dim=-1) for error in errors[:2]]          # of octaves: attacks, and a steady hiss
@@ -281,9 +281,9 @@ def band_powers(audio, size, per_octave, together):
 
 
 def reconstruction_loss(reconstruction, audio):
-    """What the autoencoder minimises beside the KL: spectra, L1 and L2. (B, 2, n) twice -> scalar."""
+    """What the autoencoder minimises beside the KL: spectra, bands, L1 and L2. (B, 2, n) twice -> scalar."""
     error = reconstruction.float() - audio.float()
-    return (SPECTRAL_WEIGHT * stft_loss(reconstruction, audio)
+    return (SPECTRAL_WEIGHT * stft_loss(reconstruction, audio) + BAND_WEIGHT * band_loss(reconstruction, audio)
             + L1_WEIGHT * error.abs().mean() + L2_WEIGHT * error.square().mean())
 
 

@@ -209,7 +209,7 @@ def autoencoder(rounds, device):
 
     def train():
         reconstruction, mean, logvar = model(audio)
-        loss = vae.reconstruction_loss(reconstruction, audio) + 1e-4 * vae.kl(mean, logvar)
+        loss = vae.reconstruction_loss(reconstruction, audio) + vae.KL_WEIGHT * vae.kl(mean, logvar)
         torch.autograd.grad(loss, list(model.parameters()))
 
     for what, run in (("encode", lambda: model.encode(audio)), ("decode", lambda: no_grad(model.decode, latents)),

