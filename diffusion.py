@@ -66,6 +66,17 @@ def v_loss(model, x_0, t, eps, weigh=None):
     return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
 
 
+def with_own_error(model, x_0, t, eps, fresh, share):
+    """Noise by which x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh: x_t holds a share of the error of the
+    model's own guess, x0_hat, made from x_t under eps. Sampling goes on from such guesses, so v_loss with this noise
+    prepares for it (ours). x_0, eps, fresh (B, C, n); t (B,) in (0, 1], on the CPU; share broadcasts over x_0."""
+    with torch.no_grad():
+        x_t, _ = add_noise(x_0, eps, t)
+        error = x0_from_v(x_t, model(x_t, t.to(x_t.dtype).to(x_t.device)), t) - x_0
+    alpha_t, sigma_t = (_for_clips(c, x_0) for c in alpha_sigma(t))
+    return fresh + share * alpha_t / sigma_t * error
+
+
 def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):
     """Algorithm 1, one update t -> s: a draw from p(x_s | x_t), moved against the guidance gradient.
 

@@ -2,7 +2,6 @@
 
     python train.py --model latent                             # no data given: built-in synthetic music
     python train.py --model latent --data path/to/music        # wav flac ogg mp3, at any depth; or --model vae ...
-    torchrun --nproc_per_node=8 train.py --model latent --size paper --data path/to/fma_full
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) alone, and the
 step says which clips it takes. So a resumed run needs no state of random numbers, and the numbers of threads and of
@@ -34,7 +33,7 @@ from tqdm import tqdm
 import dit
 import unet1d
 import vae as autoencoder
-from diffusion import v_loss
+from diffusion import v_loss, with_own_error
 from examples import synthetic
 from guidance import frozen, sample
 from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, full_precision, regenerate, resample, to_resample
@@ -64,6 +63,7 @@ class Recipe:
     windows: tuple = ()                 # samples in a clip, of one step after the other; (): the model's own window
     cooldown: float = 0.35              # share of the steps over which the rate falls to zero
     muon: bool = False                  # see make_optimizers
+    own_error: bool = False             # see Denoising
     beta2: float = 0.999                # of AdamW
 
 
@@ -71,8 +71,8 @@ RECIPES = {
     "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, windows=(2**14,), muon=True),
             "small": Recipe(20_000, 8, 2e-3, 500, 0.999, 4_000, windows=(2**15,), muon=True),
             "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, windows=(2**16,))},
-    "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True),
-               "small": Recipe(20_000, 2, 2e-3, 200, 0.999, windows=(2**16, 2**17, 2**18), muon=True),
+    "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True, own_error=True),
+               "small": Recipe(20_000, 2, 2e-3, 200, 0.999, windows=(2**16, 2**17, 2**18), muon=True, own_error=True),
                "paper": Recipe(300_000, 96, 1e-4, 5000, 0.9999)},
     "waveform": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, beta2=0.99),
                  "small": Recipe(20_000, 8, 1e-3, 200, 0.999, beta2=0.99),
@@ -256,8 +256,7 @@ class AudioFiles:
 
     def read(self, track, start, n):
         rate = self.rates[track]
-        begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
-        begin = max(begin, 0)
+        begin, end = (max(edge, 0) for edge in to_resample(rate, SAMPLE_RATE, start, start + n))
         with sf.SoundFile(self.paths[track]) as file:
             file.seek(min(begin, file.frames))
             audio = file.read(end - begin, dtype="float32", always_2d=True)
@@ -468,25 +467,31 @@ class Autoencoding(nn.Module):
 
 
 class Denoising(nn.Module):
-    """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms."""
+    """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms; or that of with_own_error (ours)."""
 
-    def __init__(self, net, vae=None):
+    def __init__(self, net, vae=None, own_error=False):
         super().__init__()
-        self.net = net
+        self.net, self.own_error = net, own_error
         self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
 
     def draw(self, rng, window):
         n = window // self.space.hop
-        drawn = {"t": np.float64(1 - rng.random()),                             # in (0, 1]
-                 "noise": rng.standard_normal((self.space.channels, n), dtype=np.float32)}
-        if n < self.space.window and self.space.kind == "latent":               # a U-Net has no positions
+        normal = lambda: rng.standard_normal((self.space.channels, n), dtype=np.float32)
+        drawn = {"t": np.float64(1 - rng.random()), "noise": normal()}          # t in (0, 1]
+        if self.space.kind == "latent":                                         # a U-Net has no positions
             drawn["start"] = np.int64(rng.integers(self.space.window - n + 1))
+        if self.own_error:                                                      # in a stretch of every other clip
+            at, (first, last) = np.arange(n, dtype=np.float32) / n, np.sort(rng.uniform(-0.3, 1.3, 2))
+            own = max(0, rng.uniform(-1, 1)) * ((first < at) & (at < last))
+            drawn |= {"fresh": normal(), "own": own.astype(np.float32)[None]}
         return drawn
 
-    def forward(self, x, t, noise, start=None, **_):
+    def forward(self, x, t, noise, fresh=None, own=None, start=None, **_):
         with full_precision(x):
             x_0 = self.space.encode(x) if x.shape[1] == 2 else x                # latents, from the cache
         net = self.net if start is None else partial(self.net, start=start)
+        if self.training and own is not None and own.any():
+            noise = with_own_error(net, x_0, t, noise, fresh, own)
         return {"loss": v_loss(net, x_0, t, noise, getattr(self.net, "weigh", None)).mean()}       # the U-Net weighs
 
 
@@ -526,8 +531,7 @@ def make_optimizers(objective, o):
 
 
 class Trainer:
-    """Trains an objective; the four models share every line. header: what a checkpoint holds besides the training
-    state; state: the checkpoint of the run to go on with, or None."""
+    """Trains an objective. header: what a checkpoint holds beside the training state; state: the run's, or None."""
 
     def __init__(self, options, objective, clips, held_out, header, state=None):
         self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out
@@ -562,13 +566,12 @@ class Trainer:
 
     def values(self, model, batch):
         """What the objective says of a batch. Times (float64, which some devices lack) and seeds stay on the CPU."""
-        o, moved = self.options, ("x", "noise", "label")
+        o, moved = self.options, ("x", "noise", "fresh", "own", "label")
         with torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             return model(**{name: x.to(o.device) if name in moved else x for name, x in batch.items()})
 
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns the loss of this one's."""
-        self.objective.train()
         loss = self.values(self.model, next(stream))["loss"]
         loss.backward()
         return loss.item()
@@ -639,10 +642,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self):
         """Loss (more in `found`) on held-out clips, by the averaged weights; always the same clips, noise and times."""
-        found = []
-        for i in range(self.held_out.count):
-            t = torch.tensor([(i + 0.5) / self.held_out.count], dtype=torch.float64)     # evenly spaced: steadier
-            found.append(self.values(self.averaged, {**self.held_out([i]), "t": t}))
+        t = torch.arange(0.5, self.held_out.count, dtype=torch.float64) / self.held_out.count  # evenly spaced: steadier
+        found = [self.values(self.averaged, {**self.held_out([i]), "t": t[[i]]}) for i in range(len(t))]
         self.found = {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
         return self.found["loss"]
 
@@ -706,7 +707,7 @@ def parse(argv):
     add("--data", **folders, help="music to train on; without it, synthetic music")
     add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
     add("--out", help="folder of the run; default: runs/MODEL")
-    add("--vae", **file, help="latent: a checkpoint with a VAE; beside --init, one with another decoder")
+    add("--vae", **file, help="latent: a checkpoint with a VAE; beside --init, another one than it has")
     add("--init", **file, help="begin with the weights, and the VAE, of this checkpoint")
     add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="lengths of clips, in turns")
     add("--steps", type=steps)
@@ -760,8 +761,7 @@ def settle(o):
 
 
 def survey(folders, window, flag):
-    """{path: [frames, rate, channels]} of the files that clips of `window` samples can come from; says which are left
-    out, and why."""
+    """{path: [frames, rate, channels]} of the files that have `window` samples; says which are left out, and why."""
     paths = find_files(folders)
     with ThreadPoolExecutor(8) as pool:
         facts = dict(zip(paths, progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)))
@@ -789,16 +789,18 @@ def music(o):
     return tuple(AudioFiles({path: files[path] for path in paths}) for paths in (train, valid))
 
 
-def vae_for(o, known=None):
-    """The VAE of a new latent run: that of --vae (a latent model's will do), else that of the shipped latent model.
-    Beside the latent model of --init, one that differs in the decoder alone: its latents must mean the same."""
+def vae_for(o, state, known):
+    """The VAE of a latent run, and whether its latents have yet to be measured: that of the run to go on with, else of
+    --vae (a latent model's will do), else of --init, else the shipped one."""
+    if state or known and not o.vae:
+        return known.vae, False
     found = open_checkpoint("vae", o.vae)
     if not o.vae and found.size != o.size:
         raise UserError(f"the shipped VAE is not of size {o.size}: first train one, with --model vae, then give --vae")
-    kept = {name: w for name, w in found.net.state_dict().items() if not name.startswith("decoder")}
-    if known and not all(torch.equal(w, known.vae.state_dict()[name]) for name, w in kept.items()):
-        raise UserError(f"{o.vae} has another encoder than {o.init}: give one made with --model vae --init {o.init}")
-    return found.net
+    if known and found.net.config.latent_channels != known.channels:
+        raise UserError(f"--vae: {o.init} has latents of {known.channels} channels, not this VAE's: leave out --init")
+    meaning = lambda vae: [vae.latent_mean, vae.latent_std, *vae.encoder.parameters()]      # of the latents
+    return found.net, not known or not all(map(torch.equal, meaning(found.net), meaning(known.vae)))
 
 
 def main(argv=None):
@@ -815,10 +817,10 @@ def main(argv=None):
     if longest and max(o.windows) > longest:
         raise UserError(f"--windows: a clip of this model has at most {longest / SAMPLE_RATE:.2f} s")
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    vae, classes = None, []
+    vae, unmeasured, classes = None, not known and o.model == "waveform", []
     if o.model == "latent":
-        vae = (known.vae if state or known and not o.vae else vae_for(o, known)).to(o.device)
-        config = replace(config, channels=vae.config.latent_channels)
+        vae, unmeasured = vae_for(o, state, known)
+        vae, config = vae.to(o.device), replace(config, channels=vae.config.latent_channels)
     source, held_out = music(o)
     if o.model == "classifier":
         classes = known.classes if known else sorted(set(source.names))
@@ -827,17 +829,16 @@ def main(argv=None):
         config = replace(config, classes=len(classes))
     torch.manual_seed(o.seed)
     objectives = {"vae": partial(Autoencoding, begun_with=begun_with), "classifier": Classifying}
-    objective = objectives.get(o.model, partial(Denoising, vae=vae))(make(config)).to(o.device)
+    objective = objectives.get(o.model, partial(Denoising, vae=vae, own_error=o.own_error))(make(config)).to(o.device)
     if known:
         objective.net.load_state_dict(known.net.state_dict())
-    elif o.model in ("latent", "waveform"):
+    if unmeasured:
         measure(o, objective, source)
     if o.cache and vae and o.data:
         source = Latents(source, Path(o.out) / "cache", vae)
     if o.compile:
         torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
-        for block in (module for module in objective.net.modules() if isinstance(module, dit.Block)):
-            block.compile(dynamic=False)
+        objective.net.apply(lambda module: isinstance(module, dit.Block) and module.compile(dynamic=False))
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
     header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,

@@ -678,7 +678,7 @@ def test_each_model_trains_and_loads(model, music, tmp_path, monkeypatch, capsys
 
 def test_a_latent_run_takes_the_vae_it_is_told(tmp_path):
     """That of --vae, a VAE's file or a latent model's; else the shipped one, if it is of the run's size."""
-    taken = lambda size, given=None: train.vae_for(train.argparse.Namespace(size=size, vae=given)).state_dict()
+    taken = lambda size, given=None: train.vae_for(train.argparse.Namespace(size=size, vae=given), None, None)[0].state_dict()
     own, shipped = train.VAE(train.autoencoder.PRESETS["tiny"]), ROOT / "checkpoints" / "latent.pt"
     save_checkpoint(tmp_path / "vae.pt", "vae", own)
     save_checkpoint(tmp_path / "classifier.pt", "classifier", train.PaSST(train.PASST_PRESETS["tiny"]))
@@ -707,6 +707,26 @@ def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_pa
         run("longer than its positions")
 
 
+def test_half_of_the_clips_meet_the_models_own_error():
+    """If asked: in one stretch, of up to the whole clip, and while training only; another share gives another loss."""
+    vae, net = train.VAE(train.autoencoder.PRESETS["tiny"]), train.dit.build(train.dit.PRESETS["tiny"])
+    assert "own" not in train.Denoising(net, vae).draw(np.random.default_rng(0), 2**12)
+    objective = train.Denoising(net, vae, own_error=True)
+    draws = [objective.draw(np.random.default_rng(k), 2**12) for k in range(400)]
+    shares = [draw["own"][0].max() for draw in draws]
+    assert 0.4 < np.mean([share > 0 for share in shares]) < 0.55 and 0.9 < max(shares) < 1
+    for draw in draws:
+        inside = draw["own"][0] > 0
+        assert (np.diff(inside.astype(int)) != 0).sum() <= 2 and len(set(draw["own"][0][inside])) <= 1
+    draw = next(draw for draw in draws if draw["own"].any() and draw["t"] < 0.5)
+    batch = {name: torch.from_numpy(np.asarray(value))[None] for name, value in draw.items()}
+    loss = lambda own: objective(torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0)), **batch | {"own": own})
+    own = batch["own"]
+    assert loss(own)["loss"] != loss(own / 2)["loss"]
+    objective.eval()
+    assert loss(own)["loss"] == loss(0 * own)["loss"]
+
+
 def test_a_decoder_is_tuned_on_what_its_latent_model_makes():
     """In the second stage, if --init gave a latent model: its own latents, further from the music's the more noise they
     began with, the same in any batch; never while validating, nor in the first stage, nor with a VAE alone."""
@@ -733,8 +753,9 @@ def test_a_decoder_is_tuned_on_what_its_latent_model_makes():
 
 def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeypatch):
     """Fine-tuned by a vae run that begins with the latent model, and put back by --init with --vae: the decoder is
-    another, while the encoder, the latents' statistics and the transformer are as they were. Refused are a VAE with
-    another encoder, and clips longer than those of the latent model."""
+    another, while the encoder, the latents' statistics and the transformer are as they were. Latents of another encoder
+    are measured anew, the transformer begins as it was. Refused are a VAE of other channels, and clips longer than those
+    of the latent model."""
     monkeypatch.setattr(train.Trainer, "validate", lambda self: 0.0)
     train.main(vae_args(tmp_path / "vae", "--steps", 1, "--finetune-steps", 0))
     args = ["--size", "tiny", "--data", music, "--batch", 2, "--device", "cpu"]
@@ -750,8 +771,14 @@ def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeyp
                if not torch.equal(w, before.vae.state_dict()[name])}
     assert changed == {"decoder"}
     train.main(vae_args(tmp_path / "other", "--steps", 1, "--finetune-steps", 0, "--seed", 1))
-    with pytest.raises(train.UserError, match="other/model.pt has another encoder than .*latent/model.pt"):
-        run("wrong", "--model", "latent", "--init", tmp_path / "latent/model.pt", "--vae", tmp_path / "other/model.pt")
+    moved = "--model", "latent", "--init", tmp_path / "latent/model.pt", "--steps", 0, "--vae"
+    run("moved", *moved, tmp_path / "other/model.pt")
+    other, after = (train.load_checkpoint(tmp_path / out / "model.pt") for out in ("other", "moved"))
+    assert same(after.net.state_dict(), before.net.state_dict())
+    assert same(after.vae.encoder.state_dict(), other.net.encoder.state_dict())
+    assert not torch.equal(after.vae.latent_std, before.vae.latent_std) and after.vae.latent_std.max() != 1
+    with pytest.raises(train.UserError, match="--vae: .*latent/model.pt has latents of 8 channels"):
+        run("wrong", *moved, ROOT / "checkpoints" / "latent.pt")
     with pytest.raises(train.UserError, match="--windows: a clip of this model has at most 0.74 s"):
         run("long", "--model", "vae", "--init", tmp_path / "latent/model.pt", "--windows", 1)
 
