@@ -531,7 +531,7 @@ def make_optimizers(objective, o):
 
 
 class Trainer:
-    """Trains an objective. header: what a checkpoint holds beside the training state; state: the run's, or None."""
+    """Trains an objective. header: what a checkpoint holds beside training state; state: a resumed run's, or None."""
 
     def __init__(self, options, objective, clips, held_out, header, state=None):
         self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out

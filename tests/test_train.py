@@ -373,7 +373,7 @@ import train
 train.MEASURED = 20
 train.time.process_time = lambda: 3600.0
 recipes = train.RECIPES["vae"]
-recipes["tiny"] = train.replace(recipes["tiny"], muon=False)      # which makes whole steps of rounding errors, in bfloat16
+recipes["tiny"] = train.replace(recipes["tiny"], muon=False)      # which makes whole steps of rounding, in bfloat16
 gradients, seen, first = train.Trainer.gradients, [], []
 def spy(self, stream):
     loss = gradients(self, (seen.append(batch["k"].tolist()) or batch for batch in stream))
@@ -388,8 +388,8 @@ torch.save({"seen": seen, "gradient": first[0]}, f"{sys.argv[2]}.{rank}")
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    """torchrun, gloo: first gradient and, but for what AdamW makes of rounding, weights of two processes; no clip is read
-    twice; the core-hours of both are logged."""
+    """torchrun, gloo: first gradient and, but for what AdamW makes of rounding, weights of two processes; no clip is
+    read twice; the core-hours of both are logged."""
     (tmp_path / "worker.py").write_text(WORKER)
     more = ("--batch", 4, "--steps", 5, "--finetune-steps", 0)
 
@@ -678,7 +678,8 @@ def test_each_model_trains_and_loads(model, music, tmp_path, monkeypatch, capsys
 
 def test_a_latent_run_takes_the_vae_it_is_told(tmp_path):
     """That of --vae, a VAE's file or a latent model's; else the shipped one, if it is of the run's size."""
-    taken = lambda size, given=None: train.vae_for(train.argparse.Namespace(size=size, vae=given), None, None)[0].state_dict()
+    asked = lambda size, given: train.argparse.Namespace(size=size, vae=given)
+    taken = lambda size, given=None: train.vae_for(asked(size, given), None, None)[0].state_dict()
     own, shipped = train.VAE(train.autoencoder.PRESETS["tiny"]), ROOT / "checkpoints" / "latent.pt"
     save_checkpoint(tmp_path / "vae.pt", "vae", own)
     save_checkpoint(tmp_path / "classifier.pt", "classifier", train.PaSST(train.PASST_PRESETS["tiny"]))
@@ -720,8 +721,8 @@ def test_half_of_the_clips_meet_the_models_own_error():
         assert (np.diff(inside.astype(int)) != 0).sum() <= 2 and len(set(draw["own"][0][inside])) <= 1
     draw = next(draw for draw in draws if draw["own"].any() and draw["t"] < 0.5)
     batch = {name: torch.from_numpy(np.asarray(value))[None] for name, value in draw.items()}
-    loss = lambda own: objective(torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0)), **batch | {"own": own})
-    own = batch["own"]
+    own, latents = batch["own"], torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    loss = lambda own: objective(latents, **batch | {"own": own})
     assert loss(own)["loss"] != loss(own / 2)["loss"]
     objective.eval()
     assert loss(own)["loss"] == loss(0 * own)["loss"]
@@ -753,9 +754,8 @@ def test_a_decoder_is_tuned_on_what_its_latent_model_makes():
 
 def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeypatch):
     """Fine-tuned by a vae run that begins with the latent model, and put back by --init with --vae: the decoder is
-    another, while the encoder, the latents' statistics and the transformer are as they were. Latents of another encoder
-    are measured anew, the transformer begins as it was. Refused are a VAE of other channels, and clips longer than those
-    of the latent model."""
+    another, while the encoder, the latents' statistics and the transformer are as they were. Of another encoder, the
+    latents are measured anew. Refused are a VAE of other channels, and clips longer than those of the latent model."""
     monkeypatch.setattr(train.Trainer, "validate", lambda self: 0.0)
     train.main(vae_args(tmp_path / "vae", "--steps", 1, "--finetune-steps", 0))
     args = ["--size", "tiny", "--data", music, "--batch", 2, "--device", "cpu"]
