@@ -34,7 +34,7 @@ class DiTConfig:
 
 PRESETS = {
     "tiny": DiTConfig(channels=8, frames=256, width=96, depth=3, heads=3),
-    "small": DiTConfig(channels=16, frames=2048, width=160, depth=6, heads=5, hops=(64, 16)),
+    "small": DiTConfig(channels=16, frames=2048, width=224, depth=8, heads=7, hops=(64, 16)),
     "paper": DiTConfig(channels=32, frames=2048, width=1536, depth=32, heads=24),
 }
 

@@ -245,8 +245,8 @@ def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert all(same(whole[part], parts[part]) for part in ("objective", "ema", "optimizers"))
     net = train.rebuild("latent", whole["config"], whole["ema"]).requires_grad_(True)
-    rest, matrices = train.make_optimizers(train.Denoising(net), train.argparse.Namespace(
-        muon=True, lr=1.0, beta2=0.99, device=torch.device("cpu")))
+    options = train.argparse.Namespace(lr=1.0, beta2=0.99)
+    rest, matrices = train.make_optimizers(train.Denoising(net), options, muon=True)
     taken = [p for group in matrices.param_groups for p in group["params"]]
     assert len(taken) == 4 * net.config.depth and all(p.dim() == 2 for p in taken)
     assert len(taken) + len(rest.param_groups[0]["params"]) == len(list(net.parameters()))
@@ -254,18 +254,20 @@ def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
 
 def test_muon_takes_the_matrices_of_the_vae_but_no_critic():
     objective = train.Autoencoding(train.VAE(train.autoencoder.PRESETS["tiny"]))
-    _, muon = train.make_optimizers(objective, train.argparse.Namespace(muon=True, lr=1.0, beta2=0.99))
+    _, muon = train.make_optimizers(objective, train.argparse.Namespace(lr=1.0, beta2=0.99), muon=True)
     linear = [module.weight for module in objective.net.modules() if isinstance(module, torch.nn.Linear)]
     assert {id(p) for p in muon.param_groups[0]["params"]} == {id(weight) for weight in linear}
 
 
 def test_finetuning_freezes_the_averaged_encoder(tmp_path):
-    """The second stage starts from the averaged weights; it trains the decoder and the discriminator, nothing else."""
+    """The second stage starts from the averaged weights; it trains the decoder and the discriminator, nothing else, and
+    by AdamW alone."""
     args = vae_args(tmp_path, "--steps", 4)
     train.main(args + ["--finetune-steps", "0"])
     before = train.load_state(tmp_path / "state.pt")
     train.main(args + ["--finetune-steps", "2", "--resume"])
     after = train.load_state(tmp_path / "state.pt")
+    assert len(before["optimizers"]) == 2 and len(after["optimizers"]) == 1
     for name, weight in before["ema"].items():
         frozen = name.startswith(("encoder", "latent"))
         trained, averaged = after["objective"]["net." + name], after["ema"][name]
@@ -583,7 +585,7 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
         monkeypatch.setattr(kind, "step", spied(kind.step))
     train.main(vae_args(tmp_path, "--steps", 2, "--finetune-steps", 1))
     logged = [float(row["gradient_norm"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
-    seen = [(adamw + muon)**0.5 for adamw, muon in zip(squares[::2], squares[1::2])]
+    seen = [sum(squares[step])**0.5 for step in (slice(0, 2), slice(2, 4), slice(4, 5))]        # the last without Muon
     assert min(logged) > 2 and max(seen[:2]) < 1.001 and 1 < seen[2] < 2**0.5 + 0.001
 
 
@@ -887,3 +889,5 @@ def test_the_rate_is_constant_and_then_falls_to_zero():
     for trainer.step in (0, 24, 49, 300, 599, 600, 700, 800, 999):
         rates.append(trainer.learning_rate())
     assert rates == pytest.approx([2 / 50, 1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 2 / 400])
+    trainer.adversarial, trainer.step, trainer.options.finetune_steps = True, 1100, 200
+    assert trainer.learning_rate() == pytest.approx(0.15 * 2.0)
