@@ -3,7 +3,7 @@
 DiT is the paper's: the architecture of [24] (Peebles and Xie) without patches, since each latent frame is one token,
 plus the relative positions of [44] (Shaw et al.) on the keys. The fixed sin-cos positions of [24] stay: relative ones
 alone cannot tell where in the window a frame lies. SpectralDiT is ours: its tokens are bins of short-time spectra of
-the latents, where a tone is a line. At the small size it learns about as much in a tenth of the time.
+the latents, where a tone is a line. On two CPU cores it came as far as a DiT in a quarter of the time.
 
     model = build(PRESETS["small"])
     v = model(x_t, t)                # x_t, v: (B, C, n) latent frames, any n <= config.frames; t: (B,) in (0, 1]
