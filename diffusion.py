@@ -39,7 +39,7 @@ def _on_cpu(t):
 
 def _for_clips(c, x):
     """A coefficient c, () or (B,), in a form that multiplies x (B, ...) without changing its dtype."""
-    return c.item() if c.ndim == 0 else c.to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+    return c.item() if c.ndim == 0 else c.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def x0_from_v(x_t, v, t):
@@ -61,20 +61,19 @@ def v_loss(model, x_0, t, eps, weigh=None):
     weigh(error, t), linear in the error, goes before the square.
     """
     x_t, v = add_noise(x_0, eps, t)
-    t = t.to(x_t.dtype).to(x_t.device)
+    t = t.to(x_t)
     error = v - model(x_t, t)
     return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
 
 
 def with_own_error(model, x_0, t, eps, fresh, share):
-    """Noise by which x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh: x_t holds a share of the error of the
-    model's own guess, x0_hat, made from x_t under eps. Sampling goes on from such guesses, so v_loss with this noise
-    prepares for it (ours). x_0, eps, fresh (B, C, n); t (B,) in (0, 1], on the CPU; share broadcasts over x_0."""
+    """Noise for v_loss under which x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, where x0_hat is what the
+    model makes of x_0 noised by eps. Sampling goes on from such guesses; training on them prepares for that (ours).
+    x_0, eps, fresh (B, C, n); t (B,) in (0, 1], on the CPU; share broadcasts over x_0."""
     with torch.no_grad():
-        x_t, _ = add_noise(x_0, eps, t)
-        error = x0_from_v(x_t, model(x_t, t.to(x_t.dtype).to(x_t.device)), t) - x_0
-    alpha_t, sigma_t = (_for_clips(c, x_0) for c in alpha_sigma(t))
-    return fresh + share * alpha_t / sigma_t * error
+        x_t, v = add_noise(x_0, eps, t)
+        error = v - model(x_t, t.to(x_t))                               # (x0_hat - x_0) / sigma_t
+    return fresh + share * _for_clips(alpha_sigma(t)[0], x_0) * error
 
 
 def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):

@@ -55,7 +55,7 @@ def relative_attention(q, k, v, r, block=None):
     """
     on_cpu = q.device.type == "cpu"
     block = block or (256 if on_cpu else 512)
-    # On a CPU a head for each thread, or more, if their logits (2 MB) stay in the cache; else few and large operations.
+    # On a CPU one head for each thread, or as many as keep their logits in the cache (2 MB); on a GPU all at once.
     group = max(torch.get_num_threads(), 2**19 // (block * q.shape[2])) if on_cpu else q.shape[0] * q.shape[1]
     groups = zip(*(x.flatten(0, 1).split(group) for x in (q / math.sqrt(q.shape[-1]), k, v)))
     return torch.cat([RelativeAttention.apply(*qkv, r, block) for qkv in groups]).view(q.shape)
@@ -80,7 +80,7 @@ class RelativeAttention(torch.autograd.Function):
         q, k, v, r, out = ctx.saved_tensors
         grad_q, grad_r = q.new_empty(q.shape), torch.zeros_like(r)
         grad_k, grad_v = k.new_zeros(k.mT.shape), v.new_zeros(v.mT.shape)  # (N, d, L), in which products are faster
-        mean = (grad_out * out).sum(-1, keepdim=True)  # (N, L, 1), the mean under the weights of their own gradient
+        mean = (grad_out * out).sum(-1, keepdim=True)  # (N, L, 1): what softmax's backward subtracts in each row
         with torch.autocast(q.device.type, enabled=False):
             for rows, band, weights in block_weights(q, k, r, ctx.block):
                 grad_v.baddbmm_(grad_out[:, rows].mT, weights)
@@ -151,8 +151,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.width
-        self.heads = config.heads
+        width, self.heads = config.width, config.heads
         self.qkv = nn.Linear(width, 3 * width)
         self.relative = nn.Parameter(0.02 * torch.randn(2 * config.max_distance + 1, width // config.heads))
         self.proj = nn.Linear(width, width)
@@ -226,7 +225,7 @@ class DiT(nn.Module):
 def spectra(x, hop):
     """x (B, C, n), n a multiple of hop -> spectra of frames of 2 hop under a sine window, (B, n / hop + 1, hop + 1, C).
 
-    Complex. A tight frame: from_spectra gives x back. White noise of variance 1 has variance 1 in each bin.
+    Complex. A tight frame: from_spectra gives x back. White noise of variance 1 has 1 in each bin, half at the ends.
     """
     frames = F.pad(x, (hop, hop)).unfold(-1, 2 * hop, hop) * sine_window(hop, x.device)  # (B, C, n / hop + 1, 2 hop)
     return math.sqrt(2) * torch.fft.rfft(frames, norm="ortho").permute(0, 2, 3, 1)
@@ -303,13 +302,13 @@ class SpectralStage(nn.Module):
         to_modes = lambda x: torch.einsum("btfc,fcd->btfd", spectra(x, self.hop), modes.conj())  # (B, T, F, C)
         X = over_deviation * to_modes(x_t)
         known = linear * X if v is None else to_modes(v)
-        beyond = (known - linear * X) / (error + 0.1)
+        beyond = (known - linear * X) / (error + 0.1)  # bounded where error is small
         gain, again, real, imaginary = self.transformer(X, beyond, t)
         V = known + error * (gain * X + again * beyond + torch.complex(real, imaginary))
         return from_spectra(torch.einsum("btfd,fcd->btfc", V, modes), self.hop)
 
     def transformer(self, X, beyond, t):
-        """Four real numbers, (B, T, F, C) each, for each of the modes X and `beyond` (B, T, F, C), complex."""
+        """From X and `beyond`, complex (B, T, F, C): a gain for either, and an offset's real and imaginary part."""
         condition = self.modulation(self.time(time_features(t.to(X.device))))
         features = [part for z in (X, beyond) for part in ((z.real**2 + z.imag**2 + 0.01).log(), z.real, z.imag)]
         h = torch.einsum("btfc,fcw->btfw", torch.cat(features, -1), self.embed) + self.positions
@@ -323,6 +322,7 @@ class SpectralDiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert all(config.frames % hop == max(config.hops) % hop == 0 for hop in config.hops), "a hop must divide both"
         self.config = config
         self.stages = nn.ModuleList(SpectralStage(config, hop) for hop in config.hops)
 

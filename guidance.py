@@ -26,8 +26,8 @@ class Term:
     y       the measurement, in the shape of A(x)
     weight  its effective step is xi * weight; a number, or (B,)
     on      what A sees: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first printed there
-    project what meets y exactly, by the data consistency step: "x_t" at the end of each iteration, as in Sect. 3, or
-            "x0_hat" before the update, which adds the noise that x_s should have (as in DDNM, Wang et al., 2022);
+    project what is projected onto y = A x, the data consistency step: "x_t" at the end of each iteration, as in Sect.
+            3, or "x0_hat" before the update, which adds the noise that x_s should have (as in DDNM, Wang et al., 2022);
             "none", nothing
     above   the term has a gradient at times t > above only (an interval, as in Kynkäänniemi et al., 2024)
     """
@@ -68,7 +68,7 @@ class Task:
 
 
 class Step(NamedTuple):
-    """What a callback is told after each update from x_t to x_s. All are references: only `share` computes anything."""
+    """What a callback is told after each update from x_t to x_s. Nothing in it waits for a GPU but `share`."""
     t: Tensor                    # the time the update started from, () or (B,)
     x_t: Tensor                  # (B, C, n)
     x_s: Tensor                  # (B, C, n), before x_s is projected
@@ -116,10 +116,10 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
-    xi         gradient step size; must be given if the task has terms. 0 leaves projection alone, and builds no graph
+    xi         gradient step size; must be given if the task has terms. 0: projection only, and no graph is built
     generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
     callback   called with a Step after each update
-    Raises ValueError for bad arguments. Parameters of the model and of the operators are frozen meanwhile.
+    Raises ValueError for bad arguments. Parameters of a model or operator that is an nn.Module are frozen meanwhile.
 
     The algorithms as printed are run for terms with project="x_t". The tasks' default, "x0_hat", departs from them
     twice; a comment stands at each of the two.
@@ -153,9 +153,9 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
 
 
 def level_kept(model, C_L, C_R, above=0.5, most=4.0):
-    """A model like `model`, but its x0_hat between the first C_L and last C_R positions, those known, has the power of
-    x0_hat beside it at times t > above. Else a weak model's notes hardly begin there, or guidance lets one of them
-    grow without bounds. The gain, from 1 / most to most, counts as a constant in the gradients of terms.
+    """A model like `model`, whose x0_hat at times t > above has in the gap, between the first C_L and the last C_R
+    positions, the power that it has beside it (ours). Else a weak model's notes hardly begin there, or guidance lets
+    one grow without bounds. The gain, 1 / most to most, counts as a constant in the gradients of terms.
     """
     def kept(x_t, t):
         v = model(x_t, t)
@@ -165,18 +165,22 @@ def level_kept(model, C_L, C_R, above=0.5, most=4.0):
         gain = (beside.mean(2) / power[..., new].mean(2).clamp(min=1e-20)).sqrt().clamp(1 / most, most)     # (B, 1)
         change = torch.zeros_like(power)
         change[..., new] = torch.where(t[:, None] > above, gain - 1, 0.0)[:, None]
-        return v - change * x0_hat / alpha_sigma(t)[1].to(x_t.dtype).to(x_t.device)[:, None, None]
+        return v - change * x0_hat / alpha_sigma(t)[1].to(x_t)[:, None, None]
     return kept
 
 
 def windows(C_L, gap, C_R, window, overlap):
-    """The spans (first, last) of positions in which to fill `gap` of them, each from where the one before it ended.
+    """Spans [first, last) of at most `window` positions that one after the other fill a gap of `gap` positions.
 
-    C_L positions are known before the gap and C_R behind it; a model takes `window` at a time. One window if everything
-    fits. Else equal shares, each behind `overlap` positions if there are as many; the last one hears C_R too.
+    C_L positions are known before the gap and C_R behind it. One span if everything fits. Else equal shares of the gap,
+    each behind at least `overlap` positions, if there are as many; the last one hears C_R too. If nothing is known
+    before the gap, the same from right to left.
     """
     if C_L + gap + C_R <= window:
         return [(0, C_L + gap + C_R)]
+    if C_R and not C_L:
+        n = gap + C_R
+        return [(n - last, n - first) for first, last in windows(C_R, gap, 0, window, overlap)]
     overlap = min(overlap, (window - C_R) // 2)
     count = math.ceil(gap / (window - overlap - C_R))
     ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
@@ -213,10 +217,10 @@ def _check(x_T, terms, sampler, xi, generator):
     if terms and xi is None:
         raise ValueError("xi is missing: a task with guidance terms needs a step size (0 for projection alone)")
     if xi is not None and not xi >= 0:
-        raise ValueError(f"xi must not be negative, not {xi}")
+        raise ValueError(f"xi must be 0 or more, not {xi}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
         raise ValueError(f"generator must be one or one per clip: {len(generator)} for {len(x_T)} clips")
 
 
 def _time_of_clips(t, x_t):
-    return t.to(x_t.dtype).to(x_t.device).expand(len(x_t))
+    return t.to(x_t).expand(len(x_t))

@@ -4,7 +4,7 @@
     python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
 
 The result is the whole track in its own sample rate, channels and word length. New are the requested region and
-cross-fades of at most 50 ms beside it; everything else is the input's own samples, bit for bit.
+cross-fades of at most 50 ms beside it; all else is the input's own samples, bit for bit (but with --splice 0).
 """
 import argparse
 import hashlib
@@ -29,11 +29,11 @@ from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_
                    within, write_atomic)
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
-EDITS, FROM_X_BAR = TASKS[1:5], TASKS[3:5]                   # with a track to edit; that start from what is there
-NEEDED = {"input": EDITS, "input2": EDITS[3:], "reference": TASKS[5:6], "classes": TASKS[6:]}
-USED = {"start": EDITS[:3], "end": EDITS[1:3], "length": TASKS[:2] + TASKS[5:], "input2": EDITS[3:], "fade": EDITS[3:],
-        **dict.fromkeys(("input", "context", "splice", "xi", "project"), EDITS),
-        **dict.fromkeys(("k", "start_from"), FROM_X_BAR)}                                   # flags, and their tasks
+EDITS, FROM_X_BAR = TASKS[1:5], ("regenerate", "transition")     # with a track to edit; that start from what is there
+NEEDED = {"input": EDITS, "input2": ("transition",), "reference": ("embedding",), "classes": ("classifier",)}
+USED = {"start": ("continuation", "infill", "regenerate"), "end": ("infill", "regenerate"), "input2": ("transition",),
+        "fade": ("transition",), "length": ("unconditional", "continuation", "embedding", "classifier"),
+        "k": FROM_X_BAR, "start_from": FROM_X_BAR, **dict.fromkeys("input context splice xi project".split(), EDITS)}
 XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50        # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithms, Table 2
@@ -84,20 +84,20 @@ class Settings:
 
 
 def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, guides=(), callback=None):
-    """Replace what lies between the first C_L and the last C_R frames of x_bar (1, C, n); returns (1, C, n).
+    """Replace what lies between the first C_L and the last C_R frames of x_bar (B, C, n); returns (B, C, n).
     spans       see guidance.windows; default: one window for all
     guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in all windows"""
     xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0                   # each term brings its own size
     def model(x_t, t):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return checkpoint.net(x_t, t).float()
-    x, n, done = x_bar.clone(), x_bar.shape[-1], C_L
+    x, n, lo, hi = x_bar.clone(), x_bar.shape[-1], C_L, x_bar.shape[-1] - C_R            # [lo, hi) is yet to be filled
     for first, last in spans or [(0, n)]:
-        left, right = done - first, C_R if last == n else 0
+        left, right = max(lo - first, 0), max(last - hi, 0)
         z = guidance.draw_noise(x[..., first:last], generator)
         task, estimator = guidance.Task(z, ()), model
         if left + right or settings.k < 1:
-            known = x[..., [*range(first, done), *range(last - right, last)]]
+            known = torch.cat([x[..., first:first + left], x[..., last - right:last]], -1)
             level = known.square().mean((1, 2)).sqrt() if settings.keep_level else 1.0   # L1's gradient has no level
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi * level, project=settings.project)
@@ -106,7 +106,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
                                              xi=xi, generator=generator, callback=callback)
-        done = last
+        lo, hi = (last, hi) if first <= lo else (lo, first)
     return x
 
 
@@ -126,9 +126,9 @@ def encode_known(checkpoint, audio, C_L, C_R):
 
 
 def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
-    """x_0 (B, C, frames) -> audio (B, 2, n), equalised. Known frames, the first C_L and the last C_R, get the spectrum
-    that they have in the audio `known` (B, 2, n). New frames get the same; with from_x_bar, that of what stood there;
-    with an `example` (B, 2, m), its own, as loud as these. With less than LITTLE known, only an example counts."""
+    """x_0 (B, C, frames) -> audio (B, 2, n), equalised. The first C_L and last C_R frames get the spectrum they have in
+    the audio `known` (B, 2, n). New frames get the same one; with from_x_bar, that of what stood there; with an
+    `example` (B, 2, m), the example's, at their power. With less than LITTLE known, all get the example's, if any."""
     audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
     shape = None if example is None else vae.spectrum(example, torch.ones_like(example[0, 0]))
     if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:
@@ -144,7 +144,7 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), example=None, **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    guides, how see generate; beside guides only an `example` gives the spectrum. Where nothing gives the level: LEVEL
+    guides, how see generate; with guides, only an `example` equalises. Latent music from nothing is scaled to LEVEL
     """
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
@@ -219,7 +219,7 @@ class Edit:
     def splice(self, decoded, seconds, limit=False):
         """Decoded audio (2, hop * frames) laid into the track: (channels, n). Cross-fades of `seconds` lie outside
         [a, end), or shorter ones where less is known; with 0 all of it, contexts included, stands as it is.
-        limit: what is laid in is turned down around its peaks above full scale."""
+        limit: turned down around its peaks above full scale, before it is faded in (where the sum may still clip)."""
         audio, (a, end) = self.track.audio, (self.a, self.end)
         fade = round(seconds * self.track.rate) if seconds else self.track.n
         last = a + int((self.gap + self.C_R) * self.frame + 1e-6)                      # where decoded ends
@@ -309,7 +309,7 @@ def pairs(text):
 
 
 def parse(argv, add_flags=Settings.add_flags):
-    """The options; of those with a default of their own below, and of all Settings, None says: not given."""
+    """The options. None: not given; then the default is that of Settings, of `region` or of `main`."""
     def refuse(message):
         raise UserError(f"{message} (all flags: --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])

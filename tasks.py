@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusion import add_noise
 from guidance import Task, Term, data_consistency, is_linear
 
 
@@ -84,17 +85,17 @@ def bce(y, logits):
 
 # ---- the rows of Table 2 --------------------------------------------------------------------------------------------
 
-def reconstruct(x_bar, A, z, weight=1.0, on="x0_hat", project="x0_hat"):
-    """The first rows of Table 2 for any linear A: y = A x_bar, d = L1, and x_T = A^T y + (I - A^T A) z.
+def reconstruct(x_bar, A, z, project="x0_hat", **term):
+    """The first rows of Table 2 for any linear A: y = A x_bar, d = L1; x_T = A^T y + (I - A^T A) z as printed, unless
+    project is "x0_hat" (departure, see Term): then it is z alone, as noisy in the context as elsewhere.
 
-    With A = KeepMask(mask): several gaps at once. project: see Term; with "x0_hat", x_T is z alone, as noisy in the
-    context as elsewhere.
+    With A = KeepMask(mask): several gaps at once.
     """
     if x_bar.shape != z.shape:
         raise ValueError(f"x_bar and z must have the same shape, not {tuple(x_bar.shape)} and {tuple(z.shape)}")
     y = A(x_bar)
     x_T = z if project == "x0_hat" else data_consistency(z, y, A)       # the form that holds for A A^T != I as well
-    return Task(x_T, (Term(A, l1, y, weight, on, project),))
+    return Task(x_T, (Term(A, l1, y, project=project, **term),))
 
 
 def continuation(x_bar, C_L, z, **term):
@@ -116,17 +117,16 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
                 noised using the forward process". From t = 1 a good model mistakes x_bar for noise and forgets it.
     """
     k = torch.as_tensor(k, dtype=torch.float64)
-    if not ((k >= 0) & (k <= 1)).all():
-        raise ValueError(f"k must lie in [0, 1], not {k.tolist()}")
     if start_from not in ("paper", "matched"):
         raise ValueError(f'start_from must be "paper" or "matched", not {start_from!r}')
-    scale = t_T = 1.0
+    if not ((k >= 0) & (k <= 1)).all() or start_from == "matched" and (k == 0).any():
+        raise ValueError(f'k must lie in [0, 1], above 0 with start_from="matched" (0 has no noise), not {k.tolist()}')
     if start_from == "matched":
-        if (k == 0).any():
-            raise ValueError("k must be above 0 with start_from='matched': 0 leaves no noise to remove")
-        scale, t_T = torch.hypot(k, 1 - k), 2 / math.pi * torch.atan2(k, 1 - k)
-    of_z, of_x_bar = (share.to(z.dtype).to(z.device).reshape(-1, 1, 1) for share in (k / scale, (1 - k) / scale))
-    mixed = of_z * z + of_x_bar * x_bar
+        t_T = 2 / math.pi * torch.atan2(k, 1 - k)
+        mixed, _ = add_noise(x_bar, z, t_T)
+    else:
+        t_T, share = 1.0, k.to(z).reshape(-1, 1, 1)
+        mixed = share * z + (1 - share) * x_bar
     if not C_L + C_R:                                                   # nothing is known: no term
         return Task(mixed, (), t_T)
     if start_from == "paper":
@@ -143,33 +143,26 @@ def crossfade(x_bar_L, x_bar_R, C_L, C_R):
     n = x_bar_L.shape[-1]
     KeepEnds(n, C_L, C_R)                                                               # checks C_L, C_R
     fade = math.pi / 2 * (torch.arange(n - C_L - C_R, dtype=torch.float64) + 0.5) / (n - C_L - C_R)
-    f_out, f_in = (f.to(x_bar_L.dtype).to(x_bar_L.device) for f in (fade.cos(), fade.sin()))
+    f_out, f_in = fade.cos().to(x_bar_L), fade.sin().to(x_bar_L)
     middle = f_out * x_bar_L[..., C_L:n - C_R] + f_in * x_bar_R[..., C_L:n - C_R]
     return torch.cat([x_bar_L[..., :C_L], middle, x_bar_R[..., n - C_R:]], dim=-1)
 
 
-def blend(old, new):
-    """Fade from old to new (channels, n). The power stays level whatever the correlation of the two is."""
-    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
-    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
-    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
-
-
-def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **options):
+def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **term):
     """Table 2, Transition: Regenerate the constant-power cross-fade from x_bar_L to x_bar_R."""
-    return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **options)
+    return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **term)
 
 
-def embedder_guidance(A, y, z, weight=1.0, on="x0_hat", above=0.0):
+def embedder_guidance(A, y, z, weight=1.0, **term):
     """Table 2, Embedder guidance: pull the embedding A(x) (B, m) towards that of an example, y = A(x_bar)."""
-    return Task(z, (Term(A, l2, y, weight, on, above=above),))
+    return Task(z, (Term(A, l2, y, weight, **term),))
 
 
-def classifier_guidance(A, y, z, weight=1.0, on="x0_hat", above=0.0):
+def classifier_guidance(A, y, z, weight=1.0, **term):
     """Table 2, Classifier guidance: A(x) gives logits (B, m) of p(c_i | x), y in [0, 1] the wanted probabilities."""
     if not ((y >= 0) & (y <= 1)).all():
         raise ValueError("y must hold labels in [0, 1]")
-    return Task(z, (Term(A, bce, y, weight, on, above=above),))
+    return Task(z, (Term(A, bce, y, weight, **term),))
 
 
 def combine(*tasks, weights=None):
@@ -185,7 +178,7 @@ def combine(*tasks, weights=None):
     return Task(first.x_T, tuple(terms), first.t_T)
 
 
-# ---- the resampler, a linear operator -------------------------------------------------------------------------------
+# ---- the resampler, a linear operator; excerpts and fades -----------------------------------------------------------
 
 @contextmanager
 def full_precision(x):
@@ -265,6 +258,13 @@ def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
     return resample(part, rate_in, rate_out)[:, first - before:last - before]
 
 
+def blend(old, new):
+    """Fade from old to new (channels, n), at level power if they are uncorrelated or alike; opposite ones dip."""
+    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
+    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
+    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
+
+
 # ---- PaSST, the Patchout transformer [30]: embedder and classifier --------------------------------------------------
 
 @dataclass(frozen=True)
@@ -325,13 +325,13 @@ class PaSSTBlock(nn.Module):
 
 
 def drop_patches(x, columns, rows, generators):
-    """Structured patchout [30]: x (B, width, rows, columns) without `columns` time columns and `rows` frequency rows.
+    """Structured patchout [30]: x (B, width, F, T) without `columns` of its T time columns and `rows` of its F rows.
 
     Each clip draws its own, from its own one of B generators.
     """
     assert rows < x.shape[2] and columns < x.shape[3], f"no patch is left without {columns} columns and {rows} rows"
     kept = []
-    for patches, g in zip(x, generators):                                               # (width, rows, columns)
+    for patches, g in zip(x, generators):                                               # (width, F, T)
         row = torch.randperm(patches.shape[1], generator=g)[rows:].to(x.device)
         column = torch.randperm(patches.shape[2], generator=g)[columns:].to(x.device)
         kept.append(patches[:, row[:, None], column])

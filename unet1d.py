@@ -58,9 +58,9 @@ def unfold(frames, n, window=None):
     return overlap_add(frames)[..., EDGE:EDGE + n] / overlap_add(weight)[EDGE:EDGE + n]
 
 
-def cosines(device=None):
+def cosines():
     """The orthonormal DCT-II of a frame, (32, 32): row k is a cosine of k half periods."""
-    j = torch.arange(FRAME, device=device)
+    j = torch.arange(FRAME)
     basis = torch.cos(math.pi / FRAME * (j + 0.5) * j[:, None]) * math.sqrt(2 / FRAME)
     basis[0] /= math.sqrt(2)
     return basis

@@ -133,7 +133,7 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(C))
         self.register_buffer("latent_std", torch.ones(C))
         margin = config.kernel // 2
-        self.encoder_field = margin * (1 + sum(2**i for i in range(7)))     # samples
+        self.encoder_field = margin * self.hop                              # samples: 1 + 1 + 2 + 4 ... + 64 margins
         self.decoder_field = field_of_decoder(margin)                       # latent frames
 
     def posterior(self, audio):
@@ -202,13 +202,14 @@ def chunks(frames, reach, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def spectrum(audio, weight):
-    """Mean power of audio (B, channels, n) times weight (n,) at 0 to 22050 Hz, over sixths of an octave: (B, 1025)."""
+    """Mean power, up to a constant factor, of audio (B, channels, n) times weight (n,) at 0 to 22050 Hz: (B, 1025);
+    smoothed by a Gaussian with a deviation of a sixth of an octave."""
     size, window = EQUALISER_FFT, torch.hann_window(EQUALISER_FFT, device=audio.device)
     frames = F.pad(audio * weight, (size, size)).unfold(-1, size, size // 2) * window
     power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum().clamp(min=1)
     octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
-    weights = torch.exp(-18 * (octave[:, None] - octave).square())
-    return power @ (weights / weights.sum(1, keepdim=True)).T + 1e-12
+    smooth = torch.exp(-18 * (octave[:, None] - octave).square())           # 18 = 6^2 / 2
+    return power @ (smooth / smooth.sum(1, keepdim=True)).T + 1e-12
 
 
 def equalise(audio, weight, wanted):
@@ -236,9 +237,8 @@ def limited(audio, reach):
 def stft(audio, size):
     """(..., n) -> complex (..., bins, frames), hop size / 4; scaled so that white noise of power 1 has power 1."""
     window = torch.hann_window(size, device=audio.device)
-    spectrum = torch.stft(audio.float().flatten(0, -2), size, size // 4, window=window / window.norm(),
-                          pad_mode="constant", return_complex=True)
-    return spectrum.unflatten(0, audio.shape[:-1])
+    return torch.stft(audio.float().flatten(0, -2), size, size // 4, window=window / window.norm(), pad_mode="constant",
+                      return_complex=True).unflatten(0, audio.shape[:-1])
 
 
 def magnitudes(audio, size):

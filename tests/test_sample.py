@@ -132,10 +132,12 @@ def test_regions_longer_than_the_window_are_filled_without_a_seam():
     settings, spans = sample.Settings(xi=0.1, k=1.0, keep_level=False), guidance.windows(16, 148, 16, 64, 16)
     ends = [15, 163] + [last - 1 for _, last in spans[:-1]]
     deaf = [spans[0]] + [(last, end) for (_, last), (_, end) in zip(spans, spans[1:])]
-    for spans, meet in ((spans, True), (deaf, False)):
-        x = sample.generate(SimpleNamespace(net=net), x_bar, 16, 16, settings, generator, spans=spans)
+    leftwards = guidance.windows(0, 164, 16, 64, 16)        # nothing is known on the left
+    edges = [edge - 1 for span in leftwards for edge in span if 0 < edge < 180]
+    for C_L, spans, ends, meet in ((16, spans, ends, True), (16, deaf, ends, False), (0, leftwards, edges, True)):
+        x = sample.generate(SimpleNamespace(net=net), x_bar, C_L, 16, settings, generator, spans=spans)
         steps = x.diff(dim=-1).square().mean((0, 1)).sqrt()
-        assert (steps[ends].max() < 1.2 * steps.mean()) == meet and len(spans) == 5
+        assert (steps[ends].max() < 1.2 * steps.mean()) == meet and len(spans) >= 4
 
 
 def test_windows_cover_the_gap_in_order():
@@ -148,6 +150,15 @@ def test_windows_cover_the_gap_in_order():
             assert last - first <= 64 and first <= max(0, done - min(overlap, 16)) and end > done
             done = end
         assert done == C_L + gap
+
+
+def test_a_gap_at_the_start_is_filled_from_the_right():
+    """Where nothing is known before the gap, every window hears what lies behind it, and ends where that begins."""
+    todo = 200
+    for first, last in guidance.windows(0, 200, 16, 64, 16):
+        assert last - first <= 64 and last >= todo + 16 and first < todo
+        todo = first
+    assert todo == 0
 
 
 def test_xi_is_the_step_towards_the_context_alone(folder):
