@@ -173,14 +173,14 @@ def windows(C_L, gap, C_R, window, overlap):
     """Spans [first, last) of at most `window` positions that one after the other fill a gap of `gap` positions.
 
     C_L positions are known before the gap and C_R behind it. One span if everything fits. Else equal shares of the gap,
-    each behind at least `overlap` positions, if there are as many; the last one hears C_R too. If nothing is known
-    before the gap, the same from right to left.
+    each behind at least `overlap` positions, if there are as many; the last one hears C_R too. From right to left where
+    fewer are known before the gap than that, and more behind it.
     """
     if C_L + gap + C_R <= window:
         return [(0, C_L + gap + C_R)]
-    if C_R and not C_L:
-        n = gap + C_R
-        return [(n - last, n - first) for first, last in windows(C_R, gap, 0, window, overlap)]
+    if C_L < min(overlap, C_R):
+        n = C_L + gap + C_R
+        return [(n - last, n - first) for first, last in windows(C_R, gap, C_L, window, overlap)]
     overlap = min(overlap, (window - C_R) // 2)
     count = math.ceil(gap / (window - overlap - C_R))
     ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -33,7 +34,7 @@ EDITS, FROM_X_BAR = TASKS[1:5], ("regenerate", "transition")     # with a track 
 NEEDED = {"input": EDITS, "input2": ("transition",), "reference": ("embedding",), "classes": ("classifier",)}
 USED = {"start": ("continuation", "infill", "regenerate"), "end": ("infill", "regenerate"), "input2": ("transition",),
         "fade": ("transition",), "length": ("unconditional", "continuation", "embedding", "classifier"),
-        "k": FROM_X_BAR, "start_from": FROM_X_BAR, **dict.fromkeys("input context splice xi project".split(), EDITS)}
+        "k": FROM_X_BAR, **dict.fromkeys(("input", "context", "splice", "xi"), EDITS)}          # flags, and their tasks
 XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50        # for the L1 sum; what matters is their product
 XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithms, Table 2
@@ -58,8 +59,8 @@ class Settings:
     steps: int = 50
     xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform 0.05", type=within(0, 1e9))
     k: float = flag(0.6, "regenerate, transition: share of noise", type=within(0.01, 1))
-    start_from: str = flag("matched", "regenerate, transition: see tasks.regenerate", choices=("paper", "matched"))
-    project: str = flag("x0_hat", "what is made to meet y", choices=("x0_hat", "x_t", "none"))
+    start_from: str = "matched"                              # regenerate, transition: see tasks.regenerate
+    project: str = "x0_hat"                                  # what is made to meet y: see guidance.Term
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
     keep_level: bool = True                                  # latent: as loud as what is beside it, or as music is
@@ -216,10 +217,10 @@ class Edit:
                     track.audio.float().expand(2, -1), track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
         return audio[None]
 
-    def splice(self, decoded, seconds, limit=False):
+    def splice(self, decoded, seconds, top=math.inf):
         """Decoded audio (2, hop * frames) laid into the track: (channels, n). Cross-fades of `seconds` lie outside
         [a, end), or shorter ones where less is known; with 0 all of it, contexts included, stands as it is.
-        limit: turned down around its peaks above full scale, before it is faded in (where the sum may still clip)."""
+        top: it is turned down around higher peaks, before it is faded in (where the sum may still be higher)."""
         audio, (a, end) = self.track.audio, (self.a, self.end)
         fade = round(seconds * self.track.rate) if seconds else self.track.n
         last = a + int((self.gap + self.C_R) * self.frame + 1e-6)                      # where decoded ends
@@ -227,21 +228,20 @@ class Edit:
         new = tasks.resample_part(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop,
                                   -before, end - a + behind, 0, decoded.shape[-1])
         new = new[:len(audio)]                  # for mono, one channel: the mean of two that differ would be quieter
-        if limit and new.abs().max() > 1:
-            print(f"note: peaks of the new audio are turned down, by {20 * new.abs().max().log10():.1f} dB at most")
-            new = vae.limited(new, round(LIMITER * self.track.rate))
+        if (over := new.abs().max() / top) > 1:
+            print(f"note: peaks of the new audio are turned down, by {20 * over.log10():.1f} dB at most")
+            new = vae.limited(new / top, round(LIMITER * self.track.rate)) * top
         if seconds:
             new = torch.cat([tasks.blend(audio[:, a - before:a], new[:, :before]), new[:, before:before + end - a],
                              tasks.blend(new[:, before + end - a:], audio[:, end:end + behind])], dim=-1)
         return torch.cat([audio[:, :a - before], new, audio[:, end + behind:]], dim=-1)
 
     def times(self, seconds):
-        """One line: where things lie, in seconds of the track, after rounding to the model's frames."""
-        a, end, first, last = (clock(x / self.track.rate) for x in (
-            self.a, self.end, self.a - self.C_L * self.frame, self.a + (self.gap + self.C_R) * self.frame))
-        little = 0 < (self.C_L + self.C_R) * self.frame < LITTLE * self.track.rate
-        return (f"new audio {a} to {end}; the model hears {first} to {last}"
-                f"{', too little to go on from' * little}; cross-fades of {1000 * seconds:.0f} ms outside")
+        """One line: where things lie, in seconds, after rounding to the model's frames."""
+        rate, passes = self.track.rate, len(self.spans)
+        return (f"new audio {clock(self.a / rate)} to {clock(self.end / rate)}" + f", in {passes} passes" * (passes > 1)
+                + f"; the model hears {self.C_L * self.frame / rate:.2f} s before it and "
+                f"{self.C_R * self.frame / rate:.2f} s after it; cross-fades of {1000 * seconds:.0f} ms outside")
 
 
 def clock(seconds):
@@ -279,7 +279,7 @@ def output_paths(o):
     source = o.input or o.reference
     first = Path(o.output or (Path(source).with_suffix(f".{o.task}.wav") if source else f"{o.task}.wav"))
     if first.suffix.lower() not in (".wav", ".flac") or first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
-        raise UserError(f"--output {first} must end in .wav, or in .flac (but not with --subtype FLOAT)")
+        raise UserError(f"--output {first} must end in .wav" + " or in .flac" * (o.subtype != "FLOAT"))
     paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
     for path in paths + [path.with_suffix(".json") for path in paths] + [first.with_suffix(".html")] * o.page:
         if any(path.exists() and path.samefile(used) for used in (o.input, o.input2, o.reference) if used):
@@ -299,8 +299,10 @@ def output_paths(o):
 
 def seconds(text):
     """"61.5" or "1:01.5" -> 61.5."""
-    minutes, _, rest = text.rpartition(":")
-    return within(0, 1e9)(60 * float(minutes or 0) + float(rest))
+    match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
+    if not match or match[1] and float(match[2]) >= 60:
+        raise argparse.ArgumentTypeError(f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
+    return 60 * int(match[1] or 0) + float(match[2])
 
 
 def pairs(text):
@@ -318,9 +320,9 @@ def parse(argv, add_flags=Settings.add_flags):
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
-    add("--end", type=seconds, help="infill, regenerate: where it ends (with neither flag: the middle 2 s)")
+    add("--end", type=seconds, help="infill, regenerate: where it ends (2 s later; with neither flag, the middle 2 s)")
     add("--length", type=length, help="continuation, or without --input: how much to make (what the window holds)")
-    add("--context", type=length, help="how much to hear on each side (continuation: 2.4; else what fits)")
+    add("--context", type=length, help="seconds to hear on each side, half a window at most (continuation: 2.4)")
     add("--fade", type=length, help="transition: length of the cross-fade in seconds (2.5)")
     add("--reference", help="audio whose style to approach: embedder guidance, for every task")
     add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
@@ -370,19 +372,19 @@ def region(o, checkpoint):
     track = Track.read(o.input)
     if o.task == "transition":
         return *crossfaded(track, Track.read(o.input2), o.fade or FADE), o.context
-    start, end, total, rate = o.start, o.end, track.n / track.rate, track.rate
+    rate, lasts = track.rate, f"{o.input} lasts {clock(track.n / track.rate)}"
     if o.task == "continuation":
-        a = track.n if start is None else round(start * rate)
+        a = track.n if o.start is None else round(o.start * rate)
         if not 0 < a <= track.n:
-            raise UserError(f"--start {clock(start)} leaves nothing to continue: {o.input} lasts {clock(total)}")
+            raise UserError(f"--start {clock(o.start)} leaves nothing to continue: {lasts}")
         context = o.context or CONTEXT
         b = a + round((o.length or window - min(context, window / 2, a / rate)) * rate)
         return Track(track.audio[:, :a], rate, track.subtype), a, b, context
-    if start is None and end is None:
-        start, end = (total - GAP) / 2, (total + GAP) / 2
-    a, b = round((start or 0) * rate), track.n if end is None else round(end * rate)
+    if (start := o.start) is None:
+        start = max(0, (track.n / rate - GAP) / 2 if o.end is None else o.end - GAP)
+    a, b = round(start * rate), round((start + GAP if o.end is None else o.end) * rate)
     if not 0 <= a < b <= track.n or b - a == track.n:
-        raise UserError(f"--start and --end must enclose a part of {o.input} (it lasts {clock(total)}), not all of it")
+        raise UserError(f"{lasts}: --start {clock(a / rate)} to --end {clock(b / rate)} must be a part of it")
     return track, a, b, o.context
 
 
@@ -393,7 +395,7 @@ def crossfaded(one, two, fade):
     fade = round(fade * one.rate)
     C_L, C_R = one.n - fade, other.shape[-1] - fade
     if fade < 1 or C_L < 1 or C_R < 1:
-        raise UserError(f"--fade {fade / one.rate:g} s must be shorter than both tracks, and not 0")
+        raise UserError(f"--fade {fade / one.rate:g} s must be above 0 and shorter than the shorter track")
     audio = tasks.crossfade(F.pad(one.audio, (0, C_R))[None], F.pad(other, (C_L, 0))[None], C_L, C_R)[0]
     return Track(audio, one.rate, one.subtype if one.subtype == two.subtype else "mixed"), C_L, C_L + fade
 
@@ -412,7 +414,7 @@ def guide_terms(o, checkpoint, listener, device):
     if o.classes:
         wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
         if wrong:
-            raise UserError(f"--classes {', '.join(wrong)}: give labels from 0 to 1 to {', '.join(listener.classes)}")
+            raise UserError(f"--classes {', '.join(wrong)}: from 0 to 1, of {', '.join(listener.classes)}")
         chosen = [listener.classes.index(name) for name in o.classes]
         logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
         labels = torch.tensor([list(o.classes.values())], device=device)
@@ -423,31 +425,29 @@ def guide_terms(o, checkpoint, listener, device):
 def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both for examples/stable_audio_open.py
     o = parse(argv, add_flags)
     check(o)
-    settings, paths, device = Settings.of(o, o.model), output_paths(o), pick_device(o.device)
+    settings, device = Settings.of(o, o.model), pick_device(o.device)
     checkpoint = open_model(o, device) if open_model else open_checkpoint(o.model, o.checkpoint, device)
     print(f"model: {checkpoint.path}" + ("" if checkpoint.step is None else f", trained for {checkpoint.step} steps"))
     edit, fade = Edit(checkpoint, *region(o, checkpoint)), SPLICE if o.splice is None else o.splice / 1000
     print(edit.times(fade))
     listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
     guides, example = guide_terms(o, checkpoint, listener, device)
+    paths = output_paths(o)
     used = [path for path in (o.input, o.input2, o.reference, checkpoint.path, listener and listener.path) if path]
     record = {"command": shlex.join(["python", *(sys.argv if argv is None else ["sample.py", *argv])]),
               "settings": asdict(settings), "times": edit.times(fade), "sha256": {path: digest(path) for path in used},
               "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
     from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate
+    top = 1.0 if subtype in PCM_BITS or not edit.track.n else max(1.0, edit.track.audio.abs().max().item())
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        bar = tqdm(total=settings.steps * len(edit.spans), unit="step", dynamic_ncols=True)
-        def progress(step):
-            if bar.update():      # only now and then: to know the share is to wait for the GPU
-                bar.set_postfix_str(f"guidance {step.share:.2f} of the sampler's step", refresh=False)
-        audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
-                     spans=edit.spans, guides=guides, example=example, callback=progress)
-        bar.close()
+        with tqdm(total=settings.steps * len(edit.spans), unit="step", dynamic_ncols=True) as bar:
+            audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
+                         spans=edit.spans, guides=guides, example=example, callback=lambda step: bar.update())
         if not audio.isfinite().all():
             raise UserError(f"{checkpoint.path} made samples that are not finite: take other settings or another", 1)
-        track = Track(edit.splice(audio[0].cpu(), fade, limit=subtype in PCM_BITS), rate, subtype)
+        track = Track(edit.splice(audio[0].cpu(), fade, top), rate, subtype)
         write_track(path, track)
         text = json.dumps(record | {"variation": i, "seed": o.seed, "output": str(path)}, indent=1)
         write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))

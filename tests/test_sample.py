@@ -142,7 +142,7 @@ def test_regions_longer_than_the_window_are_filled_without_a_seam():
 
 def test_windows_cover_the_gap_in_order():
     """Each window starts where enough is known, the last hears the right context, and none is longer than the window."""
-    for C_L, gap, C_R, overlap in ((10, 20, 10, 16), (16, 300, 16, 16), (0, 200, 0, 16), (27, 500, 0, 27), (3, 100, 32, 32)):
+    for C_L, gap, C_R, overlap in ((10, 20, 10, 16), (16, 300, 16, 16), (0, 200, 0, 16), (27, 500, 0, 27), (32, 100, 3, 32)):
         done = C_L
         spans = guidance.windows(C_L, gap, C_R, 64, overlap)
         for first, last in spans:
@@ -152,10 +152,11 @@ def test_windows_cover_the_gap_in_order():
         assert done == C_L + gap
 
 
-def test_a_gap_at_the_start_is_filled_from_the_right():
-    """Where nothing is known before the gap, every window hears what lies behind it, and ends where that begins."""
-    todo = 200
-    for first, last in guidance.windows(0, 200, 16, 64, 16):
+@pytest.mark.parametrize("C_L", [0, 3])
+def test_a_gap_at_the_start_is_filled_from_the_right(C_L):
+    """Where less is known before the gap than behind it, every window hears what lies behind what it fills."""
+    todo = C_L + 200
+    for first, last in guidance.windows(C_L, 200, 16, 64, 16):
         assert last - first <= 64 and last >= todo + 16 and first < todo
         todo = first
     assert todo == 0
@@ -231,7 +232,7 @@ def test_files_keep_every_bit(folder, subtype, suffix):
 
 def test_new_audio_above_full_scale_is_turned_down_and_nothing_else(folder, monkeypatch, capsys):
     """The word length stays 16 bits, the track stays as it is, and what is new gets one gain if all of it is loud,
-    without clipping; a float track keeps its peaks."""
+    without clipping; in a float track it is held at the track's own peaks."""
     def loud(checkpoint, known, *_, **__):
         return 2 * torch.sin(torch.arange(known.shape[-1]) / 20).expand(1, 2, -1)
     before = sf.read(folder / "long.wav")[0]
@@ -241,7 +242,11 @@ def test_new_audio_above_full_scale_is_turned_down_and_nothing_else(folder, monk
     assert sf.info(folder / "out.wav").subtype == "PCM_16" and "turned down, by 6.0 dB" in capsys.readouterr().out
     assert np.array_equal(held[:44100 - 1400], before[:44100 - 1400])
     assert np.array_equal(held[88200 + 1600:], before[88200 + 1600:])
-    assert np.abs(kept).max() > 1.99 and np.abs(held[44100:88200] - kept[44100:88200] / 2).max() < 1e-3
+    sf.write(folder / "peak.wav", np.concatenate([before, [[1.5, 0]]]), 44100, subtype="FLOAT")
+    peaks = call(folder, *edit, "--input", folder / "peak.wav")
+    for audio, top in ((held, 1), (kept, 1), (peaks, 1.5)):
+        assert np.abs(np.abs(audio[44100:88200]).max() - top) < 1e-3
+        assert np.abs(held[44100:88200] - audio[44100:88200] / top).max() < 1e-3
 
 
 def test_the_limiter_holds_full_scale_and_leaves_the_rest():
@@ -290,28 +295,28 @@ def test_the_splice_is_smooth_and_its_fades_lie_in_known_audio(hop):
 
 
 def test_little_context_is_said_and_none_refused(folder, capsys):
-    """130 samples are a frame: a note, and the music goes on; 100 are not: one sentence, status 2."""
+    """130 samples are a frame, so the music goes on; 100 are not: one sentence, status 2."""
     for n in (130, 100):
         sf.write(folder / f"n{n}.wav", 0.1 * np.random.default_rng(0).standard_normal((n, 2)), 44100)
     assert len(call(folder, "--task", "continuation", "--input", folder / "n130.wav", "--length", 0.2)) == 130 + 8820
-    assert "too little" in capsys.readouterr().out
+    assert "hears 0.00 s before" in capsys.readouterr().out
     with pytest.raises(sample.UserError, match="--input has less than one frame"):
         call(folder, "--task", "continuation", "--input", folder / "n100.wav", "--length", 0.2)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_as_printed_is_the_papers_algorithm_with_its_constants(folder, sampler, monkeypatch):
-    """One switch for the flags of the paper's choices; beside any of those it is refused; --steps leaves xi alone."""
+    """One switch for the paper's choices; beside a flag for any of those it is refused; --steps leaves xi alone."""
     edit = ["--task", "regenerate", "--input", folder / "long.wav", "--start", 1, "--end", 1.2]
     printed = call(folder, *edit, "--as-printed", *(["--sampler", "ddim"] if sampler == "ddim" else []), steps=5)
     settings = json.loads((folder / "out.json").read_text())["settings"]
-    of = sample.Settings.of                                 # keep_level has no flag
-    monkeypatch.setattr(sample.Settings, "of", lambda *given: sample.replace(of(*given), keep_level=False))
-    spelled = call(folder, *edit, "--sampler", sampler, "--xi", 0.03 * 5 / 50, "--k", 0.85,
-                   "--start-from", "paper", "--project", "x_t", "--no-equalise", steps=5)
+    spelled_out = sample.Settings(sampler, 5, 0.03 * 5 / 50, 0.85, "paper", "x_t", equalise=False, keep_level=False)
+    monkeypatch.setattr(sample.Settings, "of", lambda *_: spelled_out)
+    spelled = call(folder, *edit)
+    monkeypatch.undo()
     assert np.array_equal(printed, spelled) and settings["k"] == 0.85
     assert not (settings["equalise"] or settings["keep_level"])
-    for flag in (("--xi", 1), ("--k", 0.5), ("--start-from", "paper"), ("--project", "x_t"), ("--equalise",)):
+    for flag in (("--xi", 1), ("--k", 0.5), ("--equalise",)):
         with pytest.raises(sample.UserError, match=f"{flag[0]} is set by --as-printed"):
             call(folder, *edit, "--as-printed", *flag)
 
@@ -507,7 +512,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
     for culprit, arguments in (
             ("--task", ["--input", clip]), ("unknown", ["--task", "unknown"]), ("--input", ["--task", "infill"]),
             ("missing.wav", [*edit, "--input", "missing.wav"]), (str(folder), [*edit, "--input", str(folder)]),
-            ("text.wav", [*edit, "--input", str(folder / "text.wav")]), ("--end", [*edit, "--start", "9", "--end", "10"]),
+            ("text.wav", [*edit, "--input", str(folder / "text.wav")]), ("lasts 0:03.000: --start 0:09.000", [*edit, "--start", "9", "--end", "10"]),
             ("--end", [*edit, "--start", "2", "--end", "1"]), ("--start", [*edit, "--start", "x"]),
             ("--input2", ["--task", "transition", *edit[2:]]), (".mp3", [*edit, "--output", "a.mp3"]),
             ("zither", [*edit, "--classes", "zither=1", "--listener", str(folder / "classifier.pt")]),
@@ -523,7 +528,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("--k", [*edit, "--k", "2"]), ("--steps", [*edit, "--steps", "0"]), ("--replay", [*edit, "--replay", "none.json"]),
             # what would do nothing
             ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
-            ("--k", [*edit, "--k", "0.5"]), ("--start-from", [*edit, "--start-from", "paper"]),
+            ("--k", [*edit, "--k", "0.5"]), ("1:75 is no time", [*edit, "--start", "1:75"]),
             ("--weights", [*edit, "--weights", "embedding=3"]), ("--listener", [*edit, "--listener", "x.pt"]),
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
