@@ -249,8 +249,8 @@ class AudioFiles:
             start = int(into * max(self.lengths[track] - n + 1, 1))
             try:
                 clip = self.read(track, start, n)
-                return np.pad(clip, ((0, 0), (0, n - clip.shape[1]))), track
-            except (OSError, RuntimeError) as error:
+                return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), track     # a short file: in a loop
+            except (OSError, RuntimeError, ValueError) as error:
                 self.broken[self.paths[track]], place = reason(error), (place + 0.618) % 1
         raise UserError(f"ten clips in a row could not be read, the last in {self.paths[track]}", status=1)
 
@@ -509,7 +509,7 @@ class Classifying(nn.Module):
         mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))                    # (B, 128, frames)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
         dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
-        logits = self.net(mel, generators, dropped)[0].float()
+        logits, label = self.net(mel, generators, dropped)[0].float(), label.to(x.device)
         truth = (label[:, None] == torch.arange(logits.shape[1], device=label.device)).float()     # label -1: no class
         return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, truth),
                 "accuracy": (logits.argmax(1) == label).float().mean()}
@@ -565,10 +565,10 @@ class Trainer:
         return o.lr * (0.15 if self.adversarial else 1) * min(1, (done + 1) / warmup, (1 - done / steps) / o.cooldown)
 
     def values(self, model, batch):
-        """What the objective says of a batch. Times (float64, which some devices lack) and seeds stay on the CPU."""
-        o, moved = self.options, ("x", "noise", "fresh", "own", "label")
+        """What the objective says of a batch. Float32 alone moves to the device: not times (float64), seeds, labels."""
+        o = self.options
         with torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
-            return model(**{name: x.to(o.device) if name in moved else x for name, x in batch.items()})
+            return model(**{name: x.to(o.device) if x.dtype == torch.float32 else x for name, x in batch.items()})
 
     def gradients(self, stream):
         """Gradient of the mean loss over the step's clips, all processes together. Returns the loss of this one's."""
@@ -737,22 +737,22 @@ def settle(o):
         raise UserError(f"{o.out} holds a model: choose another --out; or --resume goes on, if state.pt is there")
     path = file if state else o.init
     known = open_checkpoint(o.model, path) if path else None
-    settings = state["settings"] if state else {}
+    fixed = state["settings"] if state else {"size": known.size} if known else {}
     longer = ("finetune_steps",) if state and state["adversarial"] else ("steps", "finetune_steps")
-    for name, value in (settings or {"size": known.size} if known else {}).items():
-        if getattr(o, name, None) not in (None, value) and name not in longer:
+    for name, value in fixed.items():
+        if name not in longer and getattr(o, name, None) not in (None, value):
             raise UserError(f"{path} has another --{name}: leave it out, or begin another run")
-    o.size = o.size or (known.size if known else "small")
-    recipe = asdict(RECIPES[o.model][o.size])
+    idle = [name for name, model in ONLY.items() if o.model != model] + ["valid", "cache"] * (not o.data)
+    for name in [] if state else idle:
+        if getattr(o, name):
+            raise UserError(f"--{name.replace('_', '-')} does nothing with this model, or without --data: leave it out")
+    recipe = asdict(RECIPES[o.model][o.size or fixed.get("size", "small")])
     if o.steps is not None:
         recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"seed": 0, "before": known and known.step or 0, **recipe, **settings}.items():
+    for name, value in {"size": "small", "seed": 0, "before": known and known.step or 0, **recipe, **fixed}.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
-    idle = [name for name, model in ONLY.items() if o.model != model] + ["valid", "cache"] * (not o.data)
-    for name in filter(partial(getattr, o), () if state else idle):
-        raise UserError(f"--{name.replace('_', '-')} does nothing with this model, or without --data: leave it out")
-    o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
+    o.save_every = o.save_every or max(50, min(1000, (o.steps + o.finetune_steps) // 10))
     o.device = pick_device(o.device)
     o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
     if o.batch % WORLD:
@@ -770,7 +770,7 @@ def survey(folders, window, flag):
     for path in sorted(facts.keys() - usable.keys()):
         say(f"  left out: {path} ({f'too short, {seconds[path]:.2f} s' if path in seconds else facts[path]})")
     if not usable:
-        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s: give others, or shorter --windows")
+        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: give others")
     say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
     return usable
 
@@ -785,7 +785,7 @@ def music(o):
         return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
     digest = lambda path: hashlib.sha256(show("/".join(Path(path).parts[-2:])).encode()).digest()
     valid = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
-    train = [path for path in files if path not in valid or len(files) < 4]
+    train = sorted(files.keys() - valid) if len(files) >= 4 else files
     return tuple(AudioFiles({path: files[path] for path in paths}) for paths in (train, valid))
 
 

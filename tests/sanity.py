@@ -67,7 +67,7 @@ class Study:
     def excerpts(self, limit):
         """Whole windows of the test music: one of each track, then a second of each, and so on, up to the limit."""
         found = evaluate.find_excerpts(self.options.data, self.window, limit, self.options.seed)
-        return [audio for audio, in evaluate.read_all({excerpt: [excerpt] for excerpt in found}).values()]
+        return [audio[0] for excerpt in found if (audio := evaluate.read_or_skip(excerpt))]
 
     @torch.no_grad()
     def made(self, task):

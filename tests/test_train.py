@@ -357,6 +357,15 @@ def test_a_second_stage_is_prolonged_by_its_own_flag(tmp_path):
     assert train.load_state(tmp_path / "state.pt")["step"] == 4
 
 
+def test_a_run_saves_in_its_second_stage_too(tmp_path):
+    """By default ten times in all steps, those of both stages together."""
+    asked = lambda *steps: train.parse(vae_args(tmp_path, "--steps", steps[0], "--finetune-steps", steps[1]))
+    for steps, due in (((0, 2000), 200), ((3000, 2000), 500), ((90_000, 0), 1000), ((10, 10), 50)):
+        options = asked(*steps)
+        train.settle(options)
+        assert options.save_every == due
+
+
 @pytest.mark.parametrize("words", ["--model latent --finetune-steps 5", "--model waveform --compile", "--valid music",
                                    "--model vae --vae vae.pt", "--model classifier --cache", "--cache"])
 def test_a_flag_that_would_do_nothing_is_refused(words, tmp_path):
@@ -836,6 +845,18 @@ def test_short_windows_are_measured_and_validated_as_they_are(music, tmp_path, m
                 "--steps", "1", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "run")])
     power = train.load_checkpoint(tmp_path / "run" / "model.pt").net.stages[0].power
     assert power.isfinite().all() and seen == [(1, 2, round(0.2 * RATE / 128) * 128)]
+
+
+def test_statistics_of_short_files_are_not_diluted(tmp_path, monkeypatch):
+    """Noise of deviation 0.1 in files of 0.3 s, shorter than the clips that are measured: that is the scale."""
+    monkeypatch.setattr(train.Trainer, "validate", lambda self: 0.0)
+    noise = np.random.default_rng(0).standard_normal((5, round(0.3 * RATE), 2))
+    (tmp_path / "data").mkdir()
+    for k in range(5):
+        sf.write(tmp_path / "data" / f"{k}.wav", 0.1 * noise[k], RATE)
+    args = ["--model", "waveform", "--size", "tiny", "--windows", 0.2, "--steps", 1, "--batch", 1, "--device", "cpu"]
+    train.main([str(word) for word in [*args, "--data", tmp_path / "data", "--out", tmp_path / "run"]])
+    assert train.load_checkpoint(tmp_path / "run" / "model.pt").net.scale == pytest.approx(0.1, rel=0.1)
 
 
 def test_the_frozen_vae_encodes_in_full_precision(monkeypatch):
