@@ -249,6 +249,8 @@ class AudioFiles:
             start = int(into * max(self.lengths[track] - n + 1, 1))
             try:
                 clip = self.read(track, start, n)
+                if not clip.size:
+                    raise ValueError("nothing is left of it")
                 return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), track     # a short file: in a loop
             except (OSError, RuntimeError, ValueError) as error:
                 self.broken[self.paths[track]], place = reason(error), (place + 0.618) % 1
@@ -762,7 +764,8 @@ def survey(folders, window, flag):
     seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
     usable = {path: facts[path] for path in seconds if seconds[path] >= window / SAMPLE_RATE}
     for path in sorted(facts.keys() - usable.keys()):
-        say(f"  left out: {path} ({f'too short, {seconds[path]:.2f} s' if path in seconds else facts[path]})")
+        why = f"too short, {seconds[path]:.2f} s" if path in seconds else facts[path]
+        say(f"  left out: {path} ({why})")
     if not usable:
         raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: give others")
     say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")

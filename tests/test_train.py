@@ -490,6 +490,18 @@ def test_a_truncated_file_is_as_long_as_what_can_be_decoded(tmp_path):
         assert frames == train.read_audio(path)[0].shape[1] and abs(frames / RATE - 3) < 0.3
 
 
+def test_a_file_that_lost_its_audio_since_is_left_out(tmp_path):
+    """Not one sample is left of it: clips come from another file, and it is named."""
+    paths = [str(tmp_path / f"{name}.wav") for name in "ab"]
+    for path in paths:
+        sf.write(path, np.full((RATE, 2), 0.5), RATE)
+    tracks = train.AudioFiles({path: train.probe(path) for path in paths})
+    sf.write(paths[0], np.zeros((0, 2)), RATE)
+    clip, track = tracks.crop(0.1, 2**14)
+    assert track == 1 and clip.shape == (2, 2**14) and clip.min() > 0.4
+    assert tracks.broken == {paths[0]: "nothing is left of it"}
+
+
 def endless_ogg(path):
     """An ogg cut after its first page, which has more samples than it says: libsndfile takes it for 2^63 - 1 frames."""
     sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 1)), RATE)
