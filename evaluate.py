@@ -70,10 +70,10 @@ class VGGish(nn.Module):
         return self.embeddings(x.permute(0, 2, 3, 1).flatten(1))
 
     def listen(self, audio, rate):
-        """audio (B, channels, n) at rate Hz -> embeddings (B, P, 128), differentiable. ValueError below 0.975 s."""
+        """audio (B, channels, n) at rate Hz -> embeddings (B, P, 128), differentiable. UserError below 0.975 s."""
         mono = resample(audio.mean(1), rate, self.rate)
         if mono.shape[-1] < self.shortest:
-            raise ValueError(f"audio of {audio.shape[-1] / rate:.3f} s is too short for VGGish, which needs 0.975 s")
+            raise UserError(f"audio of {audio.shape[-1] / rate:.3f} s is too short for VGGish, which needs 0.975 s")
         patches = self.patches(mono)
         with full_precision(audio):
             return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
@@ -198,12 +198,13 @@ def gather(records):
 def hear_reference(lengths, listeners, options, out, device):
     """{n: what the listeners hear in excerpts of n samples of the training music}; heard once, and kept in `out`."""
     files = [path for path in train.find_files([options.reference]) if os.path.exists(path)]
-    path = out / "reference-{}.pt".format(short_hash([(path, os.stat(path).st_mtime_ns) for path in files], lengths,
-                                                     listeners.names, options.reference_clips, options.seed))
+    versions = [(path, os.stat(path).st_mtime_ns) for path in files]
+    facts = code_hash(), versions, lengths, listeners.names, options.reference_clips, options.seed
+    path = out / f"reference-{page.identity(*facts)}.pt"
     if train.RANK == 0 and not path.exists():
         excerpts, heard = find_excerpts(options.reference, max(lengths), options.reference_clips, options.seed), []
         for batch in train.progress(batches(excerpts, options.batch), "reference", unit="batch"):
-            if audio := [excerpt for excerpt, in read_all({excerpt: [excerpt] for excerpt in batch}).values()]:
+            if audio := [found[0] for excerpt in batch if (found := read_or_skip(excerpt))]:
                 audio = torch.stack(audio).to(device)
                 heard += zip(*(listeners.hear(audio[..., :n]) for n in lengths))
         if len(heard) < 5:                                 # realism needs more than k = 3
@@ -223,24 +224,13 @@ def code_hash():
     return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
 
 
-def short_hash(*facts):
-    """8 hex digits that change with the facts and with the code: part of the name of each file that is kept."""
-    return hashlib.sha256(json.dumps([code_hash(), *facts]).encode()).hexdigest()[:8]
-
-
 def find_excerpts(folder, n, limit, seed):
     """Up to `limit` excerpts of n samples that do not overlap, in the order of the files: one at random of every file,
     then a second of every file that has one, and so on; where the limit falls within a turn, of files at random."""
     drawn = []
-    for i, path in enumerate(train.find_files([folder])):
-        facts = train.probe(path)
-        whole = 0 if isinstance(facts, str) else facts[0] * SAMPLE_RATE // facts[1] // n
-        if not whole:
-            say_once(f"skipped {train.show(path)}: " + (facts if isinstance(facts, str) else "too short"))
-        rng = train.random_numbers(seed, i)
+    for i, (path, (frames, rate, _)) in enumerate(train.survey([folder], n, str(folder)).items()):
+        rng, whole = train.random_numbers(seed, i), frames * SAMPLE_RATE // rate // n
         drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
-    if not drawn:
-        raise UserError(f"{folder} has no audio file of {n / SAMPLE_RATE:.2f} s or more")
     return sorted(excerpt for *_, excerpt in sorted(drawn)[:limit])
 
 
@@ -262,19 +252,16 @@ def read_excerpt(path, start, n):
     """(2, n) float32; UserError if the file cannot be read there, or holds samples that are not numbers."""
     audio = read_track(path)[:, start:start + n].clone()
     if audio.shape[-1] < n or not audio.isfinite().all():
-        raise UserError(f"shorter than {(start + n) / SAMPLE_RATE:.2f} s, or some samples are not numbers")
+        raise UserError(f"{path} is shorter than {(start + n) / SAMPLE_RATE:.2f} s, or some samples are not numbers")
     return audio
 
 
-def read_all(groups):
-    """{key: [audio, ...]} of {key: [excerpt, ...]}, without the groups of which an excerpt cannot be read."""
-    loaded = {}
-    for key, excerpts in groups.items():
-        try:
-            loaded[key] = [read_excerpt(*excerpt) for excerpt in excerpts]
-        except UserError as error:
-            say_once(f"skipped {train.show(excerpts[0][0])}: {error} (or the track paired with it)")
-    return loaded
+def read_or_skip(*excerpts):
+    """[audio, ...] of the excerpts; None, and a line that says why, if one of them cannot be read."""
+    try:
+        return [read_excerpt(*excerpt) for excerpt in excerpts]
+    except UserError as error:
+        say_once(f"skipped: {error}")
 
 
 def generator(seed, j):
@@ -394,7 +381,8 @@ class Evaluation:
     def file(self, row, task, j):
         """Of the record of clip j; its name changes with all that the record depends on."""
         folder = self.out / "records" / row.name.lower().replace(" ", "-") / task
-        return folder / f"{j:06d}-{short_hash(row.made_with, self.facts[task][j])}.pt"
+        facts = code_hash(), row.made_with, self.facts[task][j]
+        return folder / f"{j:06d}-{page.identity(*facts)}.pt"
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
@@ -408,7 +396,7 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, row, task, js):
-        loaded = read_all({j: self.pairs[task][j] for j in js})
+        loaded = {j: audio for j in js if (audio := read_or_skip(*self.pairs[task][j]))}
         if not loaded:
             return
         first, other = (torch.stack(audio).to(self.device) for audio in zip(*loaded.values()))        # (B, 2, window)
@@ -519,11 +507,12 @@ def parse(argv):
     add("--reference", help="folder of training music")
     add("--generated", help="folder of edited clips made by any system, to be compared with those of the same name in")
     add("--originals", help="this folder")
-    add("--region", type=float, nargs=2, metavar=("START", "END"), help="seconds of --generated that were generated")
+    add("--region", type=float, nargs=2, metavar=("START", "END"),
+        help="seconds that were generated, in the files of --generated or --figure2")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--sampler", choices=("ddpm", "ddim", "none"), help="none: only the rows that need no sampling (ddpm)")
     add("--steps", type=whole, help="sampling steps (50)")
-    add("--clips", type=whole, default=100, help="excerpts of the test music, for each task")
+    add("--clips", type=whole, default=100, help="excerpts of the test music, for each task; clips in --figure2")
     add("--listener", help="checkpoint of train.py --model classifier, who judges by default")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
@@ -540,6 +529,11 @@ def parse(argv):
     if not blind and (not options.reference or files != bool(options.originals) or files == bool(options.data)):
         raise UserError("give either --data, test music for the model to edit, or both --generated and --originals: "
                         "files that any system edited, and what they were made from; and --reference, training music")
+    sampling = ["checkpoint", "sampler", "steps", *(this.name for this in fields(sample.Settings) if this.metadata)]
+    idle = sampling if blind or files else ["region"]
+    given = [name for name in idle if getattr(options, name) is not None]
+    for name in given + ["as_printed"] * (idle is sampling and options.as_printed):
+        raise UserError(f"--{name.replace('_', '-')} does nothing here: leave it out")
     return options
 
 
@@ -576,20 +570,20 @@ def main(argv=None):
     train.join_processes(device)
     listeners = Listeners(options, device)
     if options.generated:
-        (pairs, spans), rows, out, file = plan_files(options), [GENERATED, TEST_SET], "files", None
+        (pairs, spans), rows, name, digest = plan_files(options), [GENERATED, TEST_SET], "files", None
     else:
         checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
-        (pairs, spans), out, file = plan_tasks(options, checkpoint), options.model, sample.digest(checkpoint.path)
+        (pairs, spans), name, digest = plan_tasks(options, checkpoint), options.model, sample.digest(checkpoint.path)
         rows = [*model_rows(checkpoint, listeners, options), TEST_SET, *FILLERS]
-    out = options.out or Path("runs") / f"evaluate-{out}"
+    out = options.out or Path("runs") / f"evaluate-{name}"
     lengths = sorted({spans[task].d - spans[task].c for task in pairs})
     reference = hear_reference(lengths, listeners, options, out, device)
     evaluation = Evaluation(out, pairs, spans, listeners, reference, options, device)
     evaluation.run(rows)
     if train.RANK == 0:
         asked = "data clips generated originals region reference seed".split()
-        settings = {name: getattr(options, name) for name in asked}
-        settings |= {"checkpoint": file, "listeners": listeners.names, "code": code_hash(),
+        settings = {flag: getattr(options, flag) for flag in asked}
+        settings |= {"checkpoint": digest, "listeners": listeners.names, "code": code_hash(),
                      "excerpts": len(reference[lengths[0]]["embedding"])}
         write_results(out, {row.name: {task: evaluation.figures(row, task) for task in pairs if task in row.tasks}
                             for row in rows}, settings)

@@ -2,7 +2,7 @@
 
 Eight ConvNeXt-1D layers [41] a side, with a factor of 2 in time after every layer but the first; trained on spectra,
 L1, L2, levels in bands and a small KL. Then the decoder is fine-tuned against a discriminator of complex spectra, the
-encoder frozen, and on a latent model's own latents where there is one. The bands and those latents are ours.
+encoder frozen, and on latents with white noise. The bands and that noise are ours.
 
     vae = VAE(PRESETS["small"])
     latents = vae.encode(audio)        # (B, 2, samples) -> (B, C, ceil(samples / 128))
@@ -142,13 +142,13 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(audio.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
         return mean, logvar.clamp(-20, 10)                          # exp() stays finite in half precision
 
-    def forward(self, audio, noise=None, latents=None):
-        """For training: reconstruction (B, 2, samples), mean, log-variance. Decoded is the posterior's mean; with
-        noise (B, C, frames), a draw from the posterior; with latents (B, C, frames), normalised, these."""
+    def forward(self, audio, noise=None, share=None):
+        """For training: reconstruction (B, 2, samples), mean, log-variance. Decoded is the posterior's mean; with noise
+        (B, C, frames), a draw from the posterior; with share (B,) too, the mean and noise of so much of the deviation
+        that each channel of a clip has over time."""
         mean, logvar = self.posterior(audio)
-        z = mean if noise is None else mean + (logvar / 2).exp() * noise
-        if latents is not None:
-            z = latents * self.latent_std[:, None] + self.latent_mean[:, None]
+        deviation = (logvar / 2).exp() if share is None else share[:, None, None] * mean.detach().std(2, keepdim=True)
+        z = mean if noise is None else mean + deviation * noise
         return self.decoder(z.transpose(1, 2)).transpose(1, 2)[..., :audio.shape[-1]], mean, logvar
 
     @torch.no_grad()

@@ -275,7 +275,9 @@ def count_votes(out, paths):
         for pair, answer in zip(questions, answers):
             if answer:
                 place = ANSWERS.index(answer)
-                counts[pair if pair in counts else pair[::-1]][place if pair in counts else 2 - place] += 1
+                if pair not in counts:
+                    pair, place = pair[::-1], 2 - place
+                counts[pair][place] += 1
     rows = [row_of(pair, *count) for pair, count in counts.items()]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")

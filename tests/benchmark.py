@@ -5,15 +5,14 @@
     OMP_NUM_THREADS=1 python tests/benchmark.py --cpu-time      # beside other work: processor time, not the clock
 
 The presets: parameters of each network, and the FLOPs of one forward over its window (PaSST 10 s; the VAE, which takes
-any length, 5.94 s there and back). Then each row says what was reached, beside its goal. What is compared takes turns,
-after one warm-up each, and the medians over all rounds are divided. A model's yardstick is the rate of a large matrix
-product (GEMM) that takes turns with it. FLOPs are those of matrix products and convolutions, a multiply-add counted as
-two. Peak memory is what one call adds at its fullest: on CUDA from the allocator, on the CPU as the running sum of
-torch.profiler's allocation events.
+any length, 5.94 s there and back). Then each row says what was reached, beside its bound, if it has one. What is
+compared takes turns, after one warm-up each, and the medians over all rounds are divided. A model's yardstick is the
+rate of a large matrix product (GEMM) that takes turns with it. FLOPs are those of matrix products and convolutions, a
+multiply-add counted as two. Peak memory is what one call adds at its fullest: on CUDA from the allocator, on the CPU as
+the running sum of torch.profiler's allocation events.
 """
 import argparse
 import contextlib
-import os
 import platform
 import statistics
 import sys
@@ -71,11 +70,8 @@ def peak_memory(run, device):
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / MiB
-    stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                            # some builds announce the profiler there
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    os.dup2(stderr, 2)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":                                      # one per allocation (+) and release (-)
@@ -95,13 +91,13 @@ def gemm(device, dtype=torch.float32):
     return lambda: F.conv1d(x, w), 2 * size**3
 
 
-def row(goal, what, reached, bound, at_most=True, unit=""):
-    """One printed line: what was reached, beside the goal if there is one."""
+def row(what, reached, bound, at_most=True, unit=""):
+    """One printed line: what was reached, beside its bound if there is one."""
     target = verdict = ""
     if bound is not None:
         target = f"{'<=' if at_most else '>='} {bound:.3g}{unit}"
         verdict = "reached" if (reached <= bound if at_most else reached >= bound) else "MISSED"
-    print(f"{goal:>2}  {what:58}{reached:9.2f}{unit:5}{target:>12}  {verdict}", flush=True)
+    print(f"{what:58}{reached:9.2f}{unit:5}{target:>12}  {verdict}", flush=True)
 
 
 def at_random(model, device):
@@ -130,7 +126,7 @@ def presets(rounds, device):
 
 
 def attention(rounds, device):
-    """Goal 1: L 2048, 6 heads of 64, distances clipped at 64, against the same attention without positions."""
+    """L 2048, 6 heads of 64, distances clipped at 64, against the same attention without positions."""
     q, k, v = (torch.randn(1, 6, 2048, 64, device=device, requires_grad=True) for _ in range(3))
     r = torch.randn(129, 64, device=device, requires_grad=True)
     forms = {"plain": lambda: F.scaled_dot_product_attention(q, k, v),
@@ -146,19 +142,19 @@ def attention(rounds, device):
 
     for what, run, bound in (("forward", forward, 1.35), ("forward + backward", both, 1.25)):
         s = medians({form: lambda form=form: run(form) for form in forms}, 3 * rounds, device)
-        row(1, f"relative attention / plain, {what}", s["relative"] / s["plain"], bound, unit=" x")
+        row(f"relative attention / plain, {what}", s["relative"] / s["plain"], bound, unit=" x")
         for form, limit in (("plain", None), ("relative", 100)):
-            row(1, f"{form} attention, {what}, peak memory", peak_memory(lambda: run(form), device), limit, unit=" MiB")
+            row(f"{form} attention, {what}, peak memory", peak_memory(lambda: run(form), device), limit, unit=" MiB")
 
 
 def transformer(rounds, device):
-    """Goals 2 and 3: a DiT's forward over 2048 frames as a share of the GEMM rate; guided steps of it and of `small`."""
+    """A DiT's forward over 2048 frames as a share of the GEMM rate; guided steps of it and of `small`."""
     config = dit.DiTConfig(channels=16, frames=2048, width=192, depth=6, heads=3)
     model, spectral = (at_random(dit.build(c), device) for c in (config, dit.PRESETS["small"]))
     x_t, t = torch.randn(1, config.channels, config.frames, device=device), torch.full((1,), 0.5, device=device)
-    share_of_gemm(2, "DiT 6 x 192, forward", lambda: no_grad(model, x_t, t), 0.7, rounds, device)
-    guided(3, "DiT 6 x 192", model, config.channels, config.frames, 2.5, rounds, device)
-    guided(3, "SpectralDiT small", spectral, config.channels, config.frames, 2.5, rounds, device)
+    share_of_gemm("DiT 6 x 192, forward", lambda: no_grad(model, x_t, t), 0.7, rounds, device)
+    guided("DiT 6 x 192", model, config.channels, config.frames, 2.5, rounds, device)
+    guided("SpectralDiT small", spectral, config.channels, config.frames, 2.5, rounds, device)
 
 
 @torch.no_grad()
@@ -166,16 +162,16 @@ def no_grad(model, *inputs):
     return model(*inputs)
 
 
-def share_of_gemm(goal, what, run, bound, rounds, device, dtype=torch.float32, work=None):
+def share_of_gemm(what, run, bound, rounds, device, dtype=torch.float32, work=None):
     """The rate of run(), of so much work (default: all its FLOPs), as a share of the GEMM rate."""
     product, product_flops = gemm(device, dtype)
     work = work or flops(run)[1]
     s = medians({"run": run, "product": product}, rounds, device)
     rate, gemm_rate = work / s["run"], product_flops / s["product"]
-    row(goal, f"{what} ({rate / 1e9:.0f} of {gemm_rate / 1e9:.0f} GF/s)", rate / gemm_rate, bound, at_most=False)
+    row(f"{what} ({rate / 1e9:.0f} of {gemm_rate / 1e9:.0f} GF/s)", rate / gemm_rate, bound, at_most=False)
 
 
-def guided(goal, what, model, C, n, bound, rounds, device):
+def guided(what, model, C, n, bound, rounds, device):
     """A guided step (x0_hat, gradient of L1 on kept ends) against the unguided step, as guidance.sample takes them."""
     x_t = torch.randn(1, C, n, device=device)
     A = KeepEnds(n, n // 4, n // 4)
@@ -187,21 +183,21 @@ def guided(goal, what, model, C, n, bound, rounds, device):
         s = medians(run, rounds, device)
         memory = peak_memory(run["guided"], device)
     assert all(p.grad is None for p in model.parameters()), "a guided step must leave no parameter gradient"
-    row(goal, f"{what}, guided step / forward ({s['forward']:.3f} s)", s["guided"] / s["forward"], bound, unit=" x")
-    row(goal, f"{what}, guided step, peak memory", memory, None, unit=" MiB")
+    row(f"{what}, guided step / forward ({s['forward']:.3f} s)", s["guided"] / s["forward"], bound, unit=" x")
+    row(f"{what}, guided step, peak memory", memory, None, unit=" MiB")
 
 
 def unet(rounds, device):
-    """Goal 5, for the U-Net; and its forward as a share of the GEMM rate, for which there is no goal."""
+    """A guided step of the U-Net; and its forward as a share of the GEMM rate, which has no bound."""
     config = unet1d.PRESETS["small"]
     model, n = at_random(unet1d.UNet1D(config), device), config.samples
-    guided(5, "U-Net small", model, 2, n, 2.1, rounds, device)
+    guided("U-Net small", model, 2, n, 2.1, rounds, device)
     x_t, t = torch.randn(1, 2, n, device=device), torch.full((1,), 0.5, device=device)
-    share_of_gemm(5, "U-Net small, forward", lambda: no_grad(model, x_t, t), None, rounds, device)
+    share_of_gemm("U-Net small, forward", lambda: no_grad(model, x_t, t), None, rounds, device)
 
 
 def autoencoder(rounds, device):
-    """Goal 4: at least 60% of the GEMM rate times the matrix products' share of the FLOPs; the rest is depthwise."""
+    """At least 60% of the GEMM rate times the matrix products' share of the FLOPs; the rest is depthwise."""
     config = vae.PRESETS["paper"]
     model, n = at_random(vae.VAE(config), device), 2**17
     audio = 0.1 * torch.randn(1, 2, n, device=device)
@@ -217,13 +213,13 @@ def autoencoder(rounds, device):
         by_kind, total = flops(run)
         products = sum(work for kind, work in by_kind.items() if "conv" not in str(kind))
         share = products / total
-        share_of_gemm(4, f"VAE paper, {what}, x{share:.2f}", run, 0.6 * share, rounds, device, work=products)
+        share_of_gemm(f"VAE paper, {what}, x{share:.2f}", run, 0.6 * share, rounds, device, work=products)
 
 
 def gpu(rounds, device):
-    """Goal 7: guided and training steps of the paper presets in bf16, as shares of the bf16 GEMM rate."""
+    """Guided and training steps of the paper presets in bf16, as shares of the bf16 GEMM rate."""
     if device.type != "cuda":
-        print(" 7  no CUDA device here: goal 7 (paper presets in bf16) not measured")
+        print("no CUDA device here: paper presets in bf16 not measured")
         return
     for name, net, config, C, n in (("DiT", dit.DiT, dit.PRESETS["paper"], 32, 2048),
                                     ("U-Net", unet1d.UNet1D, unet1d.PRESETS["paper"], 2, 2**19)):
@@ -243,7 +239,7 @@ def gpu(rounds, device):
 
         forward = flops(lambda: no_grad(model, x_0, t.to(device)))[1]       # what is recomputed does not count
         for what, run, forwards in (("guided step", guide, 2), ("training step", train, 3)):
-            share_of_gemm(7, f"{name} paper, {what}", run, 0.5, rounds, device, torch.bfloat16, forwards * forward)
+            share_of_gemm(f"{name} paper, {what}", run, 0.5, rounds, device, torch.bfloat16, forwards * forward)
         del model
 
 
@@ -277,7 +273,7 @@ def main(argv=None):
         product, work = gemm(device, dtype)
         rate = work / medians({"product": product}, args.rounds, device)["product"]
         print(f"GEMM rate, {str(dtype).removeprefix('torch.')}: {rate / 1e9:.0f} GF/s")
-    print(f"\n    {'measured':58}{'result':>14}{'goal':>12}")
+    print(f"\n{'measured':58}{'result':>14}{'bound':>12}")
     for name in names:
         BENCHMARKS[name](args.rounds, device)
 

@@ -21,5 +21,5 @@ def save_checkpoint(path, kind, net, vae=None, classes=None):
     """Write an untrained network as a run of train.py would."""
     import torch                        # not earlier: the line above must come first
     carried = {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None
-    torch.save({"format": 1, "kind": kind, "size": "tiny", "config": asdict(net.config), "ema": net.state_dict(), "step": 1,
-                "seed": 0, "classes": classes, "vae": carried}, path)
+    torch.save({"format": 1, "kind": kind, "size": "tiny", "config": asdict(net.config), "ema": net.state_dict(),
+                "step": 1, "classes": classes, "vae": carried}, path)

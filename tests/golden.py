@@ -153,6 +153,10 @@ def posteriors():
     return (odds / odds.sum(-1, keepdims=True)).mean(1)
 
 
+def kl(p, q):
+    return (p * np.log(p / (q + 1e-6))).sum()
+
+
 def mel_distance(x, y, rate=44100):
     """The mean over channels, bands and frames, summed over two windows."""
     def mels(z, n, bands):
@@ -189,7 +193,7 @@ def compute():
     logits, embedding = passt(weights(passt_shapes(**PASST)), mel, **PASST)
     return {"vggish_patches": patches[:, ::8], "vggish": vggish(weights(vggish_shapes()), patches),
             "passt_mel": mel[:, ::5], "passt_logits": logits, "passt_embedding": embedding,
-            "frechet": frechet(one, two), "kl": (lambda p, q: (p * np.log(p / (q + 1e-6))).sum())(*posteriors()),
+            "frechet": frechet(one, two), "kl": kl(*posteriors()),
             "mel_distance": [mel_distance(x, y), mel_distance(x, x / 2), mel_distance(x, 0 * x)],
             "realism": realism(one, two, 3, True), "realism_all": realism(one, two, 5, False)}
 

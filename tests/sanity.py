@@ -58,7 +58,10 @@ class Study:
         self.settings = sample.Settings.of(options, self.checkpoint.kind)
         self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
         self.spans, self.known = evaluate.layout(self.window, self.checkpoint.hop), {}
-        self.clips = self.excerpts(options.clips)
+
+    @functools.cached_property
+    def clips(self):
+        return self.excerpts(self.options.clips)
 
     @functools.cached_property
     def judge(self):
@@ -67,7 +70,7 @@ class Study:
     def excerpts(self, limit):
         """Whole windows of the test music: one of each track, then a second of each, and so on, up to the limit."""
         found = evaluate.find_excerpts(self.options.data, self.window, limit, self.options.seed)
-        return [audio for audio, in evaluate.read_all({excerpt: [excerpt] for excerpt in found}).values()]
+        return [audio[0] for excerpt in found if (audio := evaluate.read_or_skip(excerpt))]
 
     @torch.no_grad()
     def made(self, task):
@@ -111,10 +114,10 @@ def peaks(x):
     return S, S * around(top.to(x.dtype), 5).amax(-1), f
 
 
-def chroma(x):
-    """The peaks' amplitudes in the twelve classes of pitch, as a vector of length 1."""
-    _, at_peaks, f = peaks(x)
-    classes = torch.zeros(12, dtype=x.dtype)
+def chroma(at_peaks, f):
+    """Of the power at peaks (frames, bins) and the frequencies (bins,) that `peaks` gives: amplitudes in the twelve
+    classes of pitch, as a vector of length 1."""
+    classes = torch.zeros(12, dtype=f.dtype)
     classes.index_add_(0, (12 * (f / 440).log2()).round().long() % 12, at_peaks.sqrt().sum(0))
     return classes / (classes.norm() + 1e-9)
 
@@ -122,8 +125,8 @@ def chroma(x):
 def likeness(x, context, others):
     """tonal, pitch, beat and flux (4,) of audio (2, samples); context: chroma of its own, others: (n, 12)."""
     x = x.mean(0).double()
-    S, at_peaks, _ = peaks(x)
-    notes = chroma(x)
+    S, at_peaks, f = peaks(x)
+    notes = chroma(at_peaks, f)
     rise = (power(x, 1024, 512) + 1e-6).log().diff(dim=0).clamp(min=0).mean(1)                 # (frames - 1,)
     onsets = rise - rise.mean()
     spectrum = torch.fft.rfft(onsets, 2 * len(onsets)).abs().square()
@@ -144,7 +147,8 @@ def about_likeness(study):
     systems["context repeated"] = [clip[:, torch.arange(a, b) % a] for clip in study.clips]
     systems["white noise"] = [torch.randn(2, b - a, generator=evaluate.generator(study.options.seed, j)) * clip.std()
                               for j, clip in enumerate(study.clips)]
-    contexts = torch.stack([chroma(torch.cat([clip[:, :a], clip[:, b:]], 1).mean(0).double()) for clip in study.clips])
+    beside = [torch.cat([clip[:, :a], clip[:, b:]], 1).mean(0).double() for clip in study.clips]
+    contexts = torch.stack([chroma(*peaks(x)[1:]) for x in beside])                             # (clips, 12)
     print(f"likeness, {task}, {len(study.clips)} clips\n{'':18} tonal  pitch   beat   flux")
     for name, clips in systems.items():
         values = torch.stack([likeness(clip, contexts[j], contexts[torch.arange(len(clips)) != j])
@@ -273,23 +277,23 @@ def guided_pairs(study, guides, examples=None):
 
 
 def about_examples(study):
-    references, step = study.clips, study.options.steps_of[0]
+    references, step = study.clips, sample.XI_GUIDE["embedding"]
     hear = lambda x: sample.hear(study.listener, study.checkpoint, x)[1]
-    aims = embed(study.listener, references)
+    wanted = embed(study.listener, references)
     guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step, above=ABOVE)
-              for y in aims]
+              for y in wanted]
     plain, guided, facts = guided_pairs(study, guides, references)
-    before, after = ((embed(study.listener, clips) - aims).norm(dim=1) for clips in (plain, guided))
-    print(f"by example, {len(aims)} cases, step {step:g}, {facts}: distance to the example, median "
+    before, after = ((embed(study.listener, clips) - wanted).norm(dim=1) for clips in (plain, guided))
+    print(f"by example, {len(wanted)} cases, step {step:g}, {facts}: distance to the example, median "
           f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
     listen = lambda clips: F.normalize(torch.cat([study.judge.listen(clip[None])[1] for clip in clips]))
     n, spectra = plain[0].shape[1], [vae.spectrum(x[None], torch.ones(x.shape[1])) for x in references]
     coloured = [vae.equalise(x[None], torch.ones(n), spectrum)[0] for x, spectrum in zip(plain, spectra)]
-    print(f"  the judge: {'':22} cosine with its own, with others; nearest is its own (chance {1 / len(aims):.2f})")
-    aims = listen([clip[:, n:] for clip in references])             # of the first seconds, `real` below is made
+    print(f"  the judge: {'':22} cosine with its own, with others; nearest is its own (chance {1 / len(wanted):.2f})")
+    own = listen([clip[:, n:] for clip in references])             # of the first seconds, `real` below is made
     for name, clips in (("unguided", plain), ("with its spectrum alone", coloured), ("guided", guided),
                         ("real", [clip[:, :n] for clip in references])):
-        print("    {:24} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(listen(clips), aims)))
+        print("    {:24} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(listen(clips), own)))
 
 
 def own_and_others(made, aims):
@@ -302,7 +306,7 @@ def own_and_others(made, aims):
 
 
 def about_classes(study):
-    wanted, step = [j % len(study.classes) for j in range(study.options.clips)], study.options.steps_of[1]
+    wanted, step = [j % len(study.classes) for j in range(study.options.clips)], sample.XI_GUIDE["classifier"]
     if missing := {study.classes[i] for i in wanted} - set(study.judge.classes):
         raise train.UserError(f"--train has no folder {', '.join(sorted(missing))}: the listener knows these classes")
     hear = lambda x, i: sample.hear(study.listener, study.checkpoint, x)[0][:, i:i + 1]
@@ -339,10 +343,8 @@ def main(argv=None):
     add("--sampler", choices=("ddim", "ddpm"))
     add("--steps", type=train.within(1, 100000, int))
     sample.Settings.add_flags(add)
-    add("--steps-of", type=float, nargs=2, default=[sample.XI_GUIDE["embedding"], sample.XI_GUIDE["classifier"]],
-        metavar=("EXAMPLE", "CLASS"), help="guidance step sizes")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
+    add("--seed", type=train.within(0, 2**63, int), default=0)
+    add("--device", default="auto")
     options = parser.parse_args(argv)
     if {"memory", "example", "class"} & set(options.tables) and not options.train:
         raise train.UserError("--train is missing: memory, example and class need folders of training music")
@@ -352,4 +354,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.run(main)
+    train.run(main, "take fewer --clips, shorter --seconds, or --device cpu")

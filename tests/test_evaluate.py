@@ -162,7 +162,7 @@ def test_vggish_front_end_counts_whole_patches():
     net.window, net.triangles = torch.hann_window(400), evaluate.mel_triangles(64, 125, 7500, 257)
     assert [net.patches(torch.zeros(1, n)).shape[1] for n in (100, 15599, 15600, 80000)] == [0, 0, 1, 5]
     torch.testing.assert_close(net.patches(torch.zeros(1, 15600)), torch.full((1, 1, 96, 64), math.log(0.01)))
-    with pytest.raises(ValueError, match="0.975 s"):
+    with pytest.raises(train.UserError, match="0.975 s"):
         net.listen(torch.zeros(1, 2, 44100 // 2), 44100)
 
 
@@ -434,7 +434,7 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
                     ["--data", folder, "--generated", folder, "--originals", folder]):
         with pytest.raises(train.UserError, match="give either --data, .* or both --generated and --originals"):
             evaluate.main(bare + folders)
-    with pytest.raises(train.UserError, match="no audio file"):
+    with pytest.raises(train.UserError, match="no usable file of 0.74 s or more"):
         evaluate.main(command[:at + 1] + [str(tmp_path)] + command[at + 2:])
     with pytest.raises(train.UserError, match="holds a latent model, not a classifier"):
         evaluate.main([*command, "--listener", str(studio / "latent.pt")])
@@ -444,6 +444,13 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
         evaluate.main([*command, "--passt", str(studio / "latent.pt")])
     with pytest.raises(train.UserError, match="under 5 excerpts"):
         evaluate.main([*command, "--reference", folder])
+    files = ["--reference", folder, "--generated", folder, "--originals", folder]
+    for idle in (["--xi", "1"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--start-from", "paper"]):
+        for doing in (files, ["--figure2", f"a={folder}", f"b={folder}"]):
+            with pytest.raises(train.UserError, match=f"^{idle[0].replace('--no-', '--')} does nothing here"):
+                evaluate.parse([*doing, *idle])
+    with pytest.raises(train.UserError, match="--region does nothing here"):
+        evaluate.parse([*command, "--region", "0", "1"])
     for wrong in (["--sampler", "euler"], ["--steps", "0"]):
         with pytest.raises(SystemExit):
             evaluate.main([*command, *wrong])

@@ -20,7 +20,7 @@ def chord(*frequencies):
 
 
 def measured(audio, context, *others):
-    own, *rest = (sanity.chroma(clip.mean(0).double()) for clip in (context, *others))
+    own, *rest = (sanity.chroma(*sanity.peaks(clip.mean(0).double())[1:]) for clip in (context, *others))
     return dict(zip(("tonal", "pitch", "beat", "flux"), sanity.likeness(audio, own, torch.stack(rest)).tolist()))
 
 
