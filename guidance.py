@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps, x0_from_v
@@ -152,19 +153,21 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     return x_t
 
 
-def level_kept(model, C_L, C_R, above=0.5, most=4.0):
+def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
     """A model like `model`, whose x0_hat at times t > above has in the gap, between the first C_L and the last C_R
-    positions, the power that it has beside it (ours). Else a weak model's notes hardly begin there, or guidance lets
-    one grow without bounds. The gain, 1 / most to most, counts as a constant in the gradients of terms.
+    positions, the power that it has beside it: each position gets the gain that the mean over `reach` positions on
+    either side of it asks for (ours). Else a weak model's notes hardly begin there, fade out, or grow without bounds.
+    The gains, 1 / most to most, count as constants in the gradients of terms.
     """
     def kept(x_t, t):
         v = model(x_t, t)
-        x0_hat, new = x0_from_v(x_t, v, t), slice(C_L, x_t.shape[-1] - C_R)
+        x0_hat, gap = x0_from_v(x_t, v, t), slice(C_L, x_t.shape[-1] - C_R)
         power = x0_hat.detach().square().mean(1, keepdim=True)                                      # (B, 1, n)
-        beside = torch.cat([power[..., :new.start], power[..., new.stop:]], -1)
-        gain = (beside.mean(2) / power[..., new].mean(2).clamp(min=1e-20)).sqrt().clamp(1 / most, most)     # (B, 1)
+        beside = torch.cat([power[..., :gap.start], power[..., gap.stop:]], -1).mean(-1, keepdim=True)  # (B, 1, 1)
+        near = F.avg_pool1d(power[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)          # (B, 1, gap)
+        gain = (beside / near.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
         change = torch.zeros_like(power)
-        change[..., new] = torch.where(t[:, None] > above, gain - 1, 0.0)[:, None]
+        change[..., gap] = torch.where(t[:, None, None] > above, gain - 1, 0.0)
         return v - change * x0_hat / alpha_sigma(t)[1].to(x_t)[:, None, None]
     return kept
 

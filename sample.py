@@ -41,7 +41,7 @@ XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is
 AS_PRINTED = dict(k=0.85, start_from="paper", project="x_t", equalise=False, keep_level=False)
 CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
 LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
-LEVEL = 0.1                                                  # of music from nothing: its root mean square
+LEVEL, NEAR = 0.1, 0.25              # of music from nothing: its root mean square; seconds: see guidance.level_kept
 PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 
 
@@ -103,7 +103,7 @@ def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, gu
             task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
                                     weight=settings.xi * level, project=settings.project)
             if settings.keep_level and settings.k == 1:
-                estimator = guidance.level_kept(model, left, right)
+                estimator = guidance.level_kept(model, left, right, round(NEAR * SAMPLE_RATE / checkpoint.hop))
         task = tasks.combine(task, *[guide(z) for guide in guides])
         x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
                                              xi=xi, generator=generator, callback=callback)

@@ -445,7 +445,7 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
     with pytest.raises(train.UserError, match="under 5 excerpts"):
         evaluate.main([*command, "--reference", folder])
     files = ["--reference", folder, "--generated", folder, "--originals", folder]
-    for idle in (["--xi", "1"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--start-from", "paper"]):
+    for idle in (["--xi", "1"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"]):
         for doing in (files, ["--figure2", f"a={folder}", f"b={folder}"]):
             with pytest.raises(train.UserError, match=f"^{idle[0].replace('--no-', '--')} does nothing here"):
                 evaluate.parse([*doing, *idle])

@@ -307,7 +307,7 @@ def test_the_level_is_kept_between_what_is_known():
     x[..., 8:15] *= torch.tensor([2.0, 2.0, 3.0, 100.0], dtype=x.dtype)[:, None, None]
     x, t = x.requires_grad_(), torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
     model = lambda x, t: 0.3 * x * t[:, None, None]
-    kept = guidance.level_kept(model, 8, 5, above=0.5, most=4.0)
+    kept = guidance.level_kept(model, 8, 5, reach=7, above=0.5, most=4.0)
     before, after = (x0_from_v(x, m(x, t), t) for m in (model, kept))
     gain = (after / before).detach()
     power = lambda x_0, part: x_0[..., part].square().mean((1, 2))
@@ -318,3 +318,13 @@ def test_the_level_is_kept_between_what_is_known():
     slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (after, before * gain)]
     torch.testing.assert_close(*slopes)
     assert not kept(0 * x, t).any()
+
+
+def test_a_level_is_kept_all_along_the_gap():
+    """A gap of 200 positions that fades away gets the level beside it everywhere, by gains that change slowly."""
+    x, t = torch.ones(1, 2, 300, dtype=torch.float64), torch.tensor([0.9], dtype=torch.float64)
+    x[..., 50:250] = torch.linspace(3, 0.3, 200)
+    model = lambda x_t, t: x_t
+    before, after = (x0_from_v(x, m(x, t), t) for m in (model, guidance.level_kept(model, 50, 50, reach=20)))
+    along = after[..., 50:250].unfold(-1, 40, 20).square().mean((0, 1, 3)).sqrt() / after[0, 0, 0].abs()
+    assert (along - 1).abs().max() < 0.15 and (after / before).log().diff(dim=-1)[..., 51:248].abs().max() < 0.1

@@ -175,7 +175,7 @@ def test_the_step_towards_the_context_is_as_small_as_the_context(monkeypatch):
     x_bar[..., 16:40] = 7.0                                 # not known
     for keep_level in (True, False):
         settings = sample.Settings(xi=0.2, k=1.0, keep_level=keep_level)
-        sample.generate(SimpleNamespace(net=None), x_bar, 16, 24, settings, torch.Generator())
+        sample.generate(SimpleNamespace(net=None, hop=128), x_bar, 16, 24, settings, torch.Generator())
     assert torch.allclose(weights[0], torch.tensor([0.002, 0.6])) and weights[1] == 0.2
     default = lambda kind: sample.Settings.of(SimpleNamespace(as_printed=False), kind).keep_level
     assert default("latent") and not default("waveform")    # for the U-Net it was not measured
@@ -424,12 +424,12 @@ def test_where_the_level_is_kept(monkeypatch):
     """In infills and continuations of the latent model, in each window between what is known there; not where the start
     is x_bar, which has a level of its own, nor from nothing, nor with --as-printed or the waveform model."""
     asked, x_bar = [], torch.ones(1, 4, 64)
-    monkeypatch.setattr(guidance, "level_kept", lambda model, *known: asked.append(known))
+    monkeypatch.setattr(guidance, "level_kept", lambda model, C_L, C_R, reach: asked.append((C_L, C_R)))
     monkeypatch.setattr(guidance, "sample", lambda model, x_T, task, **_: x_T)
     for k, C_L, C_R, keep_level in ((1.0, 16, 24, True), (1.0, 0, 0, True), (0.6, 16, 24, True), (1.0, 16, 24, False)):
         settings = sample.Settings(k=k, keep_level=keep_level)
         spans = [(0, 30), (20, 64)] if C_L else None
-        sample.generate(SimpleNamespace(net=None), x_bar, C_L, C_R, settings, torch.Generator(), spans=spans)
+        sample.generate(SimpleNamespace(net=None, hop=128), x_bar, C_L, C_R, settings, torch.Generator(), spans=spans)
     assert asked == [(16, 0), (10, 24)]
 
 
@@ -439,7 +439,7 @@ def test_regenerating_the_start_of_a_track_begins_with_what_stood_there(monkeypa
     monkeypatch.setattr(guidance, "sample", lambda model, x_T, task, **_: starts.append(x_T) or x_T)
     for start in ("paper", "matched"):
         settings = sample.Settings(k=0.01, start_from=start)
-        sample.generate(SimpleNamespace(net=None), x_bar, 0, 0, settings, torch.Generator(), spans=[(0, 32), (16, 64)])
+        sample.generate(SimpleNamespace(net=None, hop=128), x_bar, 0, 0, settings, torch.Generator(), spans=[(0, 32), (16, 64)])
     assert len(starts) == 4 and all((x_T - x_bar[..., :32]).abs().mean() < 0.05 for x_T in starts[::2])
 
 
