@@ -114,7 +114,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     k           share of noise, in [0, 1]; a number, or (B,); App. C.3 has 0.85
     start_from  "paper": from k z + (1 - k) x_bar at t = 1, as Table 2 prints it. "matched": the same mixture scaled to
                 unit variance, at the time t_T whose alpha_t : sigma_t is (1 - k) : k, which is Sect. 4.3's "partially
-                noised using the forward process". From t = 1 a good model mistakes x_bar for noise and forgets it.
+                noised using the forward process". From t = 1, DDPM takes x_bar for noise and forgets it.
     """
     k = torch.as_tensor(k, dtype=torch.float64)
     if start_from not in ("paper", "matched"):
