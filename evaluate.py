@@ -576,7 +576,7 @@ def main(argv=None):
         (pairs, spans), name, digest = plan_tasks(options, checkpoint), options.model, sample.digest(checkpoint.path)
         rows = [*model_rows(checkpoint, listeners, options), TEST_SET, *FILLERS]
     out = options.out or Path("runs") / f"evaluate-{name}"
-    lengths = sorted({spans[task].d - spans[task].c for task in pairs})
+    lengths = sorted({span.d - span.c for span in spans.values()})          # of all tasks: one reference for all runs
     reference = hear_reference(lengths, listeners, options, out, device)
     evaluation = Evaluation(out, pairs, spans, listeners, reference, options, device)
     evaluation.run(rows)

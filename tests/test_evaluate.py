@@ -298,15 +298,16 @@ def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, cap
 
 
 def test_runs_of_one_checkpoint_add_up_to_one_table(studio, tmp_path, capsys):
-    """Tasks join their rows; flags make a row of its own, which they name; what was not measured is a dash."""
-    for more in (["infill"], ["continuation"], ["infill", "--xi", "0.5"]):
+    """Tasks join their rows; flags make a row of its own, which they name; what was not measured is a dash. All are
+    compared with the same excerpts of the training music."""
+    for more in (["unconditional"], ["infill"], ["continuation"], ["infill", "--xi", "0.5"]):
         evaluate.main(arguments(studio, tmp_path, "--tasks", *more))
     measured = {}
     for row, task, _ in figures(tmp_path):
         measured.setdefault(row, set()).add(task)
-    assert measured["Latent DDPM 2"] == measured["Test set"] == measured["Silence"] == {"infill", "continuation"}
+    assert measured["Latent DDPM 2"] == measured["Test set"] == measured["Silence"] == {"unconditional", "infill", "continuation"}
     assert measured["Latent DDPM 2, xi 0.5"] == {"infill"}
-    assert "/-" in capsys.readouterr().out
+    assert "/-" in capsys.readouterr().out and len(list(tmp_path.glob("reference-*.pt"))) == 1
 
 
 def test_what_other_code_measured_is_measured_again(studio, tmp_path, monkeypatch):
