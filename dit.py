@@ -225,7 +225,7 @@ class DiT(nn.Module):
 def spectra(x, hop):
     """x (B, C, n), n a multiple of hop -> spectra of frames of 2 hop under a sine window, (B, n / hop + 1, hop + 1, C).
 
-    Complex. A tight frame: from_spectra gives x back. White noise of variance 1 has 1 in each bin, half at the ends.
+    Complex. A tight frame: from_spectra gives x back. White noise of variance 1 keeps it, but in the outer frames.
     """
     frames = F.pad(x, (hop, hop)).unfold(-1, 2 * hop, hop) * sine_window(hop, x.device)  # (B, C, n / hop + 1, 2 hop)
     return math.sqrt(2) * torch.fft.rfft(frames, norm="ortho").permute(0, 2, 3, 1)
@@ -322,7 +322,7 @@ class SpectralDiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert all(config.frames % hop == max(config.hops) % hop == 0 for hop in config.hops), "a hop must divide both"
+        assert all(config.frames % hop == max(config.hops) % hop == 0 for hop in config.hops), "hops must divide frames"
         self.config = config
         self.stages = nn.ModuleList(SpectralStage(config, hop) for hop in config.hops)
 

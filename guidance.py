@@ -176,8 +176,8 @@ def windows(C_L, gap, C_R, window, overlap):
     """Spans [first, last) of at most `window` positions that one after the other fill a gap of `gap` positions.
 
     C_L positions are known before the gap and C_R behind it. One span if everything fits. Else equal shares of the gap,
-    each behind at least `overlap` positions, if there are as many; the last one hears C_R too. From right to left where
-    fewer are known before the gap than that, and more behind it.
+    each behind `overlap` positions or more, if there are as many, and room for them; the last one hears C_R too. From
+    right to left where fewer are known before the gap than that, and more behind it.
     """
     if C_L + gap + C_R <= window:
         return [(0, C_L + gap + C_R)]

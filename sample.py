@@ -145,7 +145,7 @@ def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None
 def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), example=None, **how):
     """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
     from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    guides, how see generate; with guides, only an `example` equalises. Latent music from nothing is scaled to LEVEL
+    guides, how see generate; with guides, only an `example` equalises. Else latent music from nothing gets LEVEL
     """
     read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
     x_bar = encode_known(checkpoint, known, *read)
@@ -320,7 +320,7 @@ def parse(argv, add_flags=Settings.add_flags):
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
-    add("--end", type=seconds, help="infill, regenerate: where it ends (2 s later; with neither flag, the middle 2 s)")
+    add("--end", type=seconds, help="infill, regenerate: where it ends (2 s later; with neither, the middle 2 s)")
     add("--length", type=length, help="continuation, or without --input: how much to make (what the window holds)")
     add("--context", type=length, help="seconds to hear on each side, half a window at most (continuation: 2.4)")
     add("--fade", type=length, help="transition: length of the cross-fade in seconds (2.5)")
@@ -382,7 +382,7 @@ def region(o, checkpoint):
         return Track(track.audio[:, :a], rate, track.subtype), a, b, context
     if (start := o.start) is None:
         start = max(0, (track.n / rate - GAP) / 2 if o.end is None else o.end - GAP)
-    a, b = round(start * rate), round((start + GAP if o.end is None else o.end) * rate)
+    a, b = round(start * rate), min(track.n, round((start + GAP) * rate)) if o.end is None else round(o.end * rate)
     if not 0 <= a < b <= track.n or b - a == track.n:
         raise UserError(f"{lasts}: --start {clock(a / rate)} to --end {clock(b / rate)} must be a part of it")
     return track, a, b, o.context
@@ -414,7 +414,7 @@ def guide_terms(o, checkpoint, listener, device):
     if o.classes:
         wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
         if wrong:
-            raise UserError(f"--classes {', '.join(wrong)}: from 0 to 1, of {', '.join(listener.classes)}")
+            raise UserError(f"--classes {', '.join(wrong)}: give labels from 0 to 1 to {', '.join(listener.classes)}")
         chosen = [listener.classes.index(name) for name in o.classes]
         logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
         labels = torch.tensor([list(o.classes.values())], device=device)

@@ -767,7 +767,8 @@ def survey(folders, window, flag):
         why = f"too short, {seconds[path]:.2f} s" if path in seconds else facts[path]
         say(f"  left out: {path} ({why})")
     if not usable:
-        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: give others")
+        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: give others" +
+                        ", or shorter --windows" * flag.startswith("--"))
     say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
     return usable
 

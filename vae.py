@@ -144,8 +144,8 @@ class VAE(nn.Module):
 
     def forward(self, audio, noise=None, share=None):
         """For training: reconstruction (B, 2, samples), mean, log-variance. Decoded is the posterior's mean; with noise
-        (B, C, frames), a draw from the posterior; with share (B,) too, the mean and noise of so much of the deviation
-        that each channel of a clip has over time."""
+        (B, C, frames), a draw from the posterior; with share (B,) too, the mean plus share times noise in units of
+        the deviation that each channel of the clip has over time."""
         mean, logvar = self.posterior(audio)
         deviation = (logvar / 2).exp() if share is None else share[:, None, None] * mean.detach().std(2, keepdim=True)
         z = mean if noise is None else mean + deviation * noise

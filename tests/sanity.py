@@ -354,4 +354,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.run(main, "take fewer --clips, shorter --seconds, or --device cpu")
+    train.run(main, "take shorter --seconds, or --device cpu")

@@ -326,5 +326,8 @@ def test_a_level_is_kept_all_along_the_gap():
     x[..., 50:250] = torch.linspace(3, 0.3, 200)
     model = lambda x_t, t: x_t
     before, after = (x0_from_v(x, m(x, t), t) for m in (model, guidance.level_kept(model, 50, 50, reach=20)))
+    for t in (0.25, 0.26):
+        late = torch.tensor([t], dtype=torch.float64)
+        assert torch.equal(guidance.level_kept(model, 50, 50, reach=20)(x, late), model(x, late)) == (t == 0.25)
     along = after[..., 50:250].unfold(-1, 40, 20).square().mean((0, 1, 3)).sqrt() / after[0, 0, 0].abs()
     assert (along - 1).abs().max() < 0.15 and (after / before).log().diff(dim=-1)[..., 51:248].abs().max() < 0.1

@@ -162,6 +162,17 @@ def test_a_gap_at_the_start_is_filled_from_the_right(C_L):
     assert todo == 0
 
 
+def test_two_seconds_are_edited_where_one_end_is_given(tmp_path):
+    """After --start, before --end, or in the middle; less at the edges of the track."""
+    sf.write(tmp_path / "x.wav", 0.1 * np.ones((8000, 1)), 1000)
+    checkpoint = SimpleNamespace(window=64, hop=128)
+    for flags, expected in ((["--start", "3"], (3000, 5000)), (["--end", "5.5"], (3500, 5500)), ([], (3000, 5000)),
+                            (["--start", "7"], (7000, 8000)), (["--end", "1"], (0, 1000)),
+                            (["--start", "1", "--end", "7"], (1000, 7000))):
+        options = sample.parse(["--task", "infill", "--input", str(tmp_path / "x.wav"), *flags])
+        assert sample.region(options, checkpoint)[1:3] == expected
+
+
 def test_xi_is_the_step_towards_the_context_alone(folder):
     """Guidance by example has its own step, which --xi 0 does not end."""
     infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 1.2, "--xi", 0)
@@ -424,13 +435,13 @@ def test_where_the_level_is_kept(monkeypatch):
     """In infills and continuations of the latent model, in each window between what is known there; not where the start
     is x_bar, which has a level of its own, nor from nothing, nor with --as-printed or the waveform model."""
     asked, x_bar = [], torch.ones(1, 4, 64)
-    monkeypatch.setattr(guidance, "level_kept", lambda model, C_L, C_R, reach: asked.append((C_L, C_R)))
+    monkeypatch.setattr(guidance, "level_kept", lambda *given: asked.append(given[1:]))
     monkeypatch.setattr(guidance, "sample", lambda model, x_T, task, **_: x_T)
     for k, C_L, C_R, keep_level in ((1.0, 16, 24, True), (1.0, 0, 0, True), (0.6, 16, 24, True), (1.0, 16, 24, False)):
         settings = sample.Settings(k=k, keep_level=keep_level)
         spans = [(0, 30), (20, 64)] if C_L else None
         sample.generate(SimpleNamespace(net=None, hop=128), x_bar, C_L, C_R, settings, torch.Generator(), spans=spans)
-    assert asked == [(16, 0), (10, 24)]
+    assert asked == [(16, 0, 86), (10, 24, 86)]             # a quarter of a second, in frames of 128 samples
 
 
 def test_regenerating_the_start_of_a_track_begins_with_what_stood_there(monkeypatch):
