@@ -228,7 +228,8 @@ def find_excerpts(folder, n, limit, seed):
     """Up to `limit` excerpts of n samples that do not overlap, in the order of the files: one at random of every file,
     then a second of every file that has one, and so on; where the limit falls within a turn, of files at random."""
     drawn = []
-    for i, (path, (frames, rate, _)) in enumerate(train.survey([folder], n, str(folder)).items()):
+    found = train.survey([folder], n, str(folder), "give others")
+    for i, (path, (frames, rate, _)) in enumerate(found.items()):
         rng, whole = train.random_numbers(seed, i), frames * SAMPLE_RATE // rate // n
         drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
     return sorted(excerpt for *_, excerpt in sorted(drawn)[:limit])

@@ -148,9 +148,9 @@ def crossfade(x_bar_L, x_bar_R, C_L, C_R):
     return torch.cat([x_bar_L[..., :C_L], middle, x_bar_R[..., n - C_R:]], dim=-1)
 
 
-def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **term):
+def transition(x_bar_L, x_bar_R, C_L, C_R, z, k, **options):
     """Table 2, Transition: Regenerate the constant-power cross-fade from x_bar_L to x_bar_R."""
-    return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **term)
+    return regenerate(crossfade(x_bar_L, x_bar_R, C_L, C_R), C_L, C_R, z, k, **options)
 
 
 def embedder_guidance(A, y, z, weight=1.0, **term):

@@ -756,7 +756,7 @@ def settle(o):
     return state, known
 
 
-def survey(folders, window, flag):
+def survey(folders, window, flag, remedy="give others, or shorter --windows"):
     """{path: [frames, rate, channels]} of the files that have `window` samples; says which are left out, and why."""
     paths = find_files(folders)
     with ThreadPoolExecutor(8) as pool:
@@ -767,8 +767,7 @@ def survey(folders, window, flag):
         why = f"too short, {seconds[path]:.2f} s" if path in seconds else facts[path]
         say(f"  left out: {path} ({why})")
     if not usable:
-        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: give others" +
-                        ", or shorter --windows" * flag.startswith("--"))
+        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: {remedy}")
     say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
     return usable
 
