@@ -356,7 +356,7 @@ def model_rows(checkpoint, listeners, options):
     """The model with the sampler and the flags of the options, which name it, and its VAE's reconstruction."""
     rows, file = [], {"checkpoint": sample.digest(checkpoint.path)}
     if options.sampler != "none":
-        settings = sample.Settings.of(options, checkpoint.kind)
+        settings = sample.Settings.of(options, checkpoint)
         flags = {flag.name: getattr(options, flag.name) for flag in fields(settings) if flag.metadata}
         name = f"{options.model.title()} {settings.sampler.upper()} {settings.steps}" + ", printed" * options.as_printed
         name += "".join(f", {flag} {value}" for flag, value in flags.items() if value is not None)
@@ -508,7 +508,7 @@ def parse(argv):
     add("--reference", help="folder of training music")
     add("--generated", help="folder of edited clips made by any system, to be compared with those of the same name in")
     add("--originals", help="this folder")
-    add("--region", type=float, nargs=2, metavar=("START", "END"),
+    add("--region", type=train.seconds, nargs=2, metavar=("START", "END"),
         help="seconds that were generated, in the files of --generated or --figure2")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--sampler", choices=("ddpm", "ddim", "none"), help="none: only the rows that need no sampling (ddpm)")

@@ -9,7 +9,7 @@ d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by pr
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -68,21 +68,6 @@ class Task:
             raise ValueError("project can be set for one term at most: two projections would undo each other")
 
 
-class Step(NamedTuple):
-    """What a callback is told after each update from x_t to x_s. Nothing in it waits for a GPU but `share`."""
-    t: Tensor                    # the time the update started from, () or (B,)
-    x_t: Tensor                  # (B, C, n)
-    x_s: Tensor                  # (B, C, n), before x_s is projected
-    pull: Tensor                 # (B, C, n), what guidance added to x_s
-
-    @property
-    def share(self):
-        """The size of guidance's part of the update over the sampler's own, the mean over clips; waits for the GPU."""
-        guidance, own = (torch.linalg.vector_norm(x.flatten(1), dim=1)
-                         for x in (self.pull, self.x_s - self.x_t - self.pull))
-        return (guidance / own.clamp(min=1e-12)).mean().item()
-
-
 def is_linear(A):
     return hasattr(A, "T") and hasattr(A, "solve")
 
@@ -119,7 +104,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0: projection only, and no graph is built
     generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
-    callback   called with a Step after each update
+    callback   called as callback(s, x_s) after each update
     Raises ValueError for bad arguments. Parameters of a model or operator that is an nn.Module are frozen meanwhile.
 
     The algorithms as printed are run for terms with project="x_t". The tasks' default, "x0_hat", departs from them
@@ -143,12 +128,11 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
                 x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
             else:
                 x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
-            if callback:       # Algorithm 2 moves eps_hat by sigma_t of the gradient, of which x_s takes sigma_s
-                reach = 1.0 if sampler == "ddpm" else (alpha_sigma(t)[1] * alpha_sigma(s)[1]).reshape(-1, 1, 1).to(x_t)
-                callback(Step(t, x_t, x_s, -reach * xi * gradient))
             for term in terms:
                 if term.project == "x_t":
                     x_s = data_consistency(x_s, term.y, term.A)
+            if callback:
+                callback(s, x_s)
             x_t = x_s
     return x_t
 

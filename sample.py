@@ -8,10 +8,8 @@ cross-fades of at most 50 ms beside it; all else is the input's own samples, bit
 """
 import argparse
 import hashlib
-import io
 import json
 import math
-import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,14 +18,13 @@ from pathlib import Path
 import soundfile as sf
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import guidance
 import tasks
 import vae
 from examples import page
-from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, random_numbers, read_audio, run, to_stereo_44k,
-                   within, write_atomic)
+from train import (SAMPLE_RATE, UserError, open_checkpoint, pick_device, progress, random_numbers, read_audio, run,
+                   seconds, to_stereo_44k, within, write_atomic)
 
 TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
 EDITS, FROM_X_BAR = TASKS[1:5], ("regenerate", "transition")     # with a track to edit; that start from what is there
@@ -63,7 +60,7 @@ class Settings:
     project: str = "x0_hat"                                  # what is made to meet y: see guidance.Term
     precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
     equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
-    keep_level: bool = True                                  # latent: as loud as what is beside it, or as music is
+    keep_level: bool = True                                  # as loud as what is beside it, or as music is
 
     @classmethod
     def add_flags(cls, add):
@@ -73,10 +70,11 @@ class Settings:
         add("--as-printed", action="store_true", help="the paper's algorithms, constants and start instead of these")
 
     @classmethod
-    def of(cls, options, kind):
-        """The settings that flags (None: not given) ask of a kind of model. UserError for one that would do nothing."""
+    def of(cls, options, checkpoint):
+        """The settings that flags (None: not given) ask of a model. UserError for one that would do nothing."""
         given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name, None)) is not None}
-        preset = {"xi": XI[kind], "keep_level": kind == "latent"}
+        kind = checkpoint.kind
+        preset = {"xi": XI[kind], "keep_level": kind == "latent" and checkpoint.size in ("tiny", "small")}
         if options.as_printed:
             preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * given.get("steps", cls.steps) / XI_STEPS}  # see generate
             for name in sorted(given.keys() & preset.keys()):
@@ -202,7 +200,7 @@ class Edit:
         self.C_R = min(behind, each, spare - self.C_L)
         self.b, self.end = b, a + math.ceil(self.gap * self.frame - 1e-6) if self.C_R else b
         if track.n and not self.C_L + self.C_R:
-            raise UserError("--input has less than one frame to hear: move --start, raise --context, or lengthen it")
+            raise UserError("--input has less than one frame beside the new part: take less of it, or a longer file")
         self.spans = guidance.windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
 
     def known(self, whole):
@@ -236,12 +234,13 @@ class Edit:
                              tasks.blend(new[:, before + end - a:], audio[:, end:end + behind])], dim=-1)
         return torch.cat([audio[:, :a - before], new, audio[:, end + behind:]], dim=-1)
 
-    def times(self, seconds):
+    def times(self):
         """One line: where things lie, in seconds, after rounding to the model's frames."""
         rate, passes = self.track.rate, len(self.spans)
-        return (f"new audio {clock(self.a / rate)} to {clock(self.end / rate)}" + f", in {passes} passes" * (passes > 1)
-                + f"; the model hears {self.C_L * self.frame / rate:.2f} s before it and "
-                f"{self.C_R * self.frame / rate:.2f} s after it; cross-fades of {1000 * seconds:.0f} ms outside")
+        before, after = (C * self.frame / rate for C in (self.C_L, self.C_R))
+        heard = f"; the model hears {before:.2f} s before it and {after:.2f} s after it" * bool(before + after)
+        made = f"new audio {clock(self.a / rate)} to {clock(self.end / rate)}"
+        return made + f", in {passes} passes" * (passes > 1) + heard
 
 
 def clock(seconds):
@@ -261,17 +260,20 @@ def word_length(path, track):
 def write_track(path, track):
     """Write a Track as wav or flac, by the ending of path, atomically. Integers are made here: libsndfile scales floats
     by 2^15 - 1 on the way out and 2^15 on the way in."""
-    samples = track.audio.T                                                            # (n, channels)
-    if track.subtype in PCM_BITS:
-        bits, full = PCM_BITS[track.subtype], 2 ** (PCM_BITS[track.subtype] - 1)
-        samples = (samples.double() * full).round().clamp(-full, full - 1).int() << (32 - bits)
-    buffer = io.BytesIO()
-    sf.write(buffer, samples.numpy(), track.rate, format=path.suffix[1:].upper(), subtype=track.subtype)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    bits, kind = PCM_BITS.get(track.subtype, 0), path.suffix[1:].upper()
+    full = 2.0 ** (bits - 1)
+    def write(file):
+        with sf.SoundFile(file, "w", track.rate, len(track.audio), track.subtype, format=kind) as out:
+            for samples in track.audio.T.split(2**20):                                 # (n, channels)
+                if bits:
+                    samples = (samples.double() * full).round().clamp(-full, full - 1).int() << (32 - bits)
+                out.write(samples.numpy())
+    write_atomic(path, write)
 
 
 def digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def output_paths(o):
@@ -284,8 +286,8 @@ def output_paths(o):
     for path in paths + [path.with_suffix(".json") for path in paths] + [first.with_suffix(".html")] * o.page:
         if any(path.exists() and path.samefile(used) for used in (o.input, o.input2, o.reference) if used):
             raise UserError(f"{path} is also what is read: choose another --output")
-        if path.exists() and not o.force:
-            raise UserError(f"{path} exists; choose another --output, or overwrite it with --force")
+        if path.is_dir() or path.exists() and not o.force:
+            raise UserError(f"{path} exists; choose another --output, or overwrite a file with --force")
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
         (probe := Path(f"{first}.part")).touch()
@@ -297,17 +299,12 @@ def output_paths(o):
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
-def seconds(text):
-    """"61.5" or "1:01.5" -> 61.5."""
-    match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
-    if not match or match[1] and float(match[2]) >= 60:
-        raise argparse.ArgumentTypeError(f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
-    return 60 * int(match[1] or 0) + float(match[2])
-
-
 def pairs(text):
     """"drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
-    return {name.strip(): within(-1e9, 1e9)(value) for name, value in (item.split("=") for item in text.split(","))}
+    try:
+        return {name.strip(): within(-1e9, 1e9)(value) for name, value in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not of the form name=1,other=0") from None
 
 
 def parse(argv, add_flags=Settings.add_flags):
@@ -315,7 +312,7 @@ def parse(argv, add_flags=Settings.add_flags):
     def refuse(message):
         raise UserError(f"{message} (all flags: --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.error, add, length = refuse, p.add_argument, within(0.01, 1e6)
+    p.error, add, length = refuse, p.add_argument, within(0.01, 1e6, seconds)
     add("--task", choices=TASKS, required=True, help="what to do")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
@@ -355,9 +352,10 @@ def check(o):
             raise UserError(f"--{name} is missing: --task {o.task} needs it")
     idle = [name for name, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
     idle += ["equalise"] * (not o.reference and (o.task not in EDITS or bool(o.classes)))
+    idle += ["classes"] * (o.k is not None and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2)    # t_T
     for name in idle:
         if getattr(o, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} does nothing for this task, model and guidance: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} does nothing beside this task, model and other flags: leave it out")
     for name in o.weights or {}:
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: embedding is for --reference, classifier for --classes")
@@ -395,7 +393,8 @@ def crossfaded(one, two, fade):
     fade = round(fade * one.rate)
     C_L, C_R = one.n - fade, other.shape[-1] - fade
     if fade < 1 or C_L < 1 or C_R < 1:
-        raise UserError(f"--fade {fade / one.rate:g} s must be above 0 and shorter than the shorter track")
+        lengths = f"{clock(one.n / one.rate)} and {clock(two.n / two.rate)}"
+        raise UserError(f"--fade {fade / one.rate:g} s must be above 0 and shorter than both tracks, of {lengths}")
     audio = tasks.crossfade(F.pad(one.audio, (0, C_R))[None], F.pad(other, (C_L, 0))[None], C_L, C_R)[0]
     return Track(audio, one.rate, one.subtype if one.subtype == two.subtype else "mixed"), C_L, C_L + fade
 
@@ -425,26 +424,27 @@ def guide_terms(o, checkpoint, listener, device):
 def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both for examples/stable_audio_open.py
     o = parse(argv, add_flags)
     check(o)
-    settings, device = Settings.of(o, o.model), pick_device(o.device)
+    paths, device, fade = output_paths(o), pick_device(o.device), SPLICE if o.splice is None else o.splice / 1000
     checkpoint = open_model(o, device) if open_model else open_checkpoint(o.model, o.checkpoint, device)
     print(f"model: {checkpoint.path}" + ("" if checkpoint.step is None else f", trained for {checkpoint.step} steps"))
-    edit, fade = Edit(checkpoint, *region(o, checkpoint)), SPLICE if o.splice is None else o.splice / 1000
-    print(edit.times(fade))
+    settings, edit = Settings.of(o, checkpoint), Edit(checkpoint, *region(o, checkpoint))
+    print(edit.times())
     listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
     guides, example = guide_terms(o, checkpoint, listener, device)
-    paths = output_paths(o)
     used = [path for path in (o.input, o.input2, o.reference, checkpoint.path, listener and listener.path) if path]
     record = {"command": shlex.join(["python", *(sys.argv if argv is None else ["sample.py", *argv])]),
-              "settings": asdict(settings), "times": edit.times(fade), "sha256": {path: digest(path) for path in used},
+              "settings": asdict(settings), "times": edit.times(), "sha256": {path: digest(path) for path in used},
               "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
     from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate
     top = 1.0 if subtype in PCM_BITS or not edit.track.n else max(1.0, edit.track.audio.abs().max().item())
+    if subtype in PCM_BITS and edit.track.n and edit.track.audio.abs().max() > 1:
+        raise UserError(f"{o.input} has peaks above full scale, which {subtype} would cut off: take --subtype FLOAT")
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        with tqdm(total=settings.steps * len(edit.spans), unit="step", dynamic_ncols=True) as bar:
+        with progress(total=settings.steps * len(edit.spans), unit="step") as bar:
             audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
-                         spans=edit.spans, guides=guides, example=example, callback=lambda step: bar.update())
+                         spans=edit.spans, guides=guides, example=example, callback=lambda *_: bar.update())
         if not audio.isfinite().all():
             raise UserError(f"{checkpoint.path} made samples that are not finite: take other settings or another", 1)
         track = Track(edit.splice(audio[0].cpu(), fade, top), rate, subtype)

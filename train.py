@@ -12,6 +12,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -95,6 +96,7 @@ class UserError(Exception):
 
 def run(main, need_memory="lower --batch"):
     """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # as stderr: not every name of a file can be printed
     try:
         return main()
     except UserError as error:
@@ -109,7 +111,7 @@ def run(main, need_memory="lower --batch"):
     except OSError as error:
         place = error.filename or "a file"
         message, status = f"{place} cannot be read or written ({error.strerror}): free some space, or choose another", 1
-    print(show(f"error: {message}"), file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -123,14 +125,17 @@ def within(low, high, kind=float):
     return number
 
 
-def show(text):
-    """Printable text: names of files need not be valid UTF-8."""
-    return str(text).encode(errors="backslashreplace").decode()
+def seconds(text):
+    """"61.5" or "1:01.5" -> 61.5."""
+    match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
+    if not match or match[1] and float(match[2]) >= 60:
+        raise argparse.ArgumentTypeError(f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
+    return 60 * int(match[1] or 0) + float(match[2])
 
 
 def say(text):
     if RANK == 0:
-        tqdm.write(show(text))
+        tqdm.write(text)
 
 
 def progress(*args, **kwargs):
@@ -273,8 +278,8 @@ class Latents(AudioFiles):
     def __init__(self, tracks, folder, vae):
         self.paths, self.names = tracks.paths, tracks.names
         key = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())).hexdigest()
-        versions = [f"{key} {show(path)} {os.stat(path).st_mtime_ns}" for path in self.paths]
-        self.files = [folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.npy" for version in versions]
+        versions = [f"{key} {path} {os.stat(path).st_mtime_ns}" for path in self.paths]
+        self.files = [folder / f"{hashlib.sha256(os.fsencode(version)).hexdigest()[:32]}.npy" for version in versions]
         folder.mkdir(parents=True, exist_ok=True)
         for path, file in progress(list(zip(self.paths, self.files))[RANK::WORLD], "cache", unit="track"):
             if not file.exists():
@@ -780,7 +785,7 @@ def music(o):
     files = survey(o.data, max(o.windows), "--data")
     if o.valid:
         return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
-    digest = lambda path: hashlib.sha256(show("/".join(Path(path).parts[-2:])).encode()).digest()
+    digest = lambda path: hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
     valid = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
     train = sorted(files.keys() - valid) if len(files) >= 4 else files
     return tuple(AudioFiles({path: files[path] for path in paths}) for paths in (train, valid))

@@ -226,8 +226,8 @@ def limited(audio, reach):
 
     Each of the gains that are averaged for a sample comes from a stretch that holds it, so no peak passes."""
     peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)                 # (1, n)
-    gain = F.pad((1 / peak).clamp(max=1), (reach, reach), mode="replicate")
-    return audio * F.avg_pool1d(gain, 2 * reach + 1, 1)
+    gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate").double().cumsum(-1)
+    return audio * ((gain[:, 2 * reach + 1:] - gain[:, :-2 * reach - 1]) / (2 * reach + 1)).to(audio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

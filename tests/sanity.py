@@ -10,8 +10,8 @@ likeness   Does it sound like music? Four measures of the generated part alone, 
            of the power between 80 and 5000 Hz that lies at spectral peaks. pitch: how much more alike the notes are to
            those of the clip's own context than to those of other clips'. beat: how regular the onsets are. flux: how
            uneven, onsets against a steady wash. To be read beside the real row: more is not better.
-v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, times spread evenly over
-           (0, 1), the noise fixed; for all times and for each quarter of them. Comparable between models of one kind.
+v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, each at a time in every
+           quarter of (0, 1), the noise fixed. Comparable between models of one kind.
 prompts    Of continuations: is each nearer to its own prompt than to other clips' prompts, has it the spectrum and the
            level of the music that really follows, and do the clips differ among each other as real ones do?
 memory     Is a continuation an excerpt of the training music? Its highest correlation with any place there, and its
@@ -55,7 +55,7 @@ class Study:
         self.checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
         classifier = train.open_checkpoint("classifier", options.listener, device)
         self.listener, self.classes = classifier.net, classifier.classes
-        self.settings = sample.Settings.of(options, self.checkpoint.kind)
+        self.settings = sample.Settings.of(options, self.checkpoint)
         self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
         self.spans, self.known = evaluate.layout(self.window, self.checkpoint.hop), {}
 
@@ -161,15 +161,15 @@ def about_likeness(study):
 @torch.no_grad()
 def about_v_loss(study):
     clips = study.excerpts(2 * len(train.find_files([study.options.data])))
-    shuffled = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))     # a track's times lie apart
-    times, losses = (shuffled.double() + 0.5) / len(clips), []
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))        # a track's times lie apart
+    losses = []
     for j, clip in enumerate(train.progress(clips, "v-loss", unit="window")):
         x_0 = study.checkpoint.encode(clip[None].to(study.device))
         eps = torch.randn(x_0.shape, generator=evaluate.generator(0, j)).to(study.device)
-        losses.append(v_loss(study.checkpoint.net, x_0, times[j:j + 1], eps).item())
-    losses = torch.tensor(losses)
-    quarters = (losses[(times * 4).long() == quarter].mean() for quarter in range(4))
-    print(f"v-loss on {len(clips)} whole windows: {losses.mean():.4f}; by quarter of t: "
+        t = (torch.arange(4, dtype=torch.float64) + (order[j] + 0.5) / len(clips)) / 4
+        losses.append(torch.cat([v_loss(study.checkpoint.net, x_0, t[i:i + 1], eps) for i in range(4)]))
+    quarters = torch.stack(losses).mean(0)
+    print(f"v-loss on {len(clips)} whole windows: {quarters.mean():.4f}; by quarter of t: "
           + " ".join(f"{loss:.4f}" for loss in quarters))
 
 
@@ -262,18 +262,17 @@ def about_memory(study):
 @torch.no_grad()
 def guided_pairs(study, guides, examples=None):
     """For each guide (a function z -> Task): audio without and with it (and with the spectrum of its example), from the
-    same random numbers; and how large the steps of guidance were on average, as a share of the sampler's own."""
-    checkpoint, plain, guided, shares = study.checkpoint, [], [], []
+    same random numbers."""
+    checkpoint, plain, guided = study.checkpoint, [], []
     frames = round(study.options.seconds * SAMPLE_RATE / checkpoint.hop)
     nothing = torch.zeros(1, 2, frames * checkpoint.hop, device=study.device)
-    callback = lambda step: shares.append(step.share) if (step.t > ABOVE).all() else None
     for j, guide in enumerate(train.progress(guides, "guidance", unit="case")):
         example = examples[j][None].to(study.device) if examples else None
-        for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example, "callback": callback})):
+        for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example})):
             numbers = evaluate.generator(study.options.seed, j)
             out.append(sample.fill(checkpoint, nothing, 0, 0, study.settings, numbers, **how)[0].cpu())
     moved = torch.stack([evaluate.mel_distance(b, a, SAMPLE_RATE) for a, b in zip(plain, guided)]).mean()
-    return plain, guided, f"share {sum(shares) / len(shares):.2f}, mel distance to the unguided {moved:.2f}"
+    return plain, guided, f"mel distance to the unguided {moved:.2f}"
 
 
 def about_examples(study):

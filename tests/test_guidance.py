@@ -180,8 +180,8 @@ def test_sampling_starts_at_the_tasks_time():
     """t_T of the task, one per clip, is the time of the first step, and the steps to 0 are equal."""
     z, steps = noise(2, 1, N, seed=18), []
     task = tasks.regenerate(z, C, C, z, torch.tensor([0.5, 0.85]))
-    sample(flat_model, task.x_T, task, steps=4, xi=0, callback=steps.append)
-    assert torch.equal(steps[0].t, task.t_T) and torch.allclose(steps[3].t, task.t_T / 4)
+    sample(flat_model, task.x_T, task, steps=4, xi=0, callback=lambda s, x_s: steps.append(s))
+    assert torch.allclose(torch.stack(steps), task.t_T * torch.tensor([[3], [2], [1], [0]]) / 4)
 
 
 def test_xi_acts_through_its_product_with_the_weight():
@@ -194,29 +194,11 @@ def test_xi_acts_through_its_product_with_the_weight():
     assert torch.allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_the_callback_hears_what_guidance_did(sampler):
-    """One Step per update, from t_T = 1/2 down; its pull is the difference from the same update without guidance."""
-    source, z, x_bar, steps = Gaussian(covariance()), noise(2, 1, N, seed=15), noise(2, 1, N, seed=16), {0.1: [], 0: []}
-    task = tasks.regenerate(x_bar, C, C, z, k=0.5)
-    for xi, heard in steps.items():
-        sample(source, task.x_T, task, steps=5, sampler=sampler, xi=xi, generator=generators(0)[0],
-               callback=heard.append)
-    guided, free = steps[0.1], steps[0]
-    assert [round(step.t.item(), 9) for step in guided] == [0.5, 0.4, 0.3, 0.2, 0.1] and free[0].share == 0
-    assert torch.allclose(guided[0].pull, guided[0].x_s - free[0].x_s, atol=1e-12) and guided[0].pull.abs().max() > 1e-3
-    ratio = guided[0].pull.flatten(1).norm(dim=1) / (free[0].x_s - task.x_T).flatten(1).norm(dim=1)
-    assert guided[0].share == pytest.approx(ratio.mean().item())
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_an_update_is_computed_once(sampler, monkeypatch):
-    """Also for a callback."""
-    calls, name = [], f"{sampler}_step"
-    step = getattr(guidance, name)
-    monkeypatch.setattr(guidance, name, lambda *arguments: calls.append(1) or step(*arguments))
-    sample(flat_model, noise(1, 1, 8), steps=3, sampler=sampler, callback=lambda step: step.share)
-    assert len(calls) == 3
+def test_the_callback_hears_every_update():
+    """In order, and what the last one made is the result."""
+    source, task, heard = Gaussian(covariance()), tasks.continuation(noise(1, 1, N, seed=14), C, noise(1, 1, N)), []
+    x_0 = sample(source, task.x_T, task, steps=5, xi=0.1, callback=lambda s, x_s: heard.append((s.item(), x_s)))
+    assert [s for s, _ in heard] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0]) and torch.equal(heard[-1][1], x_0)
 
 
 # ---- the samplers on exact sources ----------------------------------------------------------------------------------

@@ -188,8 +188,9 @@ def test_the_step_towards_the_context_is_as_small_as_the_context(monkeypatch):
         settings = sample.Settings(xi=0.2, k=1.0, keep_level=keep_level)
         sample.generate(SimpleNamespace(net=None, hop=128), x_bar, 16, 24, settings, torch.Generator())
     assert torch.allclose(weights[0], torch.tensor([0.002, 0.6])) and weights[1] == 0.2
-    default = lambda kind: sample.Settings.of(SimpleNamespace(as_printed=False), kind).keep_level
-    assert default("latent") and not default("waveform")    # for the U-Net it was not measured
+    default = lambda kind, size: sample.Settings.of(
+        SimpleNamespace(as_printed=False), SimpleNamespace(kind=kind, size=size)).keep_level
+    assert default("latent", "small") and not default("waveform", "small") and not default("latent", "paper")
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside an infill"])
@@ -258,6 +259,14 @@ def test_new_audio_above_full_scale_is_turned_down_and_nothing_else(folder, monk
     for audio, top in ((held, 1), (kept, 1), (peaks, 1.5)):
         assert np.abs(np.abs(audio[44100:88200]).max() - top) < 1e-3
         assert np.abs(held[44100:88200] - audio[44100:88200] / top).max() < 1e-3
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_a_long_file_is_written_whole(subtype, tmp_path):
+    """It is written in blocks of 2^20 samples."""
+    audio = torch.randint(-2**15, 2**15, (2, 2**20 + 9), generator=torch.Generator().manual_seed(0)) / 2**15
+    sample.write_track(tmp_path / "long.flac" if subtype == "PCM_16" else tmp_path / "long.wav", sample.Track(audio, 44100, subtype))
+    assert np.array_equal(sf.read(*tmp_path.iterdir())[0].T, audio.numpy())
 
 
 def test_the_limiter_holds_full_scale_and_leaves_the_rest():
@@ -516,6 +525,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
     sf.write(folder / "broken.wav", np.full((44100, 2), np.nan), 44100, subtype="FLOAT")
     (folder / "cut.pt").write_bytes((folder / "latent.pt").read_bytes()[:5000])
     torch.save({"format": 1, "kind": "latent", "trick": Path("x")}, folder / "pickled.pt")
+    sf.write(folder / "over.wav", np.linspace(-1, 1.1, 2**17), 44100, subtype="FLOAT")
     (folder / "there.wav").write_text("mine")
     (folder / "session.json").write_text("mine")
     (folder / "session.wav").unlink(missing_ok=True)
@@ -527,6 +537,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("--end", [*edit, "--start", "2", "--end", "1"]), ("--start", [*edit, "--start", "x"]),
             ("--input2", ["--task", "transition", *edit[2:]]), (".mp3", [*edit, "--output", "a.mp3"]),
             ("zither", [*edit, "--classes", "zither=1", "--listener", str(folder / "classifier.pt")]),
+            ("over.wav has peaks above full scale", [*edit, "--input", str(folder / "over.wav"), "--subtype", "PCM_16"]),
             ("--classes a", [*edit, "--classes", "a=2", "--listener", str(folder / "classifier.pt")]),
             ("latent", [*edit, "--model", "waveform"]), ("cut.pt", [*edit, "--checkpoint", str(folder / "cut.pt")]),
             ("pickled.pt", [*edit, "--checkpoint", str(folder / "pickled.pt")]),
@@ -541,6 +552,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
             ("--k", [*edit, "--k", "0.5"]), ("1:75 is no time", [*edit, "--start", "1:75"]),
             ("--weights", [*edit, "--weights", "embedding=3"]), ("--listener", [*edit, "--listener", "x.pt"]),
+            ("name=1,other=0", [*edit, "--classes", "a"]), ("--classes", ["--task", "regenerate", *edit[2:], "--k", "0.42", "--classes", "a=1"]),
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
             ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--equalise", [*edit, "--classes", "a=1", "--no-equalise"]),
