@@ -352,10 +352,10 @@ def check(o):
             raise UserError(f"--{name} is missing: --task {o.task} needs it")
     idle = [name for name, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
     idle += ["equalise"] * (not o.reference and (o.task not in EDITS or bool(o.classes)))
-    idle += ["classes"] * (o.k is not None and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2)    # t_T
+    idle += ["classes"] * (o.k is not None and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2)    # t_T, in regenerate
     for name in idle:
         if getattr(o, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} does nothing beside this task, model and other flags: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} does nothing beside the other flags: leave it out")
     for name in o.weights or {}:
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: embedding is for --reference, classifier for --classes")

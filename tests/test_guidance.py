@@ -131,24 +131,26 @@ def test_bce_is_finite_for_confident_logits():
 
 
 def test_no_graph_without_guidance_and_no_parameter_gradient_with_it():
-    """Without terms, or with xi = 0, the model runs without autograd; with them, with frozen parameters, which are
-    trainable again afterwards."""
+    """Without terms that look at x0_hat, or with xi = 0, the model runs without autograd; with them, with frozen
+    parameters, as operators do, and which are trainable again afterwards, if they were."""
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.linear, self.seen = torch.nn.Linear(8, 8), set()
+            self.linear.bias.requires_grad_(False)
 
-        def forward(self, x_t, t):
+        def forward(self, x_t, t=None):
             self.seen.add((torch.is_grad_enabled(), self.linear.weight.requires_grad))
             return self.linear(x_t)
 
-    z = noise(1, 1, 8).float()
-    task = tasks.continuation(z, 4, z)
-    for task, xi, seen in ((None, None, (False, False)), (task, 0, (False, False)), (task, 0.1, (True, False))):
+    z, A = noise(1, 1, 8).float(), Net()
+    task, other = tasks.combine(tasks.continuation(z, 4, z), tasks.embedder_guidance(A, z, z)), tasks.continuation(z, 4, z, on="x_t")
+    for task, xi, seen in ((None, None, (False, False)), (task, 0, (False, False)), (task, 0.1, (True, False)),
+                           (other, 0.1, (False, False))):
         net = Net()
         sample(net, z, task, steps=2, xi=xi)
-        assert net.seen == {seen}
-        assert net.linear.weight.requires_grad
+        assert net.seen == {seen} and net.linear.weight.requires_grad and not net.linear.bias.requires_grad
+    assert A.seen == {(True, False)} and A.linear.weight.requires_grad
 
 
 def test_two_terms_with_half_of_the_context_each_equal_one_with_all_of_it():
@@ -313,3 +315,20 @@ def test_a_level_is_kept_all_along_the_gap():
         assert torch.equal(guidance.level_kept(model, 50, 50, reach=20)(x, late), model(x, late)) == (t == 0.25)
     along = after[..., 50:250].unfold(-1, 40, 20).square().mean((0, 1, 3)).sqrt() / after[0, 0, 0].abs()
     assert (along - 1).abs().max() < 0.15 and (after / before).log().diff(dim=-1)[..., 51:248].abs().max() < 0.1
+
+
+def test_windows_fill_the_gap_and_hear_what_is_before_them():
+    """For any lengths: equal shares of the gap, in windows that fit, behind the overlap if so much is known; the last
+    one hears what is behind the gap. From the right where more is known there, as in a mirror."""
+    g = torch.Generator().manual_seed(0)
+    for C_L, gap, C_R, window, overlap in torch.randint(1, 100, (500, 5), generator=g).tolist():
+        window, C_R = window + 100, min(C_R, 50)
+        spans, n = guidance.windows(C_L, gap * 5, C_R, window, overlap), C_L + gap * 5 + C_R
+        if C_L < min(overlap, C_R) and n > window:
+            spans, C_L, C_R = [(n - last, n - first) for first, last in spans], C_R, C_L
+        known, shares = C_L, []
+        for first, last in spans:
+            assert 0 <= first and last - first <= window and known - first >= min(known, overlap, (window - C_R) // 2)
+            shares.append((last if last < n else n - C_R) - known)
+            known = last
+        assert known == n and max(shares) - min(shares) <= 1

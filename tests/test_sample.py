@@ -64,16 +64,15 @@ def call(folder, *arguments, model="latent", out="out.wav", steps=2):
     return sf.read(folder / out, always_2d=True)[0]
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("model", ["latent", "waveform"])
+@pytest.mark.parametrize("model, sampler, splice", [("latent", "ddpm", 30), ("waveform", "ddim", 10)])
 @pytest.mark.parametrize("name", ["long", "mono"])
 @pytest.mark.parametrize("task", ["infill", "regenerate"])
-def test_an_edit_fits_back_into_its_track(folder, task, name, model, sampler):
+def test_an_edit_fits_back_into_its_track(folder, task, name, model, sampler, splice):
     """Same length and rate, finite, new inside, bit-identical outside the region, in whole frames, and the fades."""
     before, rate = sf.read(folder / f"{name}.wav", always_2d=True)
     after = call(folder, "--task", task, "--input", folder / f"{name}.wav", "--start", 1.5, "--end", "0:01.7",
-                 "--sampler", sampler, model=model)
-    a, b, fade = round(1.5 * rate), round(1.7 * rate) + math.ceil(128 * rate / 44100), math.ceil(0.03 * rate)
+                 "--sampler", sampler, "--splice", splice, model=model)
+    a, b, fade = round(1.5 * rate), round(1.7 * rate) + math.ceil(128 * rate / 44100), math.ceil(splice / 1000 * rate)
     assert after.shape == before.shape and np.isfinite(after).all() and sf.info(folder / "out.wav").samplerate == rate
     assert np.array_equal(after[:a - fade], before[:a - fade]) and np.array_equal(after[b + fade:], before[b + fade:])
     assert np.isclose(after[a:b], before[a:b]).mean() < 0.05
@@ -93,17 +92,17 @@ def test_continuation_has_the_requested_length(folder, model):
 @pytest.mark.parametrize("flags", [["continuation", "--start", "1.0", "--length", "0.3"], ["infill", "--start", "1", "--end", "1.3"]])
 @pytest.mark.parametrize("name", ["long", "mono"])
 def test_the_region_to_be_generated_does_not_leak(folder, model, flags, name):
-    """Noise or silence in the place of the region changes nothing of the result, bit for bit."""
+    """Noise in the place of the region changes nothing of the result, bit for bit."""
     audio, rate = sf.read(folder / f"{name}.wav", always_2d=True)
     outs = []
-    for i, fill in enumerate((None, 0.0, 1.0)):
-        if fill is not None:
+    for noisy in (False, True):
+        if noisy:
             last = len(audio) if flags[0] == "continuation" else round(1.3 * rate)
-            audio[rate:last] = fill * 0.5 * np.random.default_rng(1).standard_normal((last - rate, audio.shape[1])).clip(-1, 1)
+            audio[rate:last] = 0.5 * np.random.default_rng(1).standard_normal((last - rate, audio.shape[1])).clip(-1, 1)
         sf.write(folder / "leak.wav", audio, rate)
         leak = "--input", folder / "leak.wav", "--device", "cpu"           # on a GPU, sums can differ from run to run
         outs.append(call(folder, "--task", *flags, *leak, model=model))
-    assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
+    assert np.array_equal(*outs)
 
 
 def test_transition_joins_two_tracks(folder):
@@ -220,6 +219,7 @@ def test_variations_and_seeds(folder):
     again = call(folder, *edit, "--num", 2)
     second = sf.read(folder / "out-2.wav", always_2d=True)[0]
     assert np.array_equal(once, again) and not np.array_equal(once, second)
+    assert not np.array_equal(once, call(folder, *edit, "--seed", 8, out="eight.wav"))
     stored, bytes_before = json.loads((folder / "out-2.json").read_text()), (folder / "out-2.wav").read_bytes()
     assert stored["variation"] == 1 and stored["settings"]["xi"] == sample.XI["latent"]
     program, script, *arguments = shlex.split(stored["command"])
@@ -259,6 +259,13 @@ def test_new_audio_above_full_scale_is_turned_down_and_nothing_else(folder, monk
     for audio, top in ((held, 1), (kept, 1), (peaks, 1.5)):
         assert np.abs(np.abs(audio[44100:88200]).max() - top) < 1e-3
         assert np.abs(held[44100:88200] - audio[44100:88200] / top).max() < 1e-3
+
+
+def test_what_no_integers_can_hold_is_written_as_floats():
+    """What was compressed, and two tracks of different word lengths; flac has 24 bits."""
+    for file, subtype, dtype, written in (("x.wav", "VORBIS", torch.float32, "FLOAT"), ("x.flac", "FLOAT", torch.float32, "PCM_24"),
+                                          ("x.wav", "mixed", torch.float64, "DOUBLE"), ("x.wav", "PCM_16", torch.float32, "PCM_16")):
+        assert sample.word_length(Path(file), sample.Track(torch.zeros(2, 9, dtype=dtype), 44100, subtype)) == written
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
@@ -324,21 +331,53 @@ def test_little_context_is_said_and_none_refused(folder, capsys):
         call(folder, "--task", "continuation", "--input", folder / "n100.wav", "--length", 0.2)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_as_printed_is_the_papers_algorithm_with_its_constants(folder, sampler, monkeypatch):
-    """One switch for the paper's choices; beside a flag for any of those it is refused; --steps leaves xi alone."""
-    edit = ["--task", "regenerate", "--input", folder / "long.wav", "--start", 1, "--end", 1.2]
-    printed = call(folder, *edit, "--as-printed", *(["--sampler", "ddim"] if sampler == "ddim" else []), steps=5)
-    settings = json.loads((folder / "out.json").read_text())["settings"]
-    spelled_out = sample.Settings(sampler, 5, 0.03 * 5 / 50, 0.85, "paper", "x_t", equalise=False, keep_level=False)
-    monkeypatch.setattr(sample.Settings, "of", lambda *_: spelled_out)
-    spelled = call(folder, *edit)
-    monkeypatch.undo()
-    assert np.array_equal(printed, spelled) and settings["k"] == 0.85
-    assert not (settings["equalise"] or settings["keep_level"])
-    for flag in (("--xi", 1), ("--k", 0.5), ("--equalise",)):
+@pytest.mark.parametrize("kind, xi", [("latent", 3e-2), ("waveform", 3e-3)])
+def test_as_printed_sets_the_papers_constants(kind, xi):
+    """One switch for App. C.3's xi and k, and all of the paper's other choices; beside a flag for any of them it is
+    refused."""
+    model, edit = SimpleNamespace(kind=kind, size="small"), ["--task", "regenerate", "--input", "x.wav", "--as-printed", "--steps", "5"]
+    settings = sample.Settings.of(sample.parse(edit), model)
+    assert settings == sample.Settings("ddpm", 5, xi * 5 / 50, 0.85, "paper", "x_t", equalise=False, keep_level=False)
+    for flag in (["--xi", "1"], ["--k", "0.5"], ["--equalise"]):
         with pytest.raises(sample.UserError, match=f"{flag[0]} is set by --as-printed"):
-            call(folder, *edit, "--as-printed", *flag)
+            sample.Settings.of(sample.parse(edit + flag), model)
+
+
+@pytest.mark.parametrize("steps", [5, 500])
+def test_the_steps_of_guidance_add_up_alike_for_any_number_of_steps(steps, monkeypatch):
+    """xi times a term's weight is the setting for 50 steps, times 50 over their number; as printed, xi itself."""
+    asked, x_bar = [], torch.ones(1, 4, 64)
+    monkeypatch.setattr(guidance, "sample", lambda _, x_T, task, xi, **__: asked.append(xi * task.terms[0].weight) or x_T)
+    printed = sample.Settings.of(sample.parse(["--task", "infill", "--as-printed", "--steps", str(steps)]),
+                                 SimpleNamespace(kind="latent", size="small"))
+    for settings in (sample.Settings(steps=steps, xi=0.2, k=1.0), printed):
+        sample.generate(SimpleNamespace(net=None, hop=128), x_bar, 16, 16, settings, torch.Generator())
+    assert [float(step) for step in asked] == pytest.approx([0.2 * 50 / steps, 0.03])
+
+
+def test_regenerate_starts_from_what_is_there_and_infill_from_nothing(folder, monkeypatch):
+    """What the model is given: all of the track, or zeros in the gap."""
+    one, seen, known = load_checkpoint(folder / "waveform.pt"), [], torch.randn(1, 2, 4096)
+    monkeypatch.setattr(sample, "generate", lambda checkpoint, x_bar, *_, **__: seen.append(x_bar) or x_bar)
+    for from_x_bar in (True, False):
+        sample.fill(one, known, 1000, 1000, sample.Settings(equalise=False), None, from_x_bar=from_x_bar)
+    whole, gap = seen
+    assert torch.allclose(whole, known / one.net.scale) and torch.equal(gap[..., :1000], whole[..., :1000])
+    assert not gap[..., 1000:-1000].any()
+
+
+def test_context_and_length(folder):
+    """--context is what is heard on either side; a continuation fills what the window has left behind it, 2.4 s if
+    nothing is said. Minutes may be given."""
+    one, track = SimpleNamespace(hop=128, window=2048), str(folder / "mono.wav")
+    def edit(*flags):
+        return sample.Edit(one, *sample.region(sample.parse(["--task", *flags, "--input", track]), one))
+    infill = edit("infill", "--start", "1.4", "--end", "1.6", "--context", "0.5")
+    assert infill.C_L == infill.C_R == int(0.5 * 44100 / 128)
+    for flags, context in (([], 2.4), (["--context", "1"], 1)):
+        on = edit("continuation", *flags)
+        assert on.C_L == int(context * 44100 / 128) and (on.b - on.a) / 48000 == pytest.approx(2048 * 128 / 44100 - context, abs=1e-4)
+    assert sample.parse(["--task", "continuation", "--length", "1:30"]).length == 90
 
 
 def test_defaults_are_said_once():
@@ -470,7 +509,7 @@ def test_a_reference_may_have_any_number_of_channels(folder):
     assert np.isfinite(call(folder, *edit, "--reference", folder / "six.wav")).all()
 
 
-def test_where_the_spectrum_is_as_decoded(folder):
+def test_where_the_spectrum_is_as_decoded():
     """From nothing, and with less than 0.25 s known."""
     tone = torch.sin(60 * 2 * math.pi * torch.arange(2**15) / 44100).expand(1, 2, -1)
     vae = SimpleNamespace(vae=True, hop=128, decode=lambda x: x)
@@ -552,7 +591,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(folder, capsys, tmp_path):
             ("--length", [*edit, "--length", "2"]), ("--input", ["--task", "unconditional", "--input", clip]),
             ("--k", [*edit, "--k", "0.5"]), ("1:75 is no time", [*edit, "--start", "1:75"]),
             ("--weights", [*edit, "--weights", "embedding=3"]), ("--listener", [*edit, "--listener", "x.pt"]),
-            ("name=1,other=0", [*edit, "--classes", "a"]), ("--classes", ["--task", "regenerate", *edit[2:], "--k", "0.42", "--classes", "a=1"]),
+            ("name=1,other=0", [*edit, "--classes", "a"]), ("--classes does nothing", ["--task", "regenerate", *edit[2:], "--k", "0.42", "--classes", "a=1"]),
             ("classifier", [*edit, "--reference", clip, "--weights", "classifier=3"]),
             ("embeding", [*edit, "--reference", clip, "--weights", "embeding=3"]), ("--fade", [*edit, "--fade", "1"]),
             ("--xi", ["--task", "unconditional", "--xi", "0.1"]), ("--equalise", [*edit, "--classes", "a=1", "--no-equalise"]),
