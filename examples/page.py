@@ -99,7 +99,7 @@ def edit_page(results, before, edit, fade):
     if before.n:
         known = to_stereo_44k(before.audio[:, begin:end].float(), rate)
         audio = [F.pad(known, (0, audio[0].shape[-1] - known.shape[-1])), *audio]
-        texts = [("Before", "the track as it was"), *texts]
+        texts = [("Before", "what stood there"), *texts]
     whole = audio[-1] if (begin, end) == (0, n) else read(results[0])
     peak = max(float(x.abs().max()) for x in (whole, *audio)) or 1.0
     levels = [spectrogram(x.T.numpy(), SAMPLE_RATE, x.shape[-1] / SAMPLE_RATE) for x in audio]

@@ -311,6 +311,9 @@ def test_a_choice_survives_a_reload_and_every_button_has_a_name(edited, browser)
         "Before", "Variation 1", "Variation 2"]
     browser.press("\ue007")
     assert browser.run("return version") == 2
+    browser.run("const all = document.querySelector('#overview'); all.onclick({offsetX: 0.9 * all.clientWidth})")
+    browser.until("!looping && since !== null && where() > 7")                         # beyond the loop, which ends
+    browser.run("move(0, false)")
     assert names(browser) >= {"Play", "Loop the marked part", "Choose this one", "Before", "Variation 1", "Variation 2"}
     assert browser.complaints() == []
 
