@@ -54,7 +54,7 @@ class Settings:
     """How to sample. The defaults, by measurement, are said here; xi is by kind of model, see `of`."""
     sampler: str = "ddpm"
     steps: int = 50
-    xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform 0.05", type=within(0, 1e9))
+    xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform: 0.05", type=within(0, 1e9))
     k: float = flag(0.6, "regenerate, transition: share of noise", type=within(0.01, 1))
     start_from: str = "matched"                              # regenerate, transition: see tasks.regenerate
     project: str = "x0_hat"                                  # what is made to meet y: see guidance.Term
@@ -67,7 +67,7 @@ class Settings:
         """Flags for the fields that have one, None if not given, and --as-printed. add: a parser's method."""
         for this in filter(lambda this: this.metadata, fields(cls)):
             add("--" + this.name.replace("_", "-"), **this.metadata)
-        add("--as-printed", action="store_true", help="the paper's algorithms, constants and start instead of these")
+        add("--as-printed", action="store_true", help="the paper's algorithms, constants and start instead")
 
     @classmethod
     def of(cls, options, checkpoint):
@@ -313,7 +313,7 @@ def parse(argv, add_flags=Settings.add_flags):
         raise UserError(f"{message} (all flags: --help)")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.error, add, length = refuse, p.add_argument, within(0.01, 1e6, seconds)
-    add("--task", choices=TASKS, required=True, help="what to do")
+    add("--task", choices=TASKS, required=True, help="embedding: by example; classifier: by class")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
@@ -324,16 +324,16 @@ def parse(argv, add_flags=Settings.add_flags):
     add("--reference", help="audio whose style to approach: embedder guidance, for every task")
     add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
     add("--weights", type=pairs, help="embedding=2,classifier=0.5: more or less of a guiding term (1)")
-    add("--model", choices=tuple(XI), default="latent", help="(latent)")
-    add("--checkpoint", help="of the model (the one shipped)")
+    add("--model", choices=tuple(XI), default="latent", help="one of the two shipped models (latent)")
+    add("--checkpoint", help="of the model, one that you trained (the one shipped)")
     add("--listener", help="checkpoint of the classifier that --reference and --classes use (the one shipped)")
     add("--sampler", choices=("ddpm", "ddim"), help=f"Algorithm 1 or 2 ({Settings.sampler})")
     add("--steps", type=within(1, 100000, int), help=f"sampling steps ({Settings.steps})")
     add_flags(add)
     add("--splice", type=within(0, 50), help="cross-fade in ms (30); 0: the model's output as it is")
     add("--num", type=within(1, 1000, int), default=1, help="variations (1)")
-    add("--seed", type=within(0, 2**63, int), default=0, help="another one, other music (0)")
-    add("--device", default="auto", help="cpu, cuda, mps (the fastest)")
+    add("--seed", type=within(0, 2**63, int), default=0, help="another seed makes other music (0)")
+    add("--device", default="auto", help="cpu, cuda or mps (auto: cuda, else mps, else cpu)")
     add("--output", help="wav or flac (beside the input)")
     add("--subtype", choices=("PCM_16", "PCM_24", "FLOAT"), help="(the input's; FLOAT if it was compressed)")
     add("--page", action="store_true", help="write a page too, to see, hear and choose: the same name, .html")

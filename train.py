@@ -701,7 +701,7 @@ def parse(argv):
     """All options; None where nothing was given, for `settle` to fill."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true", "default": None}
-    add("--model", choices=NETS, default="latent")
+    add("--model", choices=NETS, default="latent", help="what to train (latent)")
     add("--size", choices=("tiny", "small", "paper"), help="default: small, or that of --init")
     count, steps, file = within(1, 10**9, int), within(0, 10**9, int), {"metavar": "FILE", "type": os.path.abspath}
     folders = file | {"nargs": "+", "metavar": "FOLDER"}
@@ -711,7 +711,7 @@ def parse(argv):
     add("--vae", **file, help="latent: a checkpoint with a VAE; beside --init, another one than it has")
     add("--init", **file, help="begin with the weights, and the VAE, of this checkpoint")
     add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="lengths of clips, in turns")
-    add("--steps", type=steps)
+    add("--steps", type=steps, help="by default, as --batch, --lr and --windows: those of the --size")
     add("--finetune-steps", type=steps, help="vae: steps of the second stage")
     add("--batch", type=count, help="clips of the longest window in a step, all processes together")
     add("--lr", type=within(1e-9, 1))

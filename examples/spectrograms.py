@@ -65,7 +65,10 @@ def main(argv=None):
         parser.add_argument(name)
     parser.add_argument("--mark", type=float, metavar="SECONDS", help="a vertical line at this time")
     args = parser.parse_args(argv)
-    files = [soundfile.read(path, always_2d=True) for path in (args.before, args.after)]
+    try:
+        files = [soundfile.read(path, always_2d=True) for path in (args.before, args.after)]
+    except soundfile.LibsndfileError as error:
+        parser.error(str(error))
     seconds = max(len(audio) / rate for audio, rate in files)
     levels = [spectrogram(audio, rate, seconds) for audio, rate in files]
     top = max(level.max() for level in levels)

@@ -180,7 +180,10 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=12)
     args = parser.parse_args(argv)
     audio, style = clip(args.seed, args.clip, args.seconds)
-    soundfile.write(args.file, audio.T, SAMPLE_RATE)
+    try:
+        soundfile.write(args.file, audio.T, SAMPLE_RATE)
+    except (soundfile.LibsndfileError, ValueError, TypeError) as error:         # a folder that is not there; no ending
+        parser.error(f"{args.file} cannot be written: {error}")
     print(f"{args.file}: {args.seconds} s of {STYLES[style]}")
 
 
