@@ -110,10 +110,10 @@ def infill_errors(x_bar, sampler="ddpm", steps=50, project="x_t", xi=3e-2, draws
     g = torch.Generator().manual_seed(seed)
     source, middle = Gaussian(covariance()), slice(C, N - C)
     mean, sd = infill_posterior(source, x_bar)
-    many = x_bar.repeat_interleave(draws, dim=0)                                                   # (B, 1, N)
+    many = x_bar.expand(-1, draws, -1)              # (clips, draws, N): a draw in each channel, which L1 keeps apart
     task = tasks.infill(many, C, C, torch.randn(many.shape, dtype=many.dtype, generator=g), project=project)
     x_0 = guidance.sample(source, task.x_T, task, steps=steps, sampler=sampler, xi=xi, generator=g)
-    got = x_0.reshape(-1, draws, N)[..., middle]
+    got = x_0[..., middle]
     variance = got.var(1)
     # draws are finite: the variance of their mean is not an error of the sampler
     error = ((got.mean(1) - mean[:, 0, middle]).square() - variance / draws) / sd[middle] ** 2

@@ -209,7 +209,7 @@ def test_the_callback_hears_every_update():
 def test_unguided_samples_have_the_covariance_of_the_source(sampler):
     """2000 samples, 200 steps: variance within 5%, covariance within 12% (2000 true samples give 7-9%)."""
     S = covariance()
-    x_0 = sample(Gaussian(S), noise(2000, 1, N), steps=200, sampler=sampler, generator=generators(1)[0])[:, 0]
+    x_0 = sample(Gaussian(S), noise(1, 2000, N), steps=200, sampler=sampler, generator=generators(1)[0])[0]
     got = torch.cov(x_0.T)
     assert abs(got.diagonal().mean() / S.diagonal().mean() - 1) < 0.05
     assert torch.linalg.norm(got - S) / torch.linalg.norm(S) < 0.12
