@@ -1,16 +1,19 @@
-"""Properties of dit.py: relative attention against its definition, the model's contract, precision, training."""
+"""Properties of dit.py: attention against its definition, the models' contract, precision, training."""
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import benchmark
 import dit
-from diffusion import alpha_sigma
+from diffusion import alpha_sigma, v_loss
 from dit import PRESETS, DiT, relative_attention
 
 TINY = replace(PRESETS["tiny"], width=48, depth=2, heads=3, max_distance=8, frames=64)
+SPECTRAL = replace(TINY, hops=(8, 2))
+both = pytest.mark.parametrize("config", [TINY, SPECTRAL], ids=["DiT", "SpectralDiT"])
 
 
 def naive_attention(q, k, v, r):
@@ -24,6 +27,12 @@ def naive_logits(q, k, r):
     distance = torch.arange(length) - torch.arange(length)[:, None]  # j - i in row i
     vectors = r[distance.clamp(-c, c) + c]  # (L, L, d)
     return (torch.einsum("bhid,bhjd->bhij", q, k) + torch.einsum("bhid,ijd->bhij", q, vectors)) / math.sqrt(q.shape[-1])
+
+
+def heads_by_definition(block, h, logits):
+    """Attention over h (..., L, width), a head being a slice of the channels of q, k, v and of what proj takes in."""
+    q, k, v = (x.chunk(block.heads, -1) for x in block.qkv(h).chunk(3, -1))
+    return block.proj(torch.cat([logits(q[i], k[i], i).softmax(-1) @ v[i] for i in range(block.heads)], -1))
 
 
 def random_qkvr(length, c, dtype, batch=2, heads=3, d=16):
@@ -72,6 +81,13 @@ def test_relative_attention_does_not_depend_on_how_heads_are_grouped():
     assert torch.allclose(relative_attention(q, k, v, r), expected, atol=1e-6)
 
 
+def test_attention_of_a_block_equals_its_definition():
+    """Of each head by itself, all with the same relative vectors."""
+    block, h = trained_like(TINY).blocks[0], torch.randn(2, 20, 48)
+    logits = lambda q, k, i: naive_logits(q[:, None], k[:, None], block.relative)[:, 0]
+    torch.testing.assert_close(block.attention(h), heads_by_definition(block, h, logits), rtol=1e-4, atol=1e-5)
+
+
 def test_attention_logits_do_not_change_under_a_shift():
     """logit(i, j) = logit(i + s, j + s) in an attention layer that hears the same content s frames later."""
     s = 24
@@ -86,15 +102,37 @@ def test_attention_logits_do_not_change_under_a_shift():
     assert (early - early[..., :1]).std() > 0.1
 
 
-def test_output_is_zero_before_training():
-    """The zero-initialised output layer predicts v = 0, of the shape of x_t."""
-    v = DiT(TINY)(torch.randn(2, 8, 50), torch.rand(2))
+def test_gates_let_attention_and_mlp_in():
+    """A block is the identity at first; an open gate adds its branch, of the normalised, scaled and shifted input."""
+    block, h = dit.Block(TINY), torch.randn(2, 20, 48)
+    assert torch.equal(block(h, torch.zeros(2, 6 * 48)), h)
+    for first, branch in ((0, block.attention), (3, block.mlp)):
+        modulation = torch.zeros(2, 6, 48)
+        modulation[:, first:first + 3] = torch.randn(2, 3, 48)
+        shift, scale, gate = modulation[:, first:first + 3, None].unbind(1)                # (2, 1, 48) each
+        expected = h + gate * branch(shift + (1 + scale) * F.layer_norm(h, (48,), eps=1e-6))
+        torch.testing.assert_close(block(h, modulation.flatten(1)), expected, rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_output_is_zero_before_training(config):
+    """The zero-initialised output layer predicts v = 0, of the shape of x_t; on spectra while none is measured."""
+    v = dit.build(config)(torch.randn(2, 8, 50), torch.rand(2))
     assert v.shape == (2, 8, 50) and (v == 0).all()
 
 
-def test_clips_of_a_batch_do_not_mix():
+@both
+def test_every_parameter_reaches_v(config):
+    """No layer, of any stage, is left out: v has a gradient for each tensor of a trained model."""
+    model = trained_like(config)
+    model(torch.randn(2, 8, 64), torch.tensor([0.2, 0.9])).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@both
+def test_clips_of_a_batch_do_not_mix(config):
     """A clip's v is the same alone and in a batch with other clips and times."""
-    model = trained_like(TINY)
+    model = trained_like(config)
     x_t, t = torch.randn(3, 8, 40), torch.tensor([0.1, 0.5, 1.0])
     v = model(x_t, t)
     assert (v[1] - v[0]).abs().max() > 0.1
@@ -102,9 +140,12 @@ def test_clips_of_a_batch_do_not_mix():
         assert torch.allclose(model(x_t[i : i + 1], t[i : i + 1]), v[i : i + 1], atol=1e-5)
 
 
-def test_v_depends_on_time_and_on_absolute_position():
-    """The output changes with t, on a fine scale too, and the same content is told apart by where it lies."""
+@pytest.mark.parametrize("silent", ["modulation", "final_modulation"])
+def test_v_depends_on_time_and_on_absolute_position(silent):
+    """The output changes with t, on a fine scale too, through the blocks alone and through the last scale and shift
+    alone; and the same content is told apart by where it lies."""
     model = trained_like(TINY)
+    dit.zero(getattr(model, silent))
     x_t = torch.ones(1, 8, 64)
     v = [model(x_t, torch.tensor([t])) for t in (0.5, 0.51, 1.0)]
     assert (v[0] - v[1]).abs().max() > 1e-3 and (v[0] - v[2]).abs().max() > 1e-2
@@ -112,9 +153,9 @@ def test_v_depends_on_time_and_on_absolute_position():
 
 
 def test_a_sequence_may_begin_anywhere_in_the_window():
-    """start shifts the positions and nothing else, for each clip by its own."""
-    model = trained_like(TINY)
-    x_t, t = torch.randn(3, 8, 20), torch.rand(3)
+    """start shifts the positions and nothing else, for each clip by its own; here in float64."""
+    model = trained_like(TINY).double()
+    x_t, t = torch.randn(3, 8, 20, dtype=torch.float64), torch.rand(3)
     v = model(x_t, t, start=torch.tensor([0, 7, 44]))
     assert torch.allclose(v[:1], model(x_t[:1], t[:1]), atol=1e-5)
     assert not torch.allclose(v[1:2], model(x_t[1:2], t[1:2]), atol=1e-3)
@@ -124,12 +165,12 @@ def test_a_sequence_may_begin_anywhere_in_the_window():
     assert torch.allclose(v[2:], model(x_t[2:], t[2:]), atol=1e-5)
 
 
-def test_any_length_up_to_the_window_and_none_beyond():
-    """1 .. config.frames frames work, in float64 too and with t in float64; one more is refused with a sentence."""
-    model = trained_like(TINY)
+@both
+def test_any_length_up_to_the_window_and_none_beyond(config):
+    """1 .. config.frames frames work, multiples of a hop or not, and with t in float64; one more is refused."""
+    model = trained_like(config)
     for n in (1, 2, 17, 64):
         assert model(torch.randn(1, 8, n), torch.rand(1, dtype=torch.float64)).shape == (1, 8, n)
-    assert model.double()(torch.randn(1, 8, 9).double(), torch.rand(1)).dtype == torch.float64
     with pytest.raises(ValueError, match="65 frames"):
         model(torch.randn(1, 8, 65), torch.rand(1))
 
@@ -140,26 +181,29 @@ def test_impossible_configurations_are_refused():
         DiT(replace(TINY, heads=5))
 
 
+@both
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
-def test_half_precision_agrees_with_float32(dtype, tolerance):
+def test_half_precision_agrees_with_float32(config, dtype, tolerance):
     """Under autocast v and the gradients of x_t and r are those of float32, to the type's precision."""
-    model = trained_like(TINY)
+    model = trained_like(config)
+    relative = next(p for name, p in model.named_parameters() if name.endswith("relative"))
     x_t, t = torch.randn(2, 8, 64).requires_grad_(), torch.tensor([0.2, 0.9])
 
     def value_and_gradients(enabled):
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             v = model(x_t, t)
-        return v.float(), *torch.autograd.grad(v.float().square().sum(), [x_t, model.blocks[0].relative])
+        return v.float(), *torch.autograd.grad(v.float().square().sum(), [x_t, relative])
 
     for half, full in zip(value_and_gradients(True), value_and_gradients(False)):
         assert half.dtype == torch.float32
         assert 0 < (half - full).norm() / full.norm() <= tolerance
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_silence_and_full_scale_noise_stay_finite(dtype):
+def test_silence_and_full_scale_noise_stay_finite(config, dtype):
     """Zeros, and noise far above unit variance, give finite v and finite gradients at both ends of time."""
-    model = trained_like(TINY)
+    model = trained_like(config)
     for x_t in (torch.zeros(2, 8, 64), 30 * torch.randn(2, 8, 64)):
         x_t.requires_grad_()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -168,43 +212,28 @@ def test_silence_and_full_scale_noise_stay_finite(dtype):
         assert torch.autograd.grad(v.float().mean(), x_t)[0].isfinite().all()
 
 
-def test_frozen_parameters_leave_the_gradient_of_the_input_as_it_is():
+@both
+def test_frozen_parameters_leave_the_gradient_of_the_input_as_it_is(config):
     """The guidance gradient, for which parameters are frozen, is that of the model as it trains."""
-    model = trained_like(TINY)
+    model = trained_like(config)
     x_t, t = torch.randn(1, 8, 64).requires_grad_(), torch.tensor([0.5])
     expected = torch.autograd.grad(model(x_t, t).square().sum(), x_t)[0]
     model.requires_grad_(False)
     assert torch.allclose(torch.autograd.grad(model(x_t, t).square().sum(), x_t)[0], expected, atol=1e-6)
 
 
-def test_frozen_relative_vectors_cost_nothing_in_the_backward_pass():
-    """Freezing r saves the products of its gradient, 2 N L (2 c + 1) d operations, and nothing else."""
-    q, k, v, r = random_qkvr(20, 4, torch.float32)
-
-    def backward_flops(vectors, inputs):
-        out = relative_attention(q, k, v, vectors, block=8)
-        return benchmark.flops(lambda: torch.autograd.grad(out.sum(), inputs))[1]
-
-    assert backward_flops(r.detach(), [q, k, v]) == backward_flops(r, [q, k, v, r]) - 2 * 6 * 20 * 9 * 16
-
-
 def test_one_clip_can_be_learned():
-    """Overfitting one clip of 32 frames brings the v-loss, averaged over t, below a quarter of predicting zero."""
-    from diffusion import v_loss
-
+    """Overfitting one clip of 16 frames brings the v-loss, averaged over t, below a quarter of predicting zero."""
     torch.manual_seed(0)
-    model = DiT(replace(TINY, frames=32))
-    x_0 = torch.randn(1, 8, 32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = 16
-    for _ in range(250):
-        t = (torch.arange(batch, dtype=torch.float64) + torch.rand(batch, dtype=torch.float64)) / batch
-        loss = v_loss(model, x_0.expand(batch, -1, -1), t, torch.randn(batch, 8, 32)).mean()
+    model, x_0 = DiT(replace(TINY, depth=1)), torch.randn(1, 8, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    for _ in range(150):
+        t = (torch.arange(8, dtype=torch.float64) + torch.rand(8, dtype=torch.float64)) / 8
+        loss = v_loss(model, x_0.expand(8, -1, -1), t, torch.randn(8, 8, 16)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    t = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
-    eps = torch.randn(64, 8, 32)
+    t, eps = (torch.arange(64, dtype=torch.float64) + 0.5) / 64, torch.randn(64, 8, 16)
     with torch.no_grad():
         learned = v_loss(model, x_0.expand(64, -1, -1), t, eps).mean()
         of_zero = v_loss(lambda x_t, t: 0 * x_t, x_0.expand(64, -1, -1), t, eps).mean()
@@ -212,27 +241,18 @@ def test_one_clip_can_be_learned():
 
 
 def test_paper_preset_has_the_papers_size():
-    """About 1B parameters: 32 layers of 1536 over 2048 frames (App. C.1)."""
-    with torch.device("meta"):
-        model = DiT(PRESETS["paper"])
-    assert len(model.blocks) == 32 and model.config.width == 1536 and model.config.frames == 2048
-    assert 0.9e9 < sum(p.numel() for p in model.parameters()) < 1.0e9
-
-
-def test_the_presets_are_counted_without_memory(capsys):
-    """The work of the paper's preset on the meta device is that of its products, counted by hand, to 0.1%."""
-    benchmark.main(["--only", "presets"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if "DiT paper" in line)
+    """About 1B parameters: 32 layers of 1536 over 2048 frames (App. C.1); its work is that of its products, to 0.1%."""
     c, n = PRESETS["paper"], 2048
+    with torch.device("meta"):
+        model = DiT(c)
+        work = benchmark.flops(lambda: model(torch.empty(1, c.channels, n), torch.empty(1)))[1]
+    assert c.depth == 32 and c.width == 1536 and c.frames == n
+    assert 0.9e9 < sum(p.numel() for p in model.parameters()) < 1.0e9
     a_block = 12 * c.width**2 + c.width * (2 * n + 2 * c.max_distance + 1)  # multiply-adds of a frame
-    by_hand = 2 * n * (c.depth * a_block + 2 * c.channels * c.width)
-    assert "928.71 M" in line and float(line.split()[-4]) == pytest.approx(by_hand / 1e9, rel=1e-3)
+    assert work == pytest.approx(2 * n * (c.depth * a_block + 2 * c.channels * c.width), rel=1e-3)
 
 
 # ---- SpectralDiT ----------------------------------------------------------------------------------------------------
-
-SPECTRAL = dit.DiTConfig(channels=4, frames=64, width=16, depth=2, heads=2, hops=(8, 2))
-
 
 @pytest.mark.parametrize("hop", [1, 2, 16])
 def test_spectra_are_a_tight_frame(hop):
@@ -246,29 +266,49 @@ def test_spectra_are_a_tight_frame(hop):
 
 def test_spectral_dit_starts_as_the_best_estimate_for_a_gaussian():
     """Before training, v is E[v | x_t] for music that is Gaussian with the measured spectrum, here white in time."""
-    mix = torch.randn(4, 4, dtype=torch.float64)
-    x_0 = mix @ torch.randn(2000, 4, 64, dtype=torch.float64)
+    mix = torch.randn(8, 8, dtype=torch.float64)
+    x_0 = mix @ torch.randn(2000, 8, 64, dtype=torch.float64)
     model = dit.build(SPECTRAL)
     model.set_spectrum([x_0.float()])
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     alpha_t, sigma_t = (c[:, None, None] for c in alpha_sigma(t))
-    S, one = mix @ mix.T, torch.eye(4, dtype=torch.float64)
-    x_t = alpha_t * x_0[:3] + sigma_t * torch.randn(3, 4, 64, dtype=torch.float64)
+    S, one = mix @ mix.T, torch.eye(8, dtype=torch.float64)
+    x_t = alpha_t * x_0[:3] + sigma_t * torch.randn(3, 8, 64, dtype=torch.float64)
     expected = alpha_t * sigma_t * (one - S) @ torch.linalg.inv(alpha_t**2 * S + sigma_t**2 * one) @ x_t
     assert (model(x_t.float(), t) - expected).square().mean() < 1e-3 * expected.square().mean()
 
 
-def test_spectral_dit_takes_any_length_and_keeps_clips_apart():
-    """v has the shape of x_t also where n is no multiple of a hop, and a clip's v does not depend on its batch."""
-    model, x_t, t = trained_like(SPECTRAL), torch.randn(3, 4, 37), torch.rand(3, dtype=torch.float64)
-    v = model(x_t, t)
-    assert v.shape == x_t.shape
-    torch.testing.assert_close(v[1:2], model(x_t[1:2], t[1:2]), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="at most 64"):
-        model(torch.randn(1, 4, 65), t[:1])
+def test_a_stage_begins_as_the_estimate_of_the_stage_before():
+    """A model whose second stage is untrained gives the v of its first."""
+    model, x_t, t = trained_like(SPECTRAL), torch.randn(2, 8, 64), torch.rand(2)
+    model.stages[1] = dit.build(SPECTRAL).stages[1]
+    torch.testing.assert_close(model(x_t, t), model.stages[0](x_t, t), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [TINY, SPECTRAL], ids=["DiT", "SpectralDiT"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_attention_of_a_spectral_block_equals_its_definition(axis):
+    """Along time or frequency, of each head by itself, with its own number for each distance added to the logit."""
+    block, h = trained_like(SPECTRAL).stages[0].blocks[axis - 1], torch.randn(2, 7, 9, 48)
+    distance = torch.arange(h.shape[axis]) - torch.arange(h.shape[axis])[:, None]  # j - i in row i
+    logits = lambda q, k, i: q @ k.mT / math.sqrt(16) + block.relative[i, distance + block.longest]
+    by_definition = heads_by_definition(block, h.transpose(axis, 2), logits).transpose(axis, 2)
+    torch.testing.assert_close(block.attention(h), by_definition, rtol=1e-4, atol=1e-5)
+
+
+def test_a_spectral_block_listens_around_a_token_before_its_mlp():
+    """Both gates closed it is the identity; with the MLP's open, a token moves those within 2 frames and 3 bins."""
+    block, h, condition = dit.SpectralBlock(SPECTRAL, 8, axis=1), torch.randn(1, 9, 9, 48), torch.zeros(1, 6, 48)
+    torch.nn.init.normal_(block.mlp[-1].weight)
+    condition[:, 2] = condition[:, 5] = -1
+    assert torch.equal(block(h, condition.flatten(1)), h)
+    other = h.clone()
+    other[:, 4, 4] = torch.randn(48)
+    condition[:, 5] = 0
+    moved = (block(h, condition.flatten(1)) - block(other, condition.flatten(1))).abs().amax((0, -1)) > 1e-6
+    assert moved[2:7, 1:8].all() and moved.sum() == 5 * 7
+
+
+@both
 def test_a_forward_pass_waits_for_no_gpu(config):
     """It reads no value back, not even of t: it runs on the meta device, which has none."""
     with torch.device("meta"):
@@ -278,7 +318,7 @@ def test_a_forward_pass_waits_for_no_gpu(config):
 
 def test_spectral_dit_hears_the_whole_window():
     """Through attention along time, the last frame of x_t moves the first frame of v."""
-    model, x_t, t = trained_like(replace(SPECTRAL, frames=512)), torch.randn(1, 4, 512), torch.tensor([0.5]).double()
+    model, x_t, t = trained_like(replace(SPECTRAL, frames=512)), torch.randn(1, 8, 512), torch.tensor([0.5]).double()
     other = x_t.clone()
     other[..., -1] += 3
     assert (model(x_t, t) - model(other, t))[..., 0].abs().max() > 1e-6

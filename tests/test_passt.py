@@ -123,13 +123,16 @@ def test_mel_of_silence_and_its_length():
     torch.testing.assert_close(mel, torch.full_like(mel, (math.log(1e-5) + 4.5) / 5))
 
 
-def test_mel_is_never_computed_in_half_precision():
-    """Under autocast the front end gives the same float32 numbers."""
-    x = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
-    net = tiny()
+def test_nothing_is_heard_in_half_precision():
+    """Under autocast the resampler, the front end and the network as it listens give the same float32 numbers."""
+    x, net = torch.randn(1, 2, 8000, generator=torch.Generator().manual_seed(0)), tiny()
+
+    def heard():
+        return resample(x, 44100, 32000), net.mel(x[:, 0]), *net.listen(x, 44100)
+
     with torch.autocast("cpu", torch.bfloat16):
-        inside = net.mel(resample(x, 44100, 32000))
-    assert torch.equal(inside, net.mel(resample(x, 44100, 32000)))
+        inside = heard()
+    assert all(map(torch.equal, inside, heard()))
 
 
 def test_patchout_drops_whole_rows_and_columns():

@@ -65,11 +65,27 @@ def test_matched_start_lies_on_the_forward_process():
 
 
 def test_crossfade_has_constant_power_and_keeps_both_sides():
-    """f_in^2 + f_out^2 = 1, monotonous, from the first signal to the second."""
+    """f_in^2 + f_out^2 = 1, monotonous, from the first signal to the second; both turned round fade alike."""
     left, right = tasks.crossfade(torch.ones(1, 1, n), torch.zeros(1, 1, n), C_L, C_R), \
         tasks.crossfade(torch.zeros(1, 1, n), torch.ones(1, 1, n), C_L, C_R)
     assert torch.allclose(left**2 + right**2, torch.ones(1, 1, n))
     assert (left[..., :C_L] == 1).all() and (right[..., n - C_R:] == 1).all() and (left.diff() <= 0).all()
+    x, y = signals(2)
+    turned = tasks.crossfade(y.flip(-1), x.flip(-1), C_R, C_L).flip(-1)
+    assert torch.allclose(turned, tasks.crossfade(x, y, C_L, C_R), atol=1e-12)
+
+
+def test_an_excerpt_is_mirrored_beyond_its_ends():
+    """Back and forth, as far as it is asked for, with each end twice; nothing outside [lo, hi) is read."""
+    assert tasks.excerpt(torch.arange(10), -1, 12, lo=2, hi=6).tolist() == [4, 3, 2, 2, 3, 4, 5, 5, 4, 3, 2, 2, 3]
+
+
+def test_a_blend_is_level_but_of_opposite_signals():
+    """One with itself stays as it is, unrelated ones keep their power, and one turns into its opposite through 0."""
+    one, other = torch.tensor([[3.0], [0.0]]).expand(-1, 25), torch.tensor([[0.0], [3.0]]).expand(-1, 25)
+    torch.testing.assert_close(tasks.blend(one, one), one)
+    torch.testing.assert_close(tasks.blend(one, other).square().sum(0), torch.full((25,), 9.0))
+    assert tasks.blend(one, -one)[0, 12].abs() < 1e-5 and (tasks.blend(one, -one)[0].diff() < 0).all()
 
 
 def test_transition_regenerates_the_crossfade():
@@ -120,19 +136,14 @@ def test_bad_arguments_are_named():
             call()
 
 
-def test_listening_and_resampling_are_done_in_full_precision(monkeypatch):
-    """Both within full_precision, which switches TF32 off, for tensors on a GPU only, and back on afterwards."""
-    cudnn, seen, original = torch.backends.cudnn, [], tasks.full_precision
+def test_full_precision_switches_tf32_off_for_a_gpu_alone_and_back_on():
+    """A flag of the process, which work on the CPU leaves alone; afterwards it is what it was."""
+    cudnn = torch.backends.cudnn
     for is_cuda in (True, False):
         before = cudnn.allow_tf32
-        with original(SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu"))):
+        with tasks.full_precision(SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu"))):
             assert cudnn.allow_tf32 == (before and not is_cuda)
         assert cudnn.allow_tf32 == before
-    monkeypatch.setattr(tasks, "full_precision", lambda x: seen.append(x.shape) or original(x))
-    tasks.resample(torch.zeros(1, 2, 4410), 44100, 32000)
-    assert seen.pop() == (1, 2, 4410)
-    tasks.PaSST(tasks.PASST_PRESETS["tiny"]).listen(torch.zeros(1, 2, 8000), 32000)
-    assert seen[0] == (1, 2, 8000)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
