@@ -254,7 +254,7 @@ class SpectralBlock(Block):
             nn.init.zeros_(last.weight)
 
     def forward(self, h, condition):
-        """h: (B, T, F, width); condition: (B, 6 width). Gates start at 1, and the layers before them at zero."""
+        """h: (B, T, F, width); condition: (B, 6 width). Gates start at 1, and the weights before them at 0."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (condition + self.offset)[:, None, None].chunk(6, -1)
         h = h + (1 + gate1) * self.attention(modulated_norm(h, shift1, scale1))
         local = self.conv(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

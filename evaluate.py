@@ -74,8 +74,8 @@ class VGGish(nn.Module):
         mono = resample(audio.mean(1), rate, self.rate)
         if mono.shape[-1] < self.shortest:
             raise UserError(f"audio of {audio.shape[-1] / rate:.3f} s is too short for VGGish, which needs 0.975 s")
-        patches = self.patches(mono)
         with full_precision(audio):
+            patches = self.patches(mono)
             return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
 
 

@@ -44,7 +44,7 @@ def fold(x):
     return x.transpose(2, 3).reshape(B, C * FRAME, frames)                  # (B, 64, frames)
 
 
-def unfold(frames, n, window=None):
+def unfold(frames, n):
     """Frames (B, 64, K) -> audio (B, 2, n), n <= 16 K: the inverse of `fold`, by windowed overlap-add.
 
     A sample is the average of the two frames that hold it, weighted by the window and divided by the window's overlap
@@ -52,7 +52,7 @@ def unfold(frames, n, window=None):
     frame only, under a weight of at least 0.54. Nothing is divided by a small number.
     """
     B, _, K = frames.shape
-    window = hamming(frames.device) if window is None else window
+    window = hamming(frames.device)
     frames = frames.reshape(B, -1, FRAME, K) * window[:, None]
     weight = window[:, None].expand(FRAME, K)
     return overlap_add(frames)[..., EDGE:EDGE + n] / overlap_add(weight)[EDGE:EDGE + n]
