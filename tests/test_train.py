@@ -1,5 +1,6 @@
 """train.py: clips, resuming, several processes, bad input, full disks; each on the real script with tiny models."""
 import csv
+import io
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ import torch
 
 import train
 from conftest import save_checkpoint
+from diffusion import add_noise
 from examples import synthetic
 
 ROOT = Path(train.__file__).parent
@@ -27,7 +29,7 @@ RATE = train.SAMPLE_RATE
 
 @pytest.fixture(autouse=True)
 def few_statistics(monkeypatch):
-    """A dozen clips instead of hundreds, but where a test is about the statistics."""
+    """20 clips are measured instead of 1000 and 4 validated instead of 32, but where a test is about the statistics."""
     monkeypatch.setattr(train, "MEASURED", 20)
     monkeypatch.setattr(train, "VALIDATED", 4)
 
@@ -98,7 +100,7 @@ def test_a_clip_is_a_function_of_seed_and_number(music):
 
 def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
     """Seeking, resampling and cutting give the same samples as decoding the whole file, at any rate, mono too."""
-    for rate, channels in ((44100, 2), (48000, 2), (22050, 1), (96000, 2), (32000, 2)):
+    for rate, channels in ((44100, 2), (48000, 2), (22050, 1), (96000, 2), (32000, 2), (88200, 2), (176400, 1)):
         path = str(tmp_path / f"{rate}.wav")
         sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (3 * rate, channels)), rate, subtype="FLOAT")
         whole = train.to_stereo_44k(*train.read_audio(path)).numpy()
@@ -111,7 +113,7 @@ def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
 
 def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypatch):
     """--cache: the normalised latents of the audio at that place, away from its ends; the loss is the same from either.
-    Each file is encoded once, but again for another VAE."""
+    Each file is encoded once, but again when it has changed, or for another VAE."""
     vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval()
     vae.latent_mean.normal_(), vae.latent_std.uniform_(0.5, 2)
     tracks = train.AudioFiles({str(p): train.probe(str(p)) for p in train.find_files([music])})
@@ -138,8 +140,19 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypat
                 assert source.crop(place, 2**15)[0].shape == ((8 if source is cached else 2), 2**15 // source.unit)
         (a, start, _), (b, frame, _) = found
         assert a == b and abs(start - frame * vae.hop) <= vae.hop
+    os.utime(tracks.paths[1], ns=(0, 0))
+    assert len(set(train.Latents(tracks, tmp_path / "cache", vae).files) - set(cached.files)) == 1
     vae.latent_mean.add_(1)
     assert not set(cached.files) & set(train.Latents(tracks, tmp_path / "cache", vae).files)
+
+
+def test_what_is_held_out_is_not_trained_on(music):
+    """One file of twenty if there are four or more, each of them on one side; fewer are all trained on."""
+    files = set(train.find_files([music]))
+    for some, held_out in ((files, 1), (sorted(files)[:4], 1), (sorted(files)[:3], 0)):
+        options = train.argparse.Namespace(data=some, valid=None, windows=[2**12])
+        trained, valid = (set(tracks.paths) for tracks in train.music(options))
+        assert trained | valid == set(some) and len(valid) == 1 and len(valid - trained) == held_out
 
 
 def damaged_flac(path):
@@ -228,41 +241,56 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
 
 
 def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
-    """Muon takes the matrices of the blocks and AdamW the rest; the states of both are kept, and matter. The windows
-    of two lengths go on in turn."""
+    """The states of Muon and of AdamW are kept, and matter. The windows of two lengths go on in turn."""
     save_checkpoint(tmp_path / "vae.pt", "vae", train.VAE(train.autoencoder.PRESETS["tiny"]))
     args = ["--model", "latent", "--size", "tiny", "--vae", tmp_path / "vae.pt", "--batch", 2, "--device", "cpu",
             "--windows", 0.2, 0.6]
     run = lambda out, *more: train.main([str(word) for word in [*args, "--out", tmp_path / out, *more]])
     run("whole", "--steps", 8)
     stopping = train.Trainer.stopping
-    monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 5)
-    run("parts", "--steps", 8)
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "MEASURED", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 5)
+        run("parts", "--steps", 8)
     run("parts", "--resume")
     whole, parts = (train.load_state(tmp_path / name / "state.pt") for name in ("whole", "parts"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert all(same(whole[part], parts[part]) for part in ("objective", "ema", "optimizers"))
-    net = train.rebuild("latent", whole["config"], whole["ema"]).requires_grad_(True)
-    options = train.argparse.Namespace(lr=1.0, beta2=0.99)
-    rest, matrices = train.make_optimizers(train.Denoising(net), options, muon=True)
-    taken = [p for group in matrices.param_groups for p in group["params"]]
-    assert len(taken) == 4 * net.config.depth and all(p.dim() == 2 for p in taken)
-    assert len(taken) + len(rest.param_groups[0]["params"]) == len(list(net.parameters()))
 
 
-def test_muon_takes_the_matrices_of_the_vae_but_no_critic():
-    objective = train.Autoencoding(train.VAE(train.autoencoder.PRESETS["tiny"]))
-    _, muon = train.make_optimizers(objective, train.argparse.Namespace(lr=1.0, beta2=0.99), muon=True)
-    linear = [module.weight for module in objective.net.modules() if isinstance(module, torch.nn.Linear)]
-    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(weight) for weight in linear}
+def test_muon_takes_the_matrices_of_blocks_and_vae_but_no_critic():
+    """AdamW takes the rest; neither lets weights decay."""
+    options = train.argparse.Namespace(lr=1.0, beta2=0.97)
+    net, vae = train.dit.build(train.dit.PRESETS["tiny"]), train.VAE(train.autoencoder.PRESETS["tiny"])
+    for objective, part in ((train.Denoising(net), net.blocks), (train.Autoencoding(vae), vae)):
+        adamw, muon = train.make_optimizers(objective, options, muon=True)
+        linear = {module.weight for module in part.modules() if isinstance(module, torch.nn.Linear)}
+        assert set(muon.param_groups[0]["params"]) == linear
+        assert set(adamw.param_groups[0]["params"]) == set(objective.parameters()) - linear
+        assert adamw.defaults["betas"] == (0.9, 0.97)
+        assert adamw.defaults["weight_decay"] == muon.defaults["weight_decay"] == 0
+
+
+def test_the_average_follows_the_weights_and_is_what_is_validated(tmp_path, monkeypatch):
+    """By 1 - decay of the way in each step; the decay begins small and grows up to the recipe's."""
+    made = []
+    monkeypatch.setattr(train.Trainer, "fit", lambda self: made.append(self))
+    train.main(vae_args(tmp_path, "--steps", 1000, "--lr", 0.1, "--windows", 0.2, "--batch", 1))
+    trainer, = made
+    flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
+    for trainer.step, decay in ((0, 0.1), (5, 0.4), (500, 0.95)):
+        before = flat(trainer.ema)
+        trainer.update(iter([trainer.clips([trainer.step])]))
+        weights = flat(trainer.objective.net)
+        torch.testing.assert_close(flat(trainer.ema), before.lerp(weights, 1 - decay), rtol=0, atol=1e-6)
+    averaged = train.Autoencoding(trainer.ema).eval()
+    expected = np.mean([averaged(**trainer.held_out([k]))["loss"].item() for k in range(4)])
+    assert trainer.validate() == pytest.approx(expected)
 
 
 def test_finetuning_freezes_the_averaged_encoder(tmp_path):
     """The second stage starts from the averaged weights; it trains the decoder and the discriminator, nothing else, and
     by AdamW alone."""
-    args = vae_args(tmp_path, "--steps", 4)
+    args = vae_args(tmp_path, "--steps", 4, "--windows", 0.2, "--batch", 1)
     train.main(args + ["--finetune-steps", "0"])
     before = train.load_state(tmp_path / "state.pt")
     train.main(args + ["--finetune-steps", "2", "--resume"])
@@ -582,12 +610,12 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
         return loss
     monkeypatch.setattr(train.Trainer, "gradients", poisoned)
     poison = {2}
-    train.main(vae_args(tmp_path / "a", "--steps", 4, "--finetune-steps", 0))
+    train.main(vae_args(tmp_path / "a", "--steps", 4, "--finetune-steps", 0, "--windows", 0.2, "--batch", 1))
     assert [loss == "nan" for loss in losses(tmp_path / "a")] == [False, False, True, False]
     assert same(kept["before"], kept["after"])
     poison = set(range(1, 100))
     with pytest.raises(train.UserError, match="lower --lr") as error:
-        train.main(vae_args(tmp_path / "b", "--steps", 40, "--finetune-steps", 0))
+        train.main(vae_args(tmp_path / "b", "--steps", 40, "--finetune-steps", 0, "--windows", 0.2, "--batch", 1))
     assert error.value.status == 1
 
 
@@ -624,7 +652,8 @@ def test_numbers_out_of_range_are_refused(words, capsys):
     (train.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (MemoryError(), 1, "--batch"),
     (RuntimeError("std::bad_alloc"), 1, "--batch"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "--batch"), (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "--batch"),
+    (OSError(28, "No space left", "x.pt"), 1, "x.pt")])
 def test_errors_end_in_one_line(error, status, words, capsys):
     """run(main): the status, and one line on stderr that says what to do."""
     def main():
@@ -641,6 +670,22 @@ def test_other_errors_keep_their_traceback():
         raise RuntimeError("Placeholder storage has not been allocated on MPS device!")
     with pytest.raises(RuntimeError, match="Placeholder"):
         train.run(main)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gramophone"])
+def test_a_device_that_is_not_there_is_refused(device, tmp_path, capsys):
+    """Exit status 2, and one line that names the flag."""
+    with pytest.raises(SystemExit) as end:
+        train.run(lambda: train.main(vae_args(tmp_path, "--device", device)))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(f"error: --device {device} cannot be used: ") and err.count("\n") == 1
+
+
+def test_names_that_stdout_cannot_encode_are_printed_escaped(monkeypatch):
+    """Files may have any name, a terminal any encoding."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    train.run(lambda: train.say("tr\u00e4ck \u266a \udce4.wav"))
+    assert sys.stdout.buffer.getvalue() == rb"tr\xe4ck \u266a \udce4.wav" + b"\n"
 
 
 class Touch:
@@ -699,6 +744,15 @@ def test_each_model_trains_and_loads(model, music, tmp_path, monkeypatch, capsys
         assert (small.vae.latent_mean != 0).all() and (small.vae.latent_std != 1).all()
 
 
+def test_half_precision_changes_a_loss_only_slightly(tmp_path):
+    """--precision bf16, in both stages of a VAE."""
+    for precision in ("fp32", "bf16"):
+        train.main(vae_args(tmp_path / precision, "--steps", 1, "--finetune-steps", 1, "--windows", 0.2, "--batch", 1,
+                            "--precision", precision))
+    plain, half = ([float(loss) for loss in losses(tmp_path / precision)] for precision in ("fp32", "bf16"))
+    assert all(a != b for a, b in zip(plain, half)) and half == pytest.approx(plain, rel=0.02)
+
+
 def test_a_latent_run_takes_the_vae_it_is_told(tmp_path):
     """That of --vae, a VAE's file or a latent model's; else the shipped one, if it is of the run's size."""
     asked = lambda size, given: train.argparse.Namespace(size=size, vae=given)
@@ -732,13 +786,15 @@ def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_pa
 
 
 def test_half_of_the_clips_meet_the_models_own_error():
-    """If asked: in one stretch, of up to the whole clip, and while training only; another share gives another loss."""
+    """If asked: in one stretch, of up to the whole clip, and while training only; another share gives another loss.
+    Times are spread evenly over (0, 1]."""
     vae, net = train.VAE(train.autoencoder.PRESETS["tiny"]), train.dit.build(train.dit.PRESETS["tiny"])
     assert "own" not in train.Denoising(net, vae).draw(np.random.default_rng(0), 2**12)
     objective = train.Denoising(net, vae, own_error=True)
     draws = [objective.draw(np.random.default_rng(k), 2**12) for k in range(400)]
     shares = [draw["own"][0].max() for draw in draws]
     assert 0.4 < np.mean([share > 0 for share in shares]) < 0.55 and 0.9 < max(shares) < 1
+    assert np.histogram([draw["t"] for draw in draws], 4, (0, 1))[0].min() > 70
     for draw in draws:
         inside = draw["own"][0] > 0
         assert (np.diff(inside.astype(int)) != 0).sum() <= 2 and len(set(draw["own"][0][inside])) <= 1
@@ -749,6 +805,51 @@ def test_half_of_the_clips_meet_the_models_own_error():
     assert loss(own)["loss"] != loss(own / 2)["loss"]
     objective.eval()
     assert loss(own)["loss"] == loss(0 * own)["loss"]
+
+
+def test_the_unet_weighs_its_error():
+    """The loss of a waveform model is the mean square of weigh(error of v)."""
+    net = train.unet1d.UNet1D(train.unet1d.PRESETS["tiny"])
+    net.set_spectrum(torch.logspace(0, -2, 64))
+    x, noise, t = torch.randn(2, 2, 2**12), torch.randn(2, 2, 2**12), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    x_t, v = add_noise(x / net.scale, noise, t)
+    expected = net.weigh(v - net(x_t, t), t.float()).square().mean()
+    torch.testing.assert_close(train.Denoising(net)(x, t, noise)["loss"], expected)
+
+
+def test_a_classifier_learns_its_classes_from_a_part_of_the_patches():
+    """Binary cross-entropy, label -1 being no class; while training without a quarter of the columns and two rows."""
+    net, seen = train.PaSST(train.replace(train.PASST_PRESETS["tiny"], classes=3)), []
+    net.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1] - 2))
+    objective, x = train.Classifying(net).eval(), 0.1 * torch.randn(2, 2, RATE)
+    batch = {"label": torch.tensor([2, -1]), "patchout": torch.tensor([1, 2])}
+    bce, truth = torch.nn.functional.binary_cross_entropy_with_logits, torch.tensor([[0.0, 0, 1], [0, 0, 0]])
+    torch.testing.assert_close(objective(x, **batch)["loss"], bce(net.listen(x, RATE)[0], truth))
+    objective.train()(x, **batch)
+    assert seen == [8 * 6, 8 * 6, 6 * 5]
+
+
+def test_each_stage_of_the_autoencoder_has_a_loss_of_its_own(monkeypatch):
+    """First reconstruction and KL. Then the critic minimises the hinge alone, and the decoder all but the hinge."""
+    objective, x = train.Autoencoding(train.VAE(train.autoencoder.PRESETS["tiny"])), 0.1 * torch.randn(2, 2, 2**12)
+    given = x, torch.randn(2, 8, 32), torch.tensor([0.0, 0.2])
+    net, critic, losses = objective.net, objective.critic, train.autoencoder
+    made, mean, logvar = net(*given[:2])
+    expected = losses.reconstruction_loss(made, x) + losses.KL_WEIGHT * losses.kl(mean, logvar)
+    torch.testing.assert_close(objective(*given)["loss"], expected)
+    monkeypatch.setattr(losses, "ADVERSARIAL_WEIGHT", 1e6)          # an untrained critic moves the decoder too little
+    monkeypatch.setattr(losses, "FEATURE_WEIGHT", 1e4)
+    objective.adversarial = True
+    objective(*given)["loss"].backward()
+    made = net(*given)[0]
+    real, fake = critic(x), critic(made)
+    of_decoder = (losses.reconstruction_loss(made, x) + losses.ADVERSARIAL_WEIGHT * losses.adversarial_loss(fake)
+                  + losses.FEATURE_WEIGHT * losses.feature_matching(real, fake))
+    of_critic = losses.discriminator_loss(real, critic(made.detach()))
+    flat = lambda tensors: torch.cat([x.flatten() for x in tensors])
+    for part, loss in ((net.decoder, of_decoder), (critic, of_critic)):
+        expected = flat(torch.autograd.grad(loss, list(part.parameters())))
+        assert (flat(p.grad for p in part.parameters()) - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_the_second_stage_decodes_latents_with_noise():
@@ -911,7 +1012,7 @@ def test_the_recipe_is_the_papers():
     """App. C.2: steps, batch sizes, warm-up."""
     for model, steps, batch in (("latent", 300_000, 96), ("waveform", 600_000, 384)):
         recipe = train.RECIPES[model]["paper"]
-        assert (recipe.steps, recipe.batch, recipe.warmup) == (steps, batch, 5000)
+        assert (recipe.steps, recipe.batch, recipe.warmup, recipe.beta2) == (steps, batch, 5000, 0.999)
 
 
 def test_the_rate_is_constant_and_then_falls_to_zero():
