@@ -438,7 +438,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
     from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate
     top = 1.0 if subtype in PCM_BITS or not edit.track.n else max(1.0, edit.track.audio.abs().max().item())
     if subtype in PCM_BITS and edit.track.n and edit.track.audio.abs().max() > 1:
-        raise UserError(f"{o.input} has peaks above full scale, which {subtype} would cut off: take --subtype FLOAT")
+        raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: take .wav, --subtype FLOAT")
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
