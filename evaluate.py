@@ -2,7 +2,7 @@
 
     python evaluate.py --model latent --data path/to/test --reference path/to/train
     python evaluate.py --generated edited/ --originals test/ --reference path/to/train     # any other system's files
-    python evaluate.py --figure2 ours=edited/ original=test/                # Figure 2: examples/blind_test.py
+    python evaluate.py --figure2 ours=edited/ original=test/                # Figure 2: examples/figure2.py
 
 Each clip's measurements are a small file under --out: an interrupted run goes on where it stopped, processes share the
 work, and neither the order of clips nor the size of batches enters a figure. A run measures one sampler; runs of one
@@ -27,7 +27,7 @@ from torch import nn
 import sample
 import tasks
 import train
-from examples import blind_test, page
+from examples import figure2, page
 from tasks import PASST_FILE, PASST_PRESETS, PaSST, full_precision, load_official, mel_triangles, resample
 from train import SAMPLE_RATE, UserError
 
@@ -540,7 +540,7 @@ def parse(argv):
 
 def plan_files(options):
     """(pairs, spans) to score files that any system made: clips of the same name in --originals and --generated."""
-    originals, made = (blind_test.clips_in(folder) for folder in (options.originals, options.generated))
+    originals, made = (figure2.clips_in(folder) for folder in (options.originals, options.generated))
     names = sorted(originals.keys() & made.keys())
     facts = [found for found in (train.probe(made[name]) for name in names) if not isinstance(found, str)]
     if not facts:
@@ -566,7 +566,7 @@ def plan_tasks(options, checkpoint):
 def main(argv=None):
     options = parse(argv)
     if options.figure2 or options.votes:
-        return blind_test.figure2(options)
+        return figure2.run(options)
     device = train.pick_device(options.device)
     train.join_processes(device)
     listeners = Listeners(options, device)

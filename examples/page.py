@@ -2,7 +2,7 @@
 
     python sample.py --task infill --input examples/clip.wav --num 4 --page
 
-page.html, beside this file, is its template, and that of blind_test.py; `write_page` puts in what is seen and heard.
+page.html, beside this file, is its template, and that of figure2.py; `write_page` puts in what is seen and heard.
 Sound is FLAC, or MP3 where a page would grow too large: every browser decodes both by itself, so a page is one file
 that loads nothing else.
 """

@@ -1,4 +1,4 @@
-"""examples/page.py and blind_test.py: their pages, in a browser too where there is one, and counting votes."""
+"""examples/page.py and figure2.py: their pages, in a browser too where there is one, and counting votes."""
 import base64
 import contextlib
 import csv
@@ -25,7 +25,7 @@ import sample
 import train
 from conftest import save_checkpoint
 from dit import PRESETS as DIT, DiT
-from examples import blind_test, page
+from examples import figure2, page
 from vae import PRESETS as VAES, VAE
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -406,7 +406,7 @@ def test_the_blind_test_is_blind_level_matched_and_in_random_order(tests, tmp_pa
 
 def test_of_long_files_the_region_and_its_context_are_heard(tests, tmp_path, monkeypatch):
     """The same seconds of both."""
-    monkeypatch.setattr(blind_test, "CONTEXT", 0.5)
+    monkeypatch.setattr(figure2, "CONTEXT", 0.5)
     key = write_test(tests, tmp_path, "--clips", "1")
     sounds, items = sounds_of(tmp_path / "figure2.html"), data_of(tmp_path / "figure2.html")["items"]
     for item, question in zip(items, key["questions"]):
@@ -490,14 +490,14 @@ def test_votes_are_counted_for_the_systems_behind_the_letters(key, capsys):
 
 def test_the_sign_test_and_its_interval_are_exact():
     """Closed forms; the interval leaves out one half exactly where p < 0.05; thousands of votes are fine."""
-    assert blind_test.sign_test(5, 0) == pytest.approx(2 / 2**5) and blind_test.sign_test(1, 9) == pytest.approx(2 * 11 / 2**10)
-    assert blind_test.sign_test(0, 0) == blind_test.sign_test(3, 3) == 1 and blind_test.interval(0, 0) == (0, 1)
-    assert blind_test.interval(0, 10) == pytest.approx((0, 1 - 0.025 ** (1 / 10)))
-    assert blind_test.interval(7, 3) == pytest.approx((0.3475, 0.9333), abs=1e-4)            # of tables
+    assert figure2.sign_test(5, 0) == pytest.approx(2 / 2**5) and figure2.sign_test(1, 9) == pytest.approx(2 * 11 / 2**10)
+    assert figure2.sign_test(0, 0) == figure2.sign_test(3, 3) == 1 and figure2.interval(0, 0) == (0, 1)
+    assert figure2.interval(0, 10) == pytest.approx((0, 1 - 0.025 ** (1 / 10)))
+    assert figure2.interval(7, 3) == pytest.approx((0.3475, 0.9333), abs=1e-4)            # of tables
     for wins in range(21):
-        low, high = blind_test.interval(wins, 20 - wins)
-        assert (low <= 0.5 <= high) == (blind_test.sign_test(wins, 20 - wins) >= 0.05)
-    assert blind_test.interval(3000, 2000) == pytest.approx((0.586, 0.614), abs=1e-3)
+        low, high = figure2.interval(wins, 20 - wins)
+        assert (low <= 0.5 <= high) == (figure2.sign_test(wins, 20 - wins) >= 0.05)
+    assert figure2.interval(3000, 2000) == pytest.approx((0.586, 0.614), abs=1e-3)
 
 
 def test_votes_that_are_damaged_doubled_or_foreign_are_refused_by_name(key, capsys):
@@ -536,10 +536,10 @@ def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
     for path in ("a/01.wav", "b/01.wav"):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).touch()
-    assert blind_test.clips_in(tmp_path) == {f"{album}/01": str(tmp_path / album / "01.wav") for album in "ab"}
+    assert figure2.clips_in(tmp_path) == {f"{album}/01": str(tmp_path / album / "01.wav") for album in "ab"}
     (tmp_path / "a" / "01.mp3").touch()
     with pytest.raises(train.UserError, match="01.mp3 and .*01.wav have the same name"):
-        blind_test.clips_in(tmp_path)
+        figure2.clips_in(tmp_path)
 
 
 def test_systems_that_cannot_be_compared_end_in_a_sentence(tests, tmp_path):

@@ -22,13 +22,13 @@ CONTEXT = 4.0                                                # seconds to hear b
 FIELDS, ANSWERS = ["page", "listener", "question", "answer"], ("A", "neither", "B")  # of a csv, as page.html writes it
 
 
-def figure2(options):
+def run(options):
     """evaluate.py --figure2 and --votes."""
     out = options.out or Path("runs/figure2")
     if options.votes:
         count_votes(out, options.votes)
     else:
-        test_page(out, options.figure2, options.region, options.seed, options.clips)
+        write_test(out, options.figure2, options.region, options.seed, options.clips)
 
 
 def clips_in(folder):
@@ -58,7 +58,7 @@ def find_pairs(systems, rng, limit):
     return folders, [asked[i] for i in rng.permutation(len(asked))]
 
 
-def test_page(out, systems, region=None, seed=0, limit=100):
+def write_test(out, systems, region=None, seed=0, limit=100):
     """Write figure2.html in `out`, and beside it figure2.json, which alone knows who is A and who is B.
 
     systems, limit: see find_pairs. region: seconds (first, last) that were generated, else all; with CONTEXT beside it
