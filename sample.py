@@ -272,8 +272,7 @@ def write_track(path, track):
 
 
 def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def output_paths(o):
@@ -431,13 +430,14 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both
     print(edit.times())
     listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
     guides, example = guide_terms(o, checkpoint, listener, device)
-    used = [path for path in (o.input, o.input2, o.reference, checkpoint.path, listener and listener.path) if path]
+    files = o.input, o.input2, o.reference, checkpoint.path, listener and listener.path
     record = {"command": shlex.join(["python", *(sys.argv if argv is None else ["sample.py", *argv])]),
-              "settings": asdict(settings), "times": edit.times(), "sha256": {path: digest(path) for path in used},
-              "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
+              "settings": asdict(settings), "sha256": {path: digest(path) for path in files if path},
+              "times": edit.times(), "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
     from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate
-    top = 1.0 if subtype in PCM_BITS or not edit.track.n else max(1.0, edit.track.audio.abs().max().item())
-    if subtype in PCM_BITS and edit.track.n and edit.track.audio.abs().max() > 1:
+    beside = edit.track.audio.tensor_split((edit.a, edit.end), -1)[::2]                # what stays as it is
+    top = max([1.0] + [part.abs().max().item() for part in beside if part.numel()])
+    if subtype in PCM_BITS and top > 1:
         raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: take .wav, --subtype FLOAT")
     known = edit.known(whole=from_x_bar).to(device)
     for i, path in enumerate(paths):

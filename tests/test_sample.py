@@ -268,6 +268,14 @@ def test_what_no_integers_can_hold_is_written_as_floats():
         assert sample.word_length(Path(file), sample.Track(torch.zeros(2, 9, dtype=dtype), 44100, subtype)) == written
 
 
+def test_peaks_of_what_is_replaced_do_not_count(folder):
+    """Two loud tracks, whose cross-fade passes full scale before it is regenerated, keep their word length."""
+    for name in ("loud", "louder"):
+        sf.write(folder / f"{name}.wav", np.full((44100, 2), 0.99), 44100)
+    after = call(folder, "--task", "transition", "--input", folder / "loud.wav", "--input2", folder / "louder.wav", "--fade", 0.2)
+    assert sf.info(folder / "out.wav").subtype == "PCM_16" and np.abs(after).max() <= 1
+
+
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
 def test_a_long_file_is_written_whole(subtype, tmp_path):
     """It is written in blocks of 2^20 samples."""
