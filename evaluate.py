@@ -26,13 +26,12 @@ from torch import nn
 
 import sample
 import tasks
-import train
-from examples import figure2, page
+from examples import figure2
 from tasks import PASST_FILE, PASST_PRESETS, PaSST, full_precision, load_official, mel_triangles, resample
-from train import SAMPLE_RATE, UserError
+from sample import SAMPLE_RATE, UserError
 
 VGGISH_FILE = "vggish-10086976.pth, published on GitHub by harritaylor/torchvggish, release v0.1"
-say_once = functools.cache(train.say)
+say_once = functools.cache(sample.say)
 
 
 # ---- VGGish [27], the listener of FAD -------------------------------------------------------------------------------
@@ -169,13 +168,13 @@ class Listeners:
             if options.passt:
                 path, passt = options.passt, load_official(PaSST(PASST_PRESETS["paper"]), options.passt, PASST_FILE)
             else:
-                checkpoint = train.open_checkpoint("classifier", options.listener)
+                checkpoint = sample.open_checkpoint("classifier", options.listener)
                 path, passt = checkpoint.path, checkpoint.net
             self.fad = self.passt = passt.to(device)
-            self.names = 2 * [f"PaSST {sample.digest(path)[:8]}"]                               # of fad, of passt
+            self.names = 2 * [f"PaSST {sample.file_digest(path)[:8]}"]                               # of fad, of passt
             if options.vggish:
                 self.fad = load_official(VGGish(), options.vggish, VGGISH_FILE).to(device)
-                self.names[0] = f"VGGish {sample.digest(options.vggish)[:8]}"
+                self.names[0] = f"VGGish {sample.file_digest(options.vggish)[:8]}"
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -197,21 +196,21 @@ def gather(records):
 
 def hear_reference(lengths, listeners, options, out, device):
     """{n: what the listeners hear in excerpts of n samples of the training music}; heard once, and kept in `out`."""
-    files = [path for path in train.find_files([options.reference]) if os.path.exists(path)]
+    files = [path for path in sample.find_files([options.reference]) if os.path.exists(path)]
     versions = [(path, os.stat(path).st_mtime_ns) for path in files]
     facts = code_hash(), versions, lengths, listeners.names, options.reference_clips, options.seed
-    path = out / f"reference-{page.identity(*facts)}.pt"
-    if train.RANK == 0 and not path.exists():
+    path = out / f"reference-{sample.digest(*facts)}.pt"
+    if sample.RANK == 0 and not path.exists():
         excerpts, heard = find_excerpts(options.reference, max(lengths), options.reference_clips, options.seed), []
-        for batch in train.progress(batches(excerpts, options.batch), "reference", unit="batch"):
+        for batch in sample.progress(batches(excerpts, options.batch), "reference", unit="batch"):
             if audio := [found[0] for excerpt in batch if (found := read_or_skip(excerpt))]:
                 audio = torch.stack(audio).to(device)
                 heard += zip(*(listeners.hear(audio[..., :n]) for n in lengths))
         if len(heard) < 5:                                 # realism needs more than k = 3
             raise UserError(f"--reference {options.reference} has under 5 excerpts of {max(lengths)} samples")
         path.parent.mkdir(parents=True, exist_ok=True)
-        train.save_atomic(path, {n: gather(records) for n, records in zip(lengths, zip(*heard))})
-    train.barrier()
+        sample.save_atomic(path, {n: gather(records) for n, records in zip(lengths, zip(*heard))})
+    sample.barrier()
     return torch.load(path, weights_only=True)
 
 
@@ -228,9 +227,9 @@ def find_excerpts(folder, n, limit, seed):
     """Up to `limit` excerpts of n samples that do not overlap, in the order of the files: one at random of every file,
     then a second of every file that has one, and so on; where the limit falls within a turn, of files at random."""
     drawn = []
-    found = train.survey([folder], n, str(folder), "give others")
+    found = sample.survey([folder], n, str(folder), "give others")
     for i, (path, (frames, rate, _)) in enumerate(found.items()):
-        rng, whole = train.random_numbers(seed, i), frames * SAMPLE_RATE // rate // n
+        rng, whole = sample.random_numbers(seed, i), frames * SAMPLE_RATE // rate // n
         drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
     return sorted(excerpt for *_, excerpt in sorted(drawn)[:limit])
 
@@ -239,13 +238,13 @@ def with_another(excerpts, seed):
     """[(excerpt, excerpt of another track)]"""
     def another(j, path):
         others = [excerpt for excerpt in excerpts if excerpt[0] != path] or excerpts
-        return others[train.random_numbers(seed, j, 2).integers(len(others))]
+        return others[sample.random_numbers(seed, j, 2).integers(len(others))]
     return [(excerpt, another(j, excerpt[0])) for j, excerpt in enumerate(excerpts)]
 
 
 @functools.lru_cache(maxsize=1)
 def read_track(path):
-    return train.to_stereo_44k(*train.read_audio(path))
+    return sample.to_stereo_44k(*sample.read_audio(path))
 
 
 @functools.lru_cache(maxsize=256)                         # 0.5 GB at 6 s
@@ -267,7 +266,7 @@ def read_or_skip(*excerpts):
 
 def generator(seed, j):
     """The random numbers of clip j, the same for every row."""
-    return torch.Generator().manual_seed(int(train.random_numbers(seed, j, 0).integers(2**62)))
+    return torch.Generator().manual_seed(int(sample.random_numbers(seed, j, 0).integers(2**62)))
 
 
 def batches(items, size):
@@ -354,7 +353,7 @@ FILLERS = (
 
 def model_rows(checkpoint, listeners, options):
     """The model with the sampler and the flags of the options, which name it, and its VAE's reconstruction."""
-    rows, file = [], {"checkpoint": sample.digest(checkpoint.path)}
+    rows, file = [], {"checkpoint": sample.file_digest(checkpoint.path)}
     if options.sampler != "none":
         settings = sample.Settings.of(options, checkpoint)
         flags = {flag.name: getattr(options, flag.name) for flag in fields(settings) if flag.metadata}
@@ -383,17 +382,17 @@ class Evaluation:
         """Of the record of clip j; its name changes with all that the record depends on."""
         folder = self.out / "records" / row.name.lower().replace(" ", "-") / task
         facts = code_hash(), row.made_with, self.facts[task][j]
-        return folder / f"{j:06d}-{page.identity(*facts)}.pt"
+        return folder / f"{j:06d}-{sample.digest(*facts)}.pt"
 
     def run(self, rows):
         """Measure every clip of every row that has no record yet; the processes share them."""
         jobs = [(row, task, [j for j in batch if not self.file(row, task, j).exists()])
                 for task, pairs in self.pairs.items()
-                for batch in batches(range(train.RANK, len(pairs), train.WORLD), self.options.batch)
+                for batch in batches(range(sample.RANK, len(pairs), sample.WORLD), self.options.batch)
                 for row in rows if task in row.tasks]    # innermost: each clip is decoded for all rows at once
-        for row, task, js in train.progress([job for job in jobs if job[2]], "clips", unit="batch"):
+        for row, task, js in sample.progress([job for job in jobs if job[2]], "clips", unit="batch"):
             self.measure(row, task, js)
-        train.barrier()
+        sample.barrier()
 
     @torch.no_grad()
     def measure(self, row, task, js):
@@ -407,7 +406,7 @@ class Evaluation:
         for j, record in zip(loaded, self.judge(row.produce(clips)[..., :window], clips, first)):
             path = self.file(row, task, j)
             path.parent.mkdir(parents=True, exist_ok=True)
-            train.save_atomic(path, record)
+            sample.save_atomic(path, record)
 
     def judge(self, made, clips, first):
         """One record per clip: what was heard, MR on the region, whether all is finite; of transitions, Figure 1."""
@@ -490,7 +489,7 @@ def write_results(out, results, settings):
     rows = [row for row in old if row not in results] + [*results]
     results = {row: old.get(row, {}) | results.get(row, {}) for row in rows}
     text = json.dumps({"settings": settings, "metric": "[value, standard deviation, count]", "rows": results}, indent=1)
-    train.write_atomic(file, lambda out: out.write(text.encode()))
+    sample.write_atomic(file, lambda out: out.write(text.encode()))
     fad, passt = settings["listeners"]
     print("\n".join(as_text(results)))
     print(f"clips: {', '.join(clips)}; training music: {settings['excerpts']} excerpts\n"
@@ -501,14 +500,14 @@ def write_results(out, results, settings):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add, whole = parser.add_argument, train.within(1, 2**31, int)
+    add, whole = parser.add_argument, sample.within(1, 2**31, int)
     add("--model", choices=("latent", "waveform"), default="latent")
     add("--checkpoint", help="of the model (the one shipped)")
     add("--data", help="folder of test music")
     add("--reference", help="folder of training music")
     add("--generated", help="folder of clips that any system edited, named as those in --originals")
     add("--originals", help="folder of what they were made from")
-    add("--region", type=train.seconds, nargs=2, metavar=("START", "END"),
+    add("--region", type=sample.seconds, nargs=2, metavar=("START", "END"),
         help="seconds that were generated, in the files of --generated or --figure2")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--sampler", choices=("ddpm", "ddim", "none"), help="none: only the rows that need no sampling (ddpm)")
@@ -520,7 +519,7 @@ def parse(argv):
     sample.Settings.add_flags(add)
     add("--reference-clips", type=whole, default=10_000, help="at most so many excerpts of the training music (10000)")
     add("--batch", type=whole, default=8)
-    add("--seed", type=train.within(0, 2**63, int), default=0)
+    add("--seed", type=sample.within(0, 2**63, int), default=0)
     add("--device", default="auto")
     add("--figure2", nargs="+", metavar="NAME=FOLDER", help="a page to compare these systems' clips by ear, blindly")
     add("--votes", nargs="+", metavar="FILE", help="files that listeners saved there: who was preferred")
@@ -542,7 +541,7 @@ def plan_files(options):
     """(pairs, spans) to score files that any system made: clips of the same name in --originals and --generated."""
     originals, made = (figure2.clips_in(folder) for folder in (options.originals, options.generated))
     names = sorted(originals.keys() & made.keys())
-    facts = [found for found in (train.probe(made[name]) for name in names) if not isinstance(found, str)]
+    facts = [found for found in (sample.probe(made[name]) for name in names) if not isinstance(found, str)]
     if not facts:
         raise UserError(f"--generated {options.generated} has no audio file in the place of one in --originals")
     n = statistics.mode(frames * SAMPLE_RATE // rate for frames, rate, _ in facts)     # reading skips shorter ones
@@ -559,7 +558,7 @@ def plan_tasks(options, checkpoint):
     spans = layout(window, checkpoint.hop)
     for task in options.tasks:
         times = spans[task].a, min(spans[task].b, spans[task].d), window
-        train.say("{}: {:.3f} to {:.3f} s of {:.3f} s".format(task, *(n / SAMPLE_RATE for n in times)))
+        sample.say("{}: {:.3f} to {:.3f} s of {:.3f} s".format(task, *(n / SAMPLE_RATE for n in times)))
     return dict.fromkeys(options.tasks, with_another(excerpts, options.seed)), spans
 
 
@@ -567,21 +566,21 @@ def main(argv=None):
     options = parse(argv)
     if options.figure2 or options.votes:
         return figure2.run(options)
-    device = train.pick_device(options.device)
-    train.join_processes(device)
+    device = sample.pick_device(options.device)
+    sample.join_processes(device)
     listeners = Listeners(options, device)
     if options.generated:
         (pairs, spans), rows, name, digest = plan_files(options), [GENERATED, TEST_SET], "files", None
     else:
-        checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
-        (pairs, spans), name, digest = plan_tasks(options, checkpoint), options.model, sample.digest(checkpoint.path)
+        checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
+        (pairs, spans), name, digest = plan_tasks(options, checkpoint), options.model, sample.file_digest(checkpoint.path)
         rows = [*model_rows(checkpoint, listeners, options), TEST_SET, *FILLERS]
     out = options.out or Path("runs") / f"evaluate-{name}"
     lengths = sorted({span.d - span.c for span in spans.values()})          # of all tasks: one reference for all runs
     reference = hear_reference(lengths, listeners, options, out, device)
     evaluation = Evaluation(out, pairs, spans, listeners, reference, options, device)
     evaluation.run(rows)
-    if train.RANK == 0:
+    if sample.RANK == 0:
         asked = "data clips generated originals region reference seed".split()
         settings = {flag: getattr(options, flag) for flag in asked}
         settings |= {"checkpoint": digest, "listeners": listeners.names, "code": code_hash(),
@@ -591,4 +590,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.run(main)
+    sample.run(main)

@@ -6,16 +6,14 @@
 `model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a list of terms
 d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by projection.
 """
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps, x0_from_v
+from diffusion import ddim_step, ddpm_step, time_steps, x0_from_v
 
 
 @dataclass(frozen=True)
@@ -135,43 +133,6 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
                 callback(s, x_s)
             x_t = x_s
     return x_t
-
-
-def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
-    """A model like `model`, whose x0_hat at times t > above has in the gap, between the first C_L and the last C_R
-    positions, the power that it has beside it: each position gets the gain that the mean over `reach` positions on
-    either side of it asks for (ours). Else a weak model's notes hardly begin there, fade out, or grow without bounds.
-    The gains, 1 / most to most, count as constants in the gradients of terms.
-    """
-    def kept(x_t, t):
-        v = model(x_t, t)
-        x0_hat, gap = x0_from_v(x_t, v, t), slice(C_L, x_t.shape[-1] - C_R)
-        power = x0_hat.detach().square().mean(1, keepdim=True)                                      # (B, 1, n)
-        beside = torch.cat([power[..., :gap.start], power[..., gap.stop:]], -1).mean(-1, keepdim=True)  # (B, 1, 1)
-        near = F.avg_pool1d(power[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)          # (B, 1, gap)
-        gain = (beside / near.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
-        change = torch.zeros_like(power)
-        change[..., gap] = torch.where(t[:, None, None] > above, gain - 1, 0.0)
-        return v - change * x0_hat / alpha_sigma(t)[1].to(x_t)[:, None, None]
-    return kept
-
-
-def windows(C_L, gap, C_R, window, overlap):
-    """Spans [first, last) of at most `window` positions that one after the other fill a gap of `gap` positions.
-
-    C_L positions are known before the gap and C_R behind it. One span if everything fits. Else equal shares of the gap,
-    each behind `overlap` positions or more, if there are as many, and room for them; the last one hears C_R too. From
-    right to left where fewer are known before the gap than that, and more behind it.
-    """
-    if C_L + gap + C_R <= window:
-        return [(0, C_L + gap + C_R)]
-    if C_L < min(overlap, C_R):
-        n = C_L + gap + C_R
-        return [(n - last, n - first) for first, last in windows(C_R, gap, C_L, window, overlap)]
-    overlap = min(overlap, (window - C_R) // 2)
-    count = math.ceil(gap / (window - overlap - C_R))
-    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
-    return [(max(0, end - window), end) for end in ends]
 
 
 def draw_noise(like, generator=None):

@@ -178,7 +178,7 @@ def combine(*tasks, weights=None):
     return Task(first.x_T, tuple(terms), first.t_T)
 
 
-# ---- the resampler, a linear operator; excerpts and fades -----------------------------------------------------------
+# ---- the resampler, a linear operator -----------------------------------------------------------------------------
 
 @contextmanager
 def full_precision(x):
@@ -234,12 +234,6 @@ def resample(x, rate_in, rate_out):
     return y.transpose(1, 2).reshape(*x.shape[:-1], -1)[..., :n_out]                   # from (rows, up, blocks)
 
 
-def excerpt(x, first, last, lo, hi):
-    """Samples [first, last) of x (..., n), of which only [lo, hi) are read: beyond them the signal is mirrored."""
-    i = (torch.arange(first, last) - lo) % (2 * (hi - lo))
-    return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
-
-
 def to_resample(rate_in, rate_out, first, last):
     """The samples [begin, end) at rate_in of which samples [first, last) at rate_out are made, the filter's margin
     included. Both grids of time have a sample at 0, and again after every block of `down` samples, which become `up`:
@@ -248,21 +242,6 @@ def to_resample(rate_in, rate_out, first, last):
     down, up = rate_in // common, rate_out // common
     margin = math.ceil(64 * max(1, rate_in / rate_out) / down)                         # blocks
     return (first // up - margin) * down, (math.ceil(last / up) + margin) * down
-
-
-def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
-    """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x, where
-    both rates have one. Only [lo, hi) of x is read: see excerpt."""
-    begin, end = to_resample(rate_in, rate_out, first, last)
-    part, before = excerpt(x, anchor + begin, anchor + end, lo, hi), begin * rate_out // rate_in
-    return resample(part, rate_in, rate_out)[:, first - before:last - before]
-
-
-def blend(old, new):
-    """Fade from old to new (channels, n), at level power if they are uncorrelated or alike; opposite ones dip."""
-    w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
-    rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
-    return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
 
 
 # ---- PaSST, the Patchout transformer [30]: embedder and classifier --------------------------------------------------

@@ -12,15 +12,12 @@ import copy
 import hashlib
 import math
 import os
-import re
 import shlex
 import signal
-import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,28 +26,22 @@ import soundfile as sf
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 import dit
-import unet1d
 import vae as autoencoder
 from diffusion import v_loss, with_own_error
 from examples import synthetic
 from guidance import frozen
-from tasks import PASST_PRESETS, PASST_RATE, PaSST, PaSSTConfig, full_precision, resample, to_resample
+from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, join_processes, load_state,
+                    open_checkpoint, pick_device, progress, random_numbers, read_audio, reason, run, save_atomic, say,
+                    survey, to_stereo_44k, within, write_atomic)
+from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
-SAMPLE_RATE = 44100                     # Hz, of all audio inside
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 TRAIN, VALID = range(2)                 # streams of random numbers
 MEASURED, VALIDATED = 1000, 32          # clips that statistics are taken of, and those of a validation
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
-NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
-        "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
-        "classifier": (PaSST, PaSSTConfig, PASST_PRESETS)}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How one size of a model is trained. Steps, batch and warm-up of the two diffusion models in the paper's size are
@@ -84,155 +75,7 @@ RECIPES = {
 }
 
 
-# ---- what goes wrong, and processes ---------------------------------------------------------------------------------
-
-class UserError(Exception):
-    """One sentence for the user: what is wrong, and the remedy. Exit status 2, unusable input, or 1, failed at work."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
-
-
-def run(main, need_memory="lower --batch"):
-    """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # as stderr: not every name of a file can be printed
-    try:
-        return main()
-    except UserError as error:
-        message, status = error, error.status
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "can't allocate", "bad_alloc", "ALLOC_FAILED"  # of CUDA and MPS, the CPU, cuBLAS
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
-            raise
-        message, status = f"out of memory: {need_memory}", 1
-    except OSError as error:
-        place = error.filename or "a file"
-        message, status = f"{place} cannot be read or written ({error.strerror}): free some space, or choose another", 1
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def within(low, high, kind=float):
-    """A type for argparse: a number in [low, high]."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-    return number
-
-
-def seconds(text):
-    """"61.5" or "1:01.5" -> 61.5."""
-    match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
-    if not match or match[1] and float(match[2]) >= 60:
-        raise argparse.ArgumentTypeError(f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
-    return 60 * int(match[1] or 0) + float(match[2])
-
-
-def say(text):
-    if RANK == 0:
-        tqdm.write(text)
-
-
-def progress(*args, **kwargs):
-    return tqdm(*args, **kwargs, mininterval=0.5 if sys.stderr.isatty() else 30, disable=RANK > 0)
-
-
-def barrier():
-    if WORLD > 1:
-        dist.barrier()
-
-
-def pick_device(name):
-    """ "auto" is CUDA, else MPS, else the CPU. Under torchrun each process has its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def join_processes(device):
-    """Meet the other processes, if torchrun started any."""
-    if WORLD > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-
-
-# ---- audio files ----------------------------------------------------------------------------------------------------
-
-def audio_blocks(file):
-    """Blocks (n, channels) from the start to where decoding ends: SoundFile.blocks repeats the last block up to the
-    length that the header of a cut mp3 promises, and seeking in ogg through libsndfile can land elsewhere."""
-    while len(block := file.read(2**18, dtype="float32", always_2d=True)):
-        yield block
-
-
-def read_audio(path):
-    """The whole file: (audio (channels, n) float32, rate in Hz). UserError naming the file if it cannot be read."""
-    try:
-        with sf.SoundFile(path) as file:
-            blocks = list(audio_blocks(file))
-    except (OSError, RuntimeError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
-    if not blocks:
-        raise UserError(f"{path} holds no audio")
-    return torch.from_numpy(np.concatenate(blocks).T.copy()), file.samplerate
-
-
-def to_stereo_44k(audio, rate):
-    """audio (channels, n) at `rate` Hz -> (2, n') at 44.1 kHz. Mono goes to both sides; of many channels two remain."""
-    return resample(audio[:2] if len(audio) > 1 else audio.expand(2, -1), rate, SAMPLE_RATE)
-
-
-def reason(error):
-    """What libsndfile says, without the path."""
-    return str(error).rsplit(": ", 1)[-1].rstrip(".")
-
-
-def find_files(folders):
-    """Paths of all audio files in the folders, at any depth, sorted. Links are followed, loops are not."""
-    found, seen = [folder for folder in map(str, folders) if not os.path.isdir(folder)], set()
-    for folder in map(str, folders):
-        for root, below, names in os.walk(folder, followlinks=True):
-            if os.path.realpath(root) in seen:
-                below.clear()
-            else:
-                found += [os.path.join(root, name) for name in names if name.lower().endswith(SUFFIXES)]
-            seen.add(os.path.realpath(root))
-    return sorted(found)
-
-
-def probe(path):
-    """[frames, rate, channels] of a file, or the reason why it cannot be used."""
-    try:
-        if not os.path.isfile(path):            # opening a pipe would wait for ever
-            return "no such file"
-        with sf.SoundFile(path) as file:
-            frames = file.frames
-            file.seek(max(frames - 2**15, 0))
-            whole = len(file.read(2**15)) == min(frames, 2**15)
-        if not whole:                           # the header promises more than there is: a cut ogg, 2^63 - 1 frames
-            with sf.SoundFile(path) as file:
-                frames = sum(map(len, audio_blocks(file)))
-        return [frames, file.samplerate, file.channels]
-    except (OSError, RuntimeError, UnicodeError) as error:
-        return reason(error)
-
-
 # ---- clips ----------------------------------------------------------------------------------------------------------
-
-def random_numbers(seed, *counters):
-    """The generator of random numbers that belongs to (seed, counters)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
 
 
 class AudioFiles:
@@ -344,94 +187,6 @@ def prefetch(load, schedule, workers):
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         yield from (batch.result() for batch in waiting)
-
-
-# ---- checkpoints: dictionaries of primitives and tensors ------------------------------------------------------------
-
-@dataclass
-class Checkpoint:
-    """What sampling and evaluation need. net: averaged weights, frozen. Model space: latents (B, C, frames) of the
-    latent model, audio / scale (B, 2, samples) of the waveform model."""
-    kind: str
-    net: nn.Module
-    vae: VAE | None = None              # of a latent model
-    classes: list | None = None         # of a classifier
-    step: int = 0                       # of model.pt, with those of the weights that the run began with; None: unknown
-    size: str = ""
-    path: str = ""                      # of its file
-
-    def __post_init__(self):
-        latent, config = self.kind == "latent", self.net.config
-        self.hop = self.vae.hop if latent else 1                                # samples in a frame of model space
-        self.window = config.frames if latent else getattr(config, "samples", None)     # frames in the model's window
-        self.channels = config.channels if latent else 2
-
-    def encode(self, audio):
-        return self.vae.encode(audio) if self.kind == "latent" else audio / self.net.scale
-
-    def decode(self, x):
-        return self.vae.decode(x) if self.kind == "latent" else x * self.net.scale
-
-
-def write_atomic(path, write):
-    """write(file) to a temporary file beside `path`, which takes its place once it is on the disk: at any moment `path`
-    is the old file or the new one, whole. Raises OSError with the path's name."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except Exception as error:
-        part.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__      # torch.save hides what the file raised
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
-        raise
-
-
-def save_atomic(path, state):
-    write_atomic(path, lambda file: torch.save(state, file))
-
-
-def load_state(path, kinds=tuple(NETS)):
-    """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        kind = state["kind"] if state["format"] == 1 else "foreign"
-    except Exception as error:          # a damaged or foreign file raises whatever its parser met first
-        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or no checkpoint of train.py"
-        raise UserError(f"{path} {what} ({type(error).__name__})") from None
-    if kind not in kinds:
-        raise UserError(f"{path} holds a {kind} model, not a {' or '.join(kinds)}: give another file")
-    return state
-
-
-def rebuild(kind, config, weights):
-    """A network from a checkpoint; settings of it that no longer exist are passed over."""
-    make, config_class, _ = NETS[kind]
-    net = make(config_class(**{f.name: config[f.name] for f in fields(config_class) if f.name in config}))
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError:
-        raise UserError(f"the checkpoint's {kind} model is of another version of this program: train again") from None
-    return net.eval().requires_grad_(False)
-
-
-def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
-    """Read what train.py wrote, model.pt or state.pt. Raises UserError if the file cannot be used."""
-    state = load_state(path, kinds)
-    net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
-    vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    return Checkpoint(state["kind"], net, vae, state["classes"], state["step"], state["size"], str(path))
-
-
-def open_checkpoint(kind, path=None, device="cpu"):
-    """The one rule of all scripts: the file given, else the one beside this module. A latent model's VAE is a VAE."""
-    kinds = ("vae", "latent") if kind == "vae" else (kind,)
-    found = load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
-    return found if found.kind == kind else replace(found, kind=kind, net=found.vae, vae=None, step=None)
 
 
 # ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
@@ -759,22 +514,6 @@ def settle(o):
     if o.batch % WORLD:
         raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, known
-
-
-def survey(folders, window, flag, remedy="give others, or shorter --windows"):
-    """{path: [frames, rate, channels]} of the files that have `window` samples; says which are left out, and why."""
-    paths = find_files(folders)
-    with ThreadPoolExecutor(8) as pool:
-        facts = dict(zip(paths, progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)))
-    seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
-    usable = {path: facts[path] for path in seconds if seconds[path] >= window / SAMPLE_RATE}
-    for path in sorted(facts.keys() - usable.keys()):
-        why = f"too short, {seconds[path]:.2f} s" if path in seconds else facts[path]
-        say(f"  left out: {path} ({why})")
-    if not usable:
-        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: {remedy}")
-    say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
-    return usable
 
 
 def music(o):

@@ -25,7 +25,6 @@ ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1.0, 5.0
 # STFT magnitude (white noise of power 1 has 1) below which all is silence. Lower hears fainter hiss, but the empty
 # bins of clean synthetic music then drown the rest.
 QUIET = 3e-4
-EQUALISER_FFT = 2048                     # samples, in `spectrum`
 CHUNK = 1024                             # latent frames, at most, that encode and decode work on at a time
 
 
@@ -195,39 +194,6 @@ def chunks(frames, reach, size):
         stop = min(start + size, frames)
         lo, hi = max(start - reach, 0), min(stop + reach, frames)
         yield lo, hi, slice(start - lo, stop - lo)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Corrections of what is decoded, for sample.py: its colour, and its peaks
-# ---------------------------------------------------------------------------------------------------------------------
-
-def spectrum(audio, weight):
-    """Mean power, up to a constant factor, of audio (B, channels, n) times weight (n,) at 0 to 22050 Hz: (B, 1025);
-    smoothed by a Gaussian with a deviation of a sixth of an octave."""
-    size, window = EQUALISER_FFT, torch.hann_window(EQUALISER_FFT, device=audio.device)
-    frames = F.pad(audio * weight, (size, size)).unfold(-1, size, size // 2) * window
-    power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum().clamp(min=1)
-    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
-    smooth = torch.exp(-18 * (octave[:, None] - octave).square())           # 18 = 6^2 / 2
-    return power @ (smooth / smooth.sum(1, keepdim=True)).T + 1e-12
-
-
-def equalise(audio, weight, wanted):
-    """Audio (B, channels, n) through a filter of gains from 1/4 to 4, those that give audio times weight (n,) the
-    spectrum `wanted` (B, 1025)."""
-    n, size = audio.shape[-1], audio.shape[-1] + EQUALISER_FFT          # the filter's tails do not wrap
-    gain = (wanted / spectrum(audio, weight)).sqrt().clamp(1 / 4, 4)
-    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
-    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
-
-
-def limited(audio, reach):
-    """Audio (channels, n) within full scale: turned down around each peak above it, smoothly, `reach` samples a side.
-
-    Each of the gains that are averaged for a sample comes from a stretch that holds it, so no peak passes."""
-    peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)                 # (1, n)
-    gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate").double().cumsum(-1)
-    return audio * ((gain[:, 2 * reach + 1:] - gain[:, :-2 * reach - 1]) / (2 * reach + 1)).to(audio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

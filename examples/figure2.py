@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from examples import page
-from train import SAMPLE_RATE, UserError, find_files, random_numbers, read_audio, to_stereo_44k, write_atomic
+from sample import (SAMPLE_RATE, UserError, digest, find_files, random_numbers, read_audio, to_stereo_44k,
+                    write_atomic)
 
 CONTEXT = 4.0                                                # seconds to hear beside what is new
 FIELDS, ANSWERS = ["page", "listener", "question", "answer"], ("A", "neither", "B")  # of a csv, as page.html writes it
@@ -82,7 +83,7 @@ def write_test(out, systems, region=None, seed=0, limit=100):
         audio += same_level(torch.stack([track[:, begin:end] for track in tracks]))
     lossless = sum(x.shape[-1] for x in audio) <= page.LOSSLESS * SAMPLE_RATE
     sounds = [page.in_base64(x, lossless) for x in audio]
-    key = {"page": page.identity(questions, sounds), "systems": folders, "region": region, "seed": seed,
+    key = {"page": digest(questions, sounds), "systems": folders, "region": region, "seed": seed,
            "questions": questions}
     answers = "A, N and B answer, comma and point go to another pair, S saves the answers as a csv"
     keys = page.HELP.format("1 and 2", answers)

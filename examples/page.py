@@ -7,7 +7,6 @@ Sound is FLAC, or MP3 where a page would grow too large: every browser decodes b
 that loads nothing else.
 """
 import base64
-import hashlib
 import io
 import json
 import math
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from examples.spectrograms import HIGHEST, LOWEST, palette, picture, png, spectrogram
-from train import SAMPLE_RATE, to_stereo_44k, write_atomic
+from sample import SAMPLE_RATE, digest, to_stereo_44k, write_atomic
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LOSSLESS = 60                                                # seconds, of all versions together, that go in as FLAC
@@ -108,12 +107,7 @@ def edit_page(results, before, edit, fade):
         sounds.append(in_base64(whole / max(1, peak), lossless=False))
     keys = HELP.format(f"1 to {min(versions, 9)}", "C chooses the version that is heard")
     scale = "Spectrograms: 50 Hz to 16 kHz, logarithmic; 80 dB from black to white, the same for all."
-    write_page(path, {"kind": "edits", "id": identity(sounds), "title": path.stem, "about": records[0]["times"],
+    write_page(path, {"kind": "edits", "id": digest(sounds), "title": path.stem, "about": records[0]["times"],
                       "command": records[0]["command"], "help": f"{keys} {scale}", "frequencies": FREQUENCIES,
                       "items": [item]}, sounds)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def identity(*facts):
-    """8 hex digits of whatever json can hold."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]

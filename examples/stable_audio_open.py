@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 from diffusion import add_noise
-from train import SAMPLE_RATE, Checkpoint, UserError, run, within
+from sample import SAMPLE_RATE, Checkpoint, UserError, run, within
 from vae import chunks
 
 PAGE = "https://huggingface.co/stabilityai/stable-audio-open-1.0"

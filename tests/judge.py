@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+import sample
 import tasks
-import train
-from train import SAMPLE_RATE
+from sample import SAMPLE_RATE
 
 EXCERPTS, DIRECTIONS, SHRINKAGE = 12, 32, 0.3       # of a track; of the embedding; of the scatter within tracks
 BANDS, CEPSTRA = 48, 11
@@ -38,12 +38,12 @@ class Judge:
     """Made from folders of training music, of excerpts of so many seconds; the classes are the names of the folders."""
 
     def __init__(self, folders, seconds):
-        paths, n = [Path(path) for path in train.find_files(folders)], round(seconds * SAMPLE_RATE)
+        paths, n = [Path(path) for path in sample.find_files(folders)], round(seconds * SAMPLE_RATE)
         self.classes, heard = sorted({path.parent.name for path in paths}), []
-        for path in train.progress(paths, "judge", unit="track"):
-            audio = train.to_stereo_44k(*train.read_audio(path))
+        for path in sample.progress(paths, "judge", unit="track"):
+            audio = sample.to_stereo_44k(*sample.read_audio(path))
             if audio.shape[1] < n:
-                raise train.UserError(f"{path} is shorter than {seconds:g} s: take it out of --train")
+                raise sample.UserError(f"{path} is shorter than {seconds:g} s: take it out of --train")
             starts = torch.linspace(0, audio.shape[1] - n, EXCERPTS).long()
             heard.append(statistics(torch.stack([audio[:, start:start + n] for start in starts])))
         label = torch.tensor([self.classes.index(path.parent.name) for path in paths]).repeat_interleave(EXCERPTS)

@@ -36,12 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import sample
 import tasks
-import train
-import vae
 from diffusion import v_loss
 from judge import Judge
 from sample import ABOVE
-from train import SAMPLE_RATE
+from sample import SAMPLE_RATE
 
 BANDS = [1000 * 2 ** (k / 3) for k in range(-13, 11)]       # middles of the third-octave bands from 50 Hz to 12 kHz
 SLOW_RATE = 11025                                           # Hz, at which waveforms are compared
@@ -51,9 +49,9 @@ class Study:
     """The models, the clips of the test music, and what the model made of them; audio is a list of (2, samples)."""
 
     def __init__(self, options):
-        self.options, device = options, train.pick_device(options.device)
-        self.checkpoint = train.open_checkpoint(options.model, options.checkpoint, device)
-        classifier = train.open_checkpoint("classifier", options.listener, device)
+        self.options, device = options, sample.pick_device(options.device)
+        self.checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
+        classifier = sample.open_checkpoint("classifier", options.listener, device)
         self.listener, self.classes = classifier.net, classifier.classes
         self.settings = sample.Settings.of(options, self.checkpoint)
         self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
@@ -77,7 +75,7 @@ class Study:
         """The part of each clip that the model generates in this task."""
         if task not in self.known:
             span, self.known[task] = self.spans[task], []
-            for j, clip in enumerate(train.progress(self.clips, task, unit="clip")):
+            for j, clip in enumerate(sample.progress(self.clips, task, unit="clip")):
                 clips = evaluate.Batch(task, span, clip[None].to(self.device), None,
                                        [evaluate.generator(self.options.seed, j)])
                 audio = evaluate.unspliced(self.checkpoint, clips, self.settings)[0].cpu()
@@ -160,10 +158,10 @@ def about_likeness(study):
 
 @torch.no_grad()
 def about_v_loss(study):
-    clips = study.excerpts(2 * len(train.find_files([study.options.data])))
+    clips = study.excerpts(2 * len(sample.find_files([study.options.data])))
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))        # a track's times lie apart
     losses = []
-    for j, clip in enumerate(train.progress(clips, "v-loss", unit="window")):
+    for j, clip in enumerate(sample.progress(clips, "v-loss", unit="window")):
         x_0 = study.checkpoint.encode(clip[None].to(study.device))
         eps = torch.randn(x_0.shape, generator=evaluate.generator(0, j)).to(study.device)
         t = (torch.arange(4, dtype=torch.float64) + (order[j] + 0.5) / len(clips)) / 4
@@ -244,8 +242,8 @@ def about_memory(study):
     real = [clip[:, a:] for clip in study.clips]
     n, excerpts = made[0].shape[1], [slow(clip) for clip in (*made, *real)]
     best, heard = torch.zeros(len(excerpts)), []
-    for path in train.progress(train.find_files(study.options.train), "training music", unit="track"):
-        track = train.to_stereo_44k(*train.read_audio(path))
+    for path in sample.progress(sample.find_files(study.options.train), "training music", unit="track"):
+        track = sample.to_stereo_44k(*sample.read_audio(path))
         if track.shape[1] >= n:
             best = torch.maximum(best, best_correlation(excerpts, slow(track)))
             heard.append(embed(study.listener, track.unfold(1, n, n // 2).transpose(0, 1)))
@@ -266,7 +264,7 @@ def guided_pairs(study, guides, examples=None):
     checkpoint, plain, guided = study.checkpoint, [], []
     frames = round(study.options.seconds * SAMPLE_RATE / checkpoint.hop)
     nothing = torch.zeros(1, 2, frames * checkpoint.hop, device=study.device)
-    for j, guide in enumerate(train.progress(guides, "guidance", unit="case")):
+    for j, guide in enumerate(sample.progress(guides, "guidance", unit="case")):
         example = examples[j][None].to(study.device) if examples else None
         for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example})):
             numbers = evaluate.generator(study.options.seed, j)
@@ -286,8 +284,8 @@ def about_examples(study):
     print(f"by example, {len(wanted)} cases, step {step:g}, {facts}: distance to the example, median "
           f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
     listen = lambda clips: F.normalize(torch.cat([study.judge.listen(clip[None])[1] for clip in clips]))
-    n, spectra = plain[0].shape[1], [vae.spectrum(x[None], torch.ones(x.shape[1])) for x in references]
-    coloured = [vae.equalise(x[None], torch.ones(n), spectrum)[0] for x, spectrum in zip(plain, spectra)]
+    n, spectra = plain[0].shape[1], [sample.spectrum(x[None], torch.ones(x.shape[1])) for x in references]
+    coloured = [sample.equalise(x[None], torch.ones(n), spectrum)[0] for x, spectrum in zip(plain, spectra)]
     print(f"  the judge: {'':22} cosine with its own, with others; nearest is its own (chance {1 / len(wanted):.2f})")
     own = listen([clip[:, n:] for clip in references])             # of the first seconds, `real` below is made
     for name, clips in (("unguided", plain), ("with its spectrum alone", coloured), ("guided", guided),
@@ -307,7 +305,7 @@ def own_and_others(made, aims):
 def about_classes(study):
     wanted, step = [j % len(study.classes) for j in range(study.options.clips)], sample.XI_GUIDE["classifier"]
     if missing := {study.classes[i] for i in wanted} - set(study.judge.classes):
-        raise train.UserError(f"--train has no folder {', '.join(sorted(missing))}: the listener knows these classes")
+        raise sample.UserError(f"--train has no folder {', '.join(sorted(missing))}: the listener knows these classes")
     hear = lambda x, i: sample.hear(study.listener, study.checkpoint, x)[0][:, i:i + 1]
     y = torch.ones(1, 1, device=study.device)
     guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step, above=ABOVE) for i in wanted]
@@ -337,20 +335,20 @@ def main(argv=None):
     add("--data", required=True, help="folder of test music")
     add("--train", nargs="+", help="memory, example, class: folders of the training music")
     add("--task", choices=("continuation", "infill", "regenerate"), default="continuation", help="of likeness")
-    add("--clips", type=train.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
-    add("--seconds", type=train.within(0.1, 2.9), default=2.0, help="example, class: length of a sample")
+    add("--clips", type=sample.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
+    add("--seconds", type=sample.within(0.1, 2.9), default=2.0, help="example, class: length of a sample")
     add("--sampler", choices=("ddim", "ddpm"))
-    add("--steps", type=train.within(1, 100000, int))
+    add("--steps", type=sample.within(1, 100000, int))
     sample.Settings.add_flags(add)
-    add("--seed", type=train.within(0, 2**63, int), default=0)
+    add("--seed", type=sample.within(0, 2**63, int), default=0)
     add("--device", default="auto")
     options = parser.parse_args(argv)
     if {"memory", "example", "class"} & set(options.tables) and not options.train:
-        raise train.UserError("--train is missing: memory, example and class need folders of training music")
+        raise sample.UserError("--train is missing: memory, example and class need folders of training music")
     study = Study(options)
     for table in options.tables:
         TABLES[table](study)
 
 
 if __name__ == "__main__":
-    train.run(main, "take shorter --seconds, or --device cpu")
+    sample.run(main, "take shorter --seconds, or --device cpu")

@@ -14,7 +14,7 @@ import torch
 import dit
 import evaluate
 import golden
-import train
+import sample
 import unet1d
 import vae
 from conftest import save_checkpoint
@@ -157,7 +157,7 @@ def test_vggish_front_end_counts_whole_patches():
     net = front_end(torch.float32)
     assert [net.patches(torch.zeros(1, n)).shape[1] for n in (100, 15599, 15600, 80000)] == [0, 0, 1, 5]
     torch.testing.assert_close(net.patches(torch.zeros(1, 15600)), torch.full((1, 1, 96, 64), math.log(0.01)))
-    with pytest.raises(train.UserError, match="0.975 s"):
+    with pytest.raises(sample.UserError, match="0.975 s"):
         net.listen(torch.zeros(1, 2, 44100 // 2), 44100)
 
 
@@ -247,7 +247,7 @@ def arguments(studio, out, *more):
 
 def unspliced(studio, model, task, x, passt=None):
     """What two steps of a model make of x, from the same noise every time."""
-    checkpoint = train.load_checkpoint(studio / f"{model}.pt")
+    checkpoint = sample.load_checkpoint(studio / f"{model}.pt")
     span = evaluate.layout(checkpoint.window * checkpoint.hop, checkpoint.hop)[task]
     clips = evaluate.Batch(task, span, x, None, [torch.Generator().manual_seed(0)])
     return evaluate.unspliced(checkpoint, clips, evaluate.sample.Settings("ddpm", 2, 0.03), passt), span
@@ -265,7 +265,7 @@ def test_edits_hear_nothing_of_the_region(studio, model, task, deaf):
 
 def test_guidance_by_example_is_guided(studio, monkeypatch):
     """Without the weight of the embedding's distance the same noise becomes other audio, of the same equalisation."""
-    x, passt = normal(1, 2, 2**15, dtype=torch.float32) / 10, train.load_checkpoint(studio / "classifier.pt").net
+    x, passt = normal(1, 2, 2**15, dtype=torch.float32) / 10, sample.load_checkpoint(studio / "classifier.pt").net
     guided, _ = unspliced(studio, "latent", "embedding", x, passt)
     monkeypatch.setitem(evaluate.sample.XI_GUIDE, "embedding", 0.0)
     assert (guided - unspliced(studio, "latent", "embedding", x, passt)[0]).abs().max() > 1e-4
@@ -479,24 +479,24 @@ def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
     bare = command[:at] + command[at + 2:]
     for folders in ([], ["--generated", folder], ["--originals", folder], ["--data", folder, "--generated", folder],
                     ["--data", folder, "--generated", folder, "--originals", folder]):
-        with pytest.raises(train.UserError, match="give either --data, .* or both --generated and --originals"):
+        with pytest.raises(sample.UserError, match="give either --data, .* or both --generated and --originals"):
             evaluate.main(bare + folders)
-    with pytest.raises(train.UserError, match="no usable file of 0.74 s or more"):
+    with pytest.raises(sample.UserError, match="no usable file of 0.74 s or more"):
         evaluate.main(command[:at + 1] + [str(tmp_path)] + command[at + 2:])
-    with pytest.raises(train.UserError, match="holds a latent model, not a classifier"):
+    with pytest.raises(sample.UserError, match="holds a latent model, not a classifier"):
         evaluate.main([*command, "--listener", str(studio / "latent.pt")])
-    with pytest.raises(train.UserError, match="holds a latent model, not a waveform"):
+    with pytest.raises(sample.UserError, match="holds a latent model, not a waveform"):
         evaluate.main([*command, "--model", "waveform", "--checkpoint", str(studio / "latent.pt")])
-    with pytest.raises(train.UserError, match="passt-s-f128"):
+    with pytest.raises(sample.UserError, match="passt-s-f128"):
         evaluate.main([*command, "--passt", str(studio / "latent.pt")])
-    with pytest.raises(train.UserError, match="under 5 excerpts"):
+    with pytest.raises(sample.UserError, match="under 5 excerpts"):
         evaluate.main([*command, "--reference", folder])
     files = ["--reference", folder, "--generated", folder, "--originals", folder]
     for idle in (["--xi", "1"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"]):
         for doing in (files, ["--figure2", f"a={folder}", f"b={folder}"]):
-            with pytest.raises(train.UserError, match=f"^{idle[0].replace('--no-', '--')} does nothing here"):
+            with pytest.raises(sample.UserError, match=f"^{idle[0].replace('--no-', '--')} does nothing here"):
                 evaluate.parse([*doing, *idle])
-    with pytest.raises(train.UserError, match="--region does nothing here"):
+    with pytest.raises(sample.UserError, match="--region does nothing here"):
         evaluate.parse([*command, "--region", "0", "1"])
     for wrong in (["--sampler", "euler"], ["--steps", "0"]):
         with pytest.raises(SystemExit):

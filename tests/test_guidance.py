@@ -291,7 +291,7 @@ def test_the_level_is_kept_between_what_is_known():
     x[..., 8:15] *= torch.tensor([2.0, 2.0, 3.0, 100.0], dtype=x.dtype)[:, None, None]
     x, t = x.requires_grad_(), torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
     model = lambda x, t: 0.3 * x * t[:, None, None]
-    kept = guidance.level_kept(model, 8, 5, reach=7, above=0.5, most=4.0)
+    kept = sample.level_kept(model, 8, 5, reach=7, above=0.5, most=4.0)
     before, after = (x0_from_v(x, m(x, t), t) for m in (model, kept))
     gain = (after / before).detach()
     power = lambda x_0, part: x_0[..., part].square().mean((1, 2))
@@ -309,10 +309,10 @@ def test_a_level_is_kept_all_along_the_gap():
     x, t = torch.ones(1, 2, 300, dtype=torch.float64), torch.tensor([0.9], dtype=torch.float64)
     x[..., 50:250] = torch.linspace(3, 0.3, 200)
     model = lambda x_t, t: x_t
-    before, after = (x0_from_v(x, m(x, t), t) for m in (model, guidance.level_kept(model, 50, 50, reach=20)))
+    before, after = (x0_from_v(x, m(x, t), t) for m in (model, sample.level_kept(model, 50, 50, reach=20)))
     for t in (0.25, 0.26):
         late = torch.tensor([t], dtype=torch.float64)
-        assert torch.equal(guidance.level_kept(model, 50, 50, reach=20)(x, late), model(x, late)) == (t == 0.25)
+        assert torch.equal(sample.level_kept(model, 50, 50, reach=20)(x, late), model(x, late)) == (t == 0.25)
     along = after[..., 50:250].unfold(-1, 40, 20).square().mean((0, 1, 3)).sqrt() / after[0, 0, 0].abs()
     assert (along - 1).abs().max() < 0.15 and (after / before).log().diff(dim=-1)[..., 51:248].abs().max() < 0.1
 
@@ -323,7 +323,7 @@ def test_windows_fill_the_gap_and_hear_what_is_before_them():
     g = torch.Generator().manual_seed(0)
     for C_L, gap, C_R, window, overlap in torch.randint(1, 100, (500, 5), generator=g).tolist():
         window, C_R = window + 100, min(C_R, 50)
-        spans, n = guidance.windows(C_L, gap * 5, C_R, window, overlap), C_L + gap * 5 + C_R
+        spans, n = sample.windows(C_L, gap * 5, C_R, window, overlap), C_L + gap * 5 + C_R
         if C_L < min(overlap, C_R) and n > window:
             spans, C_L, C_R = [(n - last, n - first) for first, last in spans], C_R, C_L
         known, shares = C_L, []

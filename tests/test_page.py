@@ -22,7 +22,6 @@ import torch
 
 import evaluate
 import sample
-import train
 from conftest import save_checkpoint
 from dit import PRESETS as DIT, DiT
 from examples import figure2, page
@@ -222,7 +221,7 @@ def test_every_task_has_a_page(names, task, seconds, mark, edited, tmp_path, mon
         assert "--splice" in task or np.allclose(before[:a - 1500], after[:a - 1500], atol=0.02)
     for path in {*tmp_path.iterdir()} - {made, tmp_path / "mono.flac"}:
         path.unlink()
-    with pytest.raises(train.UserError, match="html exists"):
+    with pytest.raises(sample.UserError, match="html exists"):
         sample.main(arguments)
 
 
@@ -521,10 +520,10 @@ def test_votes_that_are_damaged_doubled_or_foreign_are_refused_by_name(key, caps
             ("foreign.csv", "another page: feedf00d", [good, bad("foreign.csv", text.replace("0badcafe", "feedf00d"))]),
             ("missing.csv", "cannot be read", [str(key / "missing.csv")])):
         with pytest.raises(SystemExit) as end:
-            train.run(lambda: evaluate.main(["--votes", *files, "--out", str(key)]))
+            sample.run(lambda: evaluate.main(["--votes", *files, "--out", str(key)]))
         said = capsys.readouterr().err.strip()
         assert end.value.code == 2 and named in said and wrong in said and "\n" not in said, said
-    with pytest.raises(train.UserError, match="figure2.json cannot be used"):
+    with pytest.raises(sample.UserError, match="figure2.json cannot be used"):
         evaluate.main(["--votes", good, "--out", str(key / "elsewhere")])
     assert not (key / "figure2.csv").exists()
     spreadsheet = bad("spreadsheet.csv", b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
@@ -538,7 +537,7 @@ def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
         (tmp_path / path).touch()
     assert figure2.clips_in(tmp_path) == {f"{album}/01": str(tmp_path / album / "01.wav") for album in "ab"}
     (tmp_path / "a" / "01.mp3").touch()
-    with pytest.raises(train.UserError, match="01.mp3 and .*01.wav have the same name"):
+    with pytest.raises(sample.UserError, match="01.mp3 and .*01.wav have the same name"):
         figure2.clips_in(tmp_path)
 
 
@@ -547,6 +546,6 @@ def test_systems_that_cannot_be_compared_end_in_a_sentence(tests, tmp_path):
     quiet, loud = f"q={tests / 'quiet system'}", f"l={tests / 'loud system'}"
     for systems, said in (([quiet], "two or more"), ([quiet, quiet], "two or more"), ([quiet, "folder"], "two or more"),
                           ([quiet, f"x={tmp_path}"], "the same name"), ([quiet, loud, "--region", "2", "9"], "--region")):
-        with pytest.raises(train.UserError, match=said):
+        with pytest.raises(sample.UserError, match=said):
             evaluate.main(["--figure2", *systems, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -17,9 +17,10 @@ import sample
 import tasks
 from conftest import save_checkpoint
 from dit import PRESETS as DIT, DiT
-from train import load_checkpoint, run
+from sample import load_checkpoint, run
 from unet1d import PRESETS as UNET, UNet1D
-from vae import PRESETS as VAES, VAE, limited, spectrum
+from sample import limited, spectrum
+from vae import PRESETS as VAES, VAE
 
 ODD = Path(__file__).resolve().parents[2] / "shared" / "music" / "odd"
 
@@ -128,10 +129,10 @@ def test_regions_longer_than_the_window_are_filled_without_a_seam():
 
     generator = torch.Generator().manual_seed(0)
     x_bar = torch.randn(1, 64, 180, generator=generator) @ torch.linalg.cholesky(K + 1e-4 * torch.eye(180)).T
-    settings, spans = sample.Settings(xi=0.1, k=1.0, keep_level=False), guidance.windows(16, 148, 16, 64, 16)
+    settings, spans = sample.Settings(xi=0.1, k=1.0, keep_level=False), sample.windows(16, 148, 16, 64, 16)
     ends = [15, 163] + [last - 1 for _, last in spans[:-1]]
     deaf = [spans[0]] + [(last, end) for (_, last), (_, end) in zip(spans, spans[1:])]
-    leftwards = guidance.windows(0, 164, 16, 64, 16)        # nothing is known on the left
+    leftwards = sample.windows(0, 164, 16, 64, 16)        # nothing is known on the left
     edges = [edge - 1 for span in leftwards for edge in span if 0 < edge < 180]
     for C_L, spans, ends, meet in ((16, spans, ends, True), (16, deaf, ends, False), (0, leftwards, edges, True)):
         x = sample.generate(SimpleNamespace(net=net), x_bar, C_L, 16, settings, generator, spans=spans)
@@ -143,7 +144,7 @@ def test_windows_cover_the_gap_in_order():
     """Each window starts where enough is known, the last hears the right context, and none is longer than the window."""
     for C_L, gap, C_R, overlap in ((10, 20, 10, 16), (16, 300, 16, 16), (0, 200, 0, 16), (27, 500, 0, 27), (32, 100, 3, 32)):
         done = C_L
-        spans = guidance.windows(C_L, gap, C_R, 64, overlap)
+        spans = sample.windows(C_L, gap, C_R, 64, overlap)
         for first, last in spans:
             end = last - C_R if last == C_L + gap + C_R else last
             assert last - first <= 64 and first <= max(0, done - min(overlap, 16)) and end > done
@@ -155,7 +156,7 @@ def test_windows_cover_the_gap_in_order():
 def test_a_gap_at_the_start_is_filled_from_the_right(C_L):
     """Where less is known before the gap than behind it, every window hears what lies behind what it fills."""
     todo = C_L + 200
-    for first, last in guidance.windows(C_L, 200, 16, 64, 16):
+    for first, last in sample.windows(C_L, 200, 16, 64, 16):
         assert last - first <= 64 and last >= todo + 16 and first < todo
         todo = first
     assert todo == 0

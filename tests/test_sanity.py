@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sanity
-import train
+import sample
 from judge import Judge
 from test_evaluate import studio         # noqa: F401, the fixture
 
@@ -93,7 +93,7 @@ def test_every_table_is_printed(studio, tmp_path, capsys):         # noqa: F811
         assert words in printed
     sanity.main(["v-loss", *command])
     assert capsys.readouterr().out.splitlines()[-1] in printed
-    with pytest.raises(train.UserError, match="--train is missing"):
+    with pytest.raises(sample.UserError, match="--train is missing"):
         sanity.main(["memory", *command])
-    with pytest.raises(train.UserError, match="no folder a, b, c"):
+    with pytest.raises(sample.UserError, match="no folder a, b, c"):
         sanity.main(["class", *command, "--train", str(studio / "test")])

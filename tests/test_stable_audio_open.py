@@ -15,7 +15,7 @@ import tasks
 from conftest import save_checkpoint
 from diffusion import add_noise
 from examples import stable_audio_open
-from train import run
+from sample import run
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -16,6 +16,7 @@ import pytest
 import soundfile as sf
 import torch
 
+import sample
 import train
 from conftest import save_checkpoint
 from diffusion import add_noise
@@ -24,7 +25,7 @@ from examples import synthetic
 ROOT = Path(train.__file__).parent
 MUSIC = ROOT.parent / "shared" / "music"
 real_music = pytest.mark.skipif(not MUSIC.exists(), reason="no music beside the checkout")
-RATE = train.SAMPLE_RATE
+RATE = sample.SAMPLE_RATE
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def same(a, b):
 def test_a_clip_is_a_function_of_seed_and_number(music):
     """Clip k is the same in any batch, after any other clip; another seed, stream or k gives another. A step takes
     `batch` clips of the longest window, or as many more of a shorter one as fit, and no clip is taken twice."""
-    tracks = train.AudioFiles({str(p): train.probe(str(p)) for p in train.find_files([music])})
+    tracks = train.AudioFiles({str(p): sample.probe(str(p)) for p in sample.find_files([music])})
     def make(seed, stream=train.TRAIN):
         draw = lambda rng, window: {"u": rng.random(), "n": window}
         return train.Clips(tracks, [2**12, 3000], draw, ["loud", "quiet"], seed, stream, batch=4)
@@ -103,9 +104,9 @@ def test_a_clip_is_what_lies_at_its_place_in_the_file(tmp_path):
     for rate, channels in ((44100, 2), (48000, 2), (22050, 1), (96000, 2), (32000, 2), (88200, 2), (176400, 1)):
         path = str(tmp_path / f"{rate}.wav")
         sf.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (3 * rate, channels)), rate, subtype="FLOAT")
-        whole = train.to_stereo_44k(*train.read_audio(path)).numpy()
+        whole = sample.to_stereo_44k(*sample.read_audio(path)).numpy()
         assert whole.shape == (2, 3 * RATE)
-        tracks = train.AudioFiles({path: train.probe(path)})
+        tracks = train.AudioFiles({path: sample.probe(path)})
         for start in (0, 1, 54321, 3 * RATE - 5000):
             clip = tracks.read(0, start, 5000)
             assert clip.shape == (2, 5000) and np.abs(clip - whole[:, start:start + 5000]).max() < 1e-4
@@ -116,7 +117,7 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypat
     Each file is encoded once, but again when it has changed, or for another VAE."""
     vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval()
     vae.latent_mean.normal_(), vae.latent_std.uniform_(0.5, 2)
-    tracks = train.AudioFiles({str(p): train.probe(str(p)) for p in train.find_files([music])})
+    tracks = train.AudioFiles({str(p): sample.probe(str(p)) for p in sample.find_files([music])})
     cached = train.Latents(tracks, tmp_path / "cache", vae)
     stamps = [file.stat().st_mtime_ns for file in cached.files]
     assert [file.stat().st_mtime_ns for file in train.Latents(tracks, tmp_path / "cache", vae).files] == stamps
@@ -127,7 +128,7 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypat
         assert kept.shape == (8, 256) and (kept - fresh)[:, edge:-edge].abs().max() < 1e-3
     audio, rows = tracks.read(0, 0, 2**15), torch.tensor(cached.read(0, 0, 2**8))
     objective = train.Denoising(train.dit.build(train.dit.PRESETS["tiny"]).eval(), vae)
-    x_0, draw = vae.encode(torch.from_numpy(audio)[None]), objective.draw(train.random_numbers(0), 2**15)
+    x_0, draw = vae.encode(torch.from_numpy(audio)[None]), objective.draw(sample.random_numbers(0), 2**15)
     t, noise = torch.tensor([draw["t"]]), torch.from_numpy(draw["noise"])[None]
     fresh, same_clip, kept = (objective(x, t, noise)["loss"] for x in (torch.from_numpy(audio)[None], x_0, rows[None]))
     assert fresh == same_clip and abs(kept - fresh) < 0.01 * fresh
@@ -148,7 +149,7 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path, monkeypat
 
 def test_what_is_held_out_is_not_trained_on(music):
     """One file of twenty if there are four or more, each of them on one side; fewer are all trained on."""
-    files = set(train.find_files([music]))
+    files = set(sample.find_files([music]))
     for some, held_out in ((files, 1), (sorted(files)[:4], 1), (sorted(files)[:3], 0)):
         options = train.argparse.Namespace(data=some, valid=None, windows=[2**12])
         trained, valid = (set(tracks.paths) for tracks in train.music(options))
@@ -160,12 +161,12 @@ def damaged_flac(path):
     sf.write(path, synthetic.clip(7, 9, 3.0)[0].T, RATE)
     data = path.read_bytes()
     path.write_bytes(data[:len(data) // 2] + bytes(4000) + data[len(data) // 2 + 4000:])
-    return {str(path): train.probe(str(path))}
+    return {str(path): sample.probe(str(path))}
 
 
 def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
     """The other tracks keep their names and clips, as if it had not been there; with nothing else, that is an error."""
-    whole = {str(p): train.probe(str(p)) for p in train.find_files([music])}
+    whole = {str(p): sample.probe(str(p)) for p in sample.find_files([music])}
     damaged = damaged_flac(music / "loud" / "1.5.flac")
     assert damaged == {str(music / "loud" / "1.5.flac"): [3 * RATE, RATE, 2]}
     vae = train.VAE(train.autoencoder.PRESETS["tiny"]).eval().requires_grad_(False)
@@ -176,7 +177,7 @@ def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
         (a, i), (b, j) = (source.crop(place, 4096) for source in (cached, expected))
         assert np.array_equal(a, b)
         assert cached.paths[i] == expected.paths[j] and cached.names[i] == expected.names[j]
-    with pytest.raises(train.UserError, match="none of the 1 files"):
+    with pytest.raises(sample.UserError, match="none of the 1 files"):
         train.Latents(train.AudioFiles(damaged), tmp_path / "cache", vae)
 
 
@@ -185,18 +186,18 @@ def test_files_are_found_once_through_links_and_loops(music):
     (music / "loop").symlink_to(music, target_is_directory=True)
     (music / "self.wav").symlink_to(music / "self.wav")
     sf.write(music / "träck ♪.wav", np.zeros((RATE, 2)), RATE)
-    found = train.find_files([music])
+    found = sample.find_files([music])
     assert len(found) == 7 and len({os.path.realpath(p) for p in found}) == 7
-    assert train.probe(str(music / "self.wav")) == "no such file"
-    assert train.probe(str(music / "träck ♪.wav")) == [RATE, RATE, 2]
+    assert sample.probe(str(music / "self.wav")) == "no such file"
+    assert sample.probe(str(music / "träck ♪.wav")) == [RATE, RATE, 2]
 
 
 def test_a_linked_folder_gives_its_class_its_own_name(music):
     """Classes are what the folders are called where they are found, not what the links point to."""
     (music / "classes").mkdir()
     (music / "classes" / "drums").symlink_to(music / "loud", target_is_directory=True)
-    found = train.find_files([music / "classes"])
-    assert train.AudioFiles({path: train.probe(path) for path in found}).names == ["drums", "drums"]
+    found = sample.find_files([music / "classes"])
+    assert train.AudioFiles({path: sample.probe(path) for path in found}).names == ["drums", "drums"]
     given = str(music / "classes" / "drums")
     assert train.parse(["--data", given]).data == [given]
 
@@ -233,7 +234,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data, music, tmp_path, monkey
     for stop in (2, 4, 5, None):                                # 4: between the stages
         monkeypatch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == stop)
         train.main(vae_args(tmp_path / "parts", *more, "--workers", 3, *(["--resume"] if stop != 2 else [])))
-    whole, parts = (train.load_state(tmp_path / name / "state.pt") for name in ("whole", "parts"))
+    whole, parts = (sample.load_state(tmp_path / name / "state.pt") for name in ("whole", "parts"))
     assert whole["step"] == 6 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert (whole["ema"]["latent_std"] == 1).all()              # measured by a latent run
     for part in ("objective", "ema", "optimizers", "config"):
@@ -252,7 +253,7 @@ def test_a_run_with_two_optimizers_resumes(tmp_path, monkeypatch):
         patch.setattr(train.Trainer, "stopping", lambda self: stopping(self) or self.step == 5)
         run("parts", "--steps", 8)
     run("parts", "--resume")
-    whole, parts = (train.load_state(tmp_path / name / "state.pt") for name in ("whole", "parts"))
+    whole, parts = (sample.load_state(tmp_path / name / "state.pt") for name in ("whole", "parts"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert all(same(whole[part], parts[part]) for part in ("objective", "ema", "optimizers"))
 
@@ -292,9 +293,9 @@ def test_finetuning_freezes_the_averaged_encoder(tmp_path):
     by AdamW alone."""
     args = vae_args(tmp_path, "--steps", 4, "--windows", 0.2, "--batch", 1)
     train.main(args + ["--finetune-steps", "0"])
-    before = train.load_state(tmp_path / "state.pt")
+    before = sample.load_state(tmp_path / "state.pt")
     train.main(args + ["--finetune-steps", "2", "--resume"])
-    after = train.load_state(tmp_path / "state.pt")
+    after = sample.load_state(tmp_path / "state.pt")
     assert len(before["optimizers"]) == 2 and len(after["optimizers"]) == 1
     for name, weight in before["ema"].items():
         frozen = name.startswith(("encoder", "latent"))
@@ -317,7 +318,7 @@ def test_a_killed_run_goes_on(tmp_path):
         time.sleep(random.random() * 0.3)
         process.kill()
         process.wait()
-        states = {file.name: train.load_state(file) for file in (tmp_path / "run").glob("*.pt")}
+        states = {file.name: sample.load_state(file) for file in (tmp_path / "run").glob("*.pt")}
         steps.append(states["state.pt"]["step"])
     assert steps == sorted(set(steps)), steps
     logged = {int(row["step"]) for row in csv.DictReader(log.open())}       # what was done twice is in the log twice
@@ -332,7 +333,7 @@ def test_interrupt_saves_and_ends_cleanly(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped; to go on" in out and out.strip().endswith("--resume")
-    assert train.load_state(tmp_path / "run" / "state.pt")["step"] == len(losses(tmp_path / "run"))
+    assert sample.load_state(tmp_path / "run" / "state.pt")["step"] == len(losses(tmp_path / "run"))
 
 
 def test_a_run_is_not_overwritten_by_mistake(tmp_path):
@@ -342,35 +343,35 @@ def test_a_run_is_not_overwritten_by_mistake(tmp_path):
     train.main(args)
     stamps = lambda: [(tmp_path / name).stat().st_mtime_ns for name in ("state.pt", "model.pt", "log.csv")]
     before = stamps()
-    with pytest.raises(train.UserError, match="holds a model: choose another --out; or --resume"):
+    with pytest.raises(sample.UserError, match="holds a model: choose another --out; or --resume"):
         train.main(args)
-    with pytest.raises(train.UserError, match="another --seed"):
+    with pytest.raises(sample.UserError, match="another --seed"):
         train.main(args + ["--resume", "--seed", "5"])
     assert stamps() == before
     (tmp_path / "alone").mkdir()
     (tmp_path / "model.pt").rename(tmp_path / "alone" / "model.pt")
     for more in ([], ["--resume"]):
-        with pytest.raises(train.UserError, match="alone holds a model: choose another --out"):
+        with pytest.raises(sample.UserError, match="alone holds a model: choose another --out"):
             train.main(vae_args(tmp_path / "alone", "--steps", 2, *more))
 
 
 def test_resuming_restores_the_settings(tmp_path):
     """--out and --resume are enough for a run with settings of its own; another --batch is refused, --steps not."""
     train.main(vae_args(tmp_path, "--steps", 2, "--finetune-steps", 0, "--lr", 5e-4, "--windows", 0.2, 0.4))
-    before = train.load_state(tmp_path / "state.pt")
+    before = sample.load_state(tmp_path / "state.pt")
     again = ["--model", "vae", "--device", "cpu", "--out", str(tmp_path), "--resume"]
     train.main(again + ["--steps", "3"])
-    after = train.load_state(tmp_path / "state.pt")
+    after = sample.load_state(tmp_path / "state.pt")
     assert after["size"] == "tiny" and after["step"] == 3
     assert after["settings"] == before["settings"] | {"steps": 3}
-    with pytest.raises(train.UserError, match="another --batch: leave it out"):
+    with pytest.raises(sample.UserError, match="another --batch: leave it out"):
         train.main(again + ["--batch", "4"])
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path):
     """--resume in the folder of another kind of model."""
     train.main(vae_args(tmp_path, "--steps", 1, "--finetune-steps", 0))
-    with pytest.raises(train.UserError, match=f"{tmp_path}/state.pt holds a vae model, not a classifier"):
+    with pytest.raises(sample.UserError, match=f"{tmp_path}/state.pt holds a vae model, not a classifier"):
         train.main(["--model", "classifier", "--device", "cpu", "--out", str(tmp_path), "--resume"])
 
 
@@ -378,11 +379,11 @@ def test_a_second_stage_is_prolonged_by_its_own_flag(tmp_path):
     """Another --steps would make the rate of a VAE's second stage negative; it takes --finetune-steps only."""
     train.main(vae_args(tmp_path, "--steps", 2, "--finetune-steps", 1))
     before = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(train.UserError, match="another --steps: leave it out"):
+    with pytest.raises(sample.UserError, match="another --steps: leave it out"):
         train.main(vae_args(tmp_path, "--resume", "--steps", 9))
     assert (tmp_path / "state.pt").read_bytes() == before
     train.main(vae_args(tmp_path, "--resume", "--finetune-steps", 2))
-    assert train.load_state(tmp_path / "state.pt")["step"] == 4
+    assert sample.load_state(tmp_path / "state.pt")["step"] == 4
 
 
 def test_a_run_saves_in_its_second_stage_too(tmp_path):
@@ -399,7 +400,7 @@ def test_a_run_saves_in_its_second_stage_too(tmp_path):
 def test_a_flag_that_would_do_nothing_is_refused(words, tmp_path):
     """It belongs to another model, or needs --data."""
     flag = next(word for word in words.split()[::-1] if word.startswith("--"))
-    with pytest.raises(train.UserError, match=f"^{flag} does nothing"):
+    with pytest.raises(sample.UserError, match=f"^{flag} does nothing"):
         train.main([*words.split(), "--device", "cpu", "--out", str(tmp_path)])
 
 
@@ -445,7 +446,7 @@ def test_two_processes_agree_with_one(tmp_path):
     flat = lambda tensors: torch.cat([g.flatten() for g in tensors])
     a, b = flat(ranks[0]["gradient"]), flat(one["gradient"])
     assert (a - b).norm() < 1e-6 * b.norm()
-    a, b = (flat(train.load_state(tmp_path / out / "state.pt")["objective"].values()) for out in ("out-two", "out-one"))
+    a, b = (flat(sample.load_state(tmp_path / out / "state.pt")["objective"].values()) for out in ("out-two", "out-one"))
     assert (a - b).norm() < 1e-4 * b.norm()
     for name, processes in (("two", 2), ("one", 1)):
         rows = list(csv.DictReader((tmp_path / f"out-{name}" / "log.csv").open()))
@@ -454,8 +455,8 @@ def test_two_processes_agree_with_one(tmp_path):
 
 def test_a_batch_is_shared_out_evenly(tmp_path, monkeypatch):
     """Each process takes as many clips as any other: another --batch is refused."""
-    monkeypatch.setattr(train, "WORLD", 2)
-    with pytest.raises(train.UserError, match="--batch 3 is no multiple of the 2 processes"):
+    monkeypatch.setattr(sample, "WORLD", 2)
+    with pytest.raises(sample.UserError, match="--batch 3 is no multiple of the 2 processes"):
         train.main(vae_args(tmp_path, "--batch", 3))
 
 
@@ -469,11 +470,11 @@ validate = train.Trainer.validate
 train.Trainer.validate = lambda self: time.sleep(2) or validate(self)         # on the first process only
 tiny = ["--size", "tiny", "--batch", "2", "--device", "cpu", "--steps", "2"]
 train.main(["--model", "vae", "--finetune-steps", "2", "--out", str(out / "vae"), *tiny])
-assert train.load_state(out / "vae" / "state.pt")["step"] == 4
+assert sample.load_state(out / "vae" / "state.pt")["step"] == 4
 train.main(["--model", "latent", "--vae", str(out / "vae" / "model.pt"), "--out", str(out / "latent"),
             "--data", str(out / "music"), "--cache", "--windows", "0.2", "0.4", *tiny])
-assert train.load_checkpoint(out / "latent" / "model.pt").step == 2
-(out / f"done.{train.RANK}").touch()
+assert sample.load_checkpoint(out / "latent" / "model.pt").step == 2
+(out / f"done.{sample.RANK}").touch()
 """
 
 
@@ -514,8 +515,8 @@ def test_a_truncated_file_is_as_long_as_what_can_be_decoded(tmp_path):
         path = tmp_path / f"cut.{suffix}"
         sf.write(path, synthetic.clip(7, 9, 6.0)[0].T, RATE)
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-        frames, _, _ = train.probe(str(path))
-        assert frames == train.read_audio(path)[0].shape[1] and abs(frames / RATE - 3) < 0.3
+        frames, _, _ = sample.probe(str(path))
+        assert frames == sample.read_audio(path)[0].shape[1] and abs(frames / RATE - 3) < 0.3
 
 
 def test_a_file_that_lost_its_audio_since_is_left_out(tmp_path):
@@ -523,7 +524,7 @@ def test_a_file_that_lost_its_audio_since_is_left_out(tmp_path):
     paths = [str(tmp_path / f"{name}.wav") for name in "ab"]
     for path in paths:
         sf.write(path, np.full((RATE, 2), 0.5), RATE)
-    tracks = train.AudioFiles({path: train.probe(path) for path in paths})
+    tracks = train.AudioFiles({path: sample.probe(path) for path in paths})
     sf.write(paths[0], np.zeros((0, 2)), RATE)
     clip, track = tracks.crop(0.1, 2**14)
     assert track == 1 and clip.shape == (2, 2**14) and clip.min() > 0.4
@@ -551,12 +552,12 @@ def test_a_cut_ogg_is_no_longer_than_what_can_be_read(music, tmp_path, capsys):
     endless_ogg(path)
     with sf.SoundFile(path) as file:
         assert file.frames == 2**63 - 1
-    frames, rate, channels = train.probe(str(path))
-    assert frames == train.read_audio(path)[0].shape[1] < RATE and (rate, channels) == (RATE, 1)
+    frames, rate, channels = sample.probe(str(path))
+    assert frames == sample.read_audio(path)[0].shape[1] < RATE and (rate, channels) == (RATE, 1)
     train.main(vae_args(tmp_path / "run", "--data", music, "--steps", 1, "--finetune-steps", 0, "--windows", 1))
     assert "endless.ogg (too short" in capsys.readouterr().out
     clip = train.AudioFiles({str(path): [frames, rate, channels]}).read(0, 1000, 500)
-    assert np.array_equal(clip, train.to_stereo_44k(*train.read_audio(path)).numpy()[:, 1000:1500])
+    assert np.array_equal(clip, sample.to_stereo_44k(*sample.read_audio(path)).numpy()[:, 1000:1500])
 
 
 @pytest.mark.parametrize("name", ["nothing", "only text", "too short"])
@@ -568,7 +569,7 @@ def test_a_folder_without_usable_audio_ends_in_one_sentence(name, tmp_path, caps
     if name == "too short":
         sf.write(tmp_path / "data" / "a.wav", np.zeros((4410, 2)), RATE)
     with pytest.raises(SystemExit) as end:
-        train.run(lambda: train.main(vae_args(tmp_path / "run", "--data", tmp_path / "data", "--steps", 2)))
+        sample.run(lambda: train.main(vae_args(tmp_path / "run", "--data", tmp_path / "data", "--steps", 2)))
     said = capsys.readouterr().err.splitlines()[-1]             # above it, tqdm's bars
     assert end.value.code == 2 and said.startswith("error: --data: no usable file")
     assert not (tmp_path / "run" / "model.pt").exists()
@@ -614,7 +615,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
     assert [loss == "nan" for loss in losses(tmp_path / "a")] == [False, False, True, False]
     assert same(kept["before"], kept["after"])
     poison = set(range(1, 100))
-    with pytest.raises(train.UserError, match="lower --lr") as error:
+    with pytest.raises(sample.UserError, match="lower --lr") as error:
         train.main(vae_args(tmp_path / "b", "--steps", 40, "--finetune-steps", 0, "--windows", 0.2, "--batch", 1))
     assert error.value.status == 1
 
@@ -649,7 +650,7 @@ def test_numbers_out_of_range_are_refused(words, capsys):
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (train.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
+    (sample.UserError("no such thing"), 2, "no such thing"), (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch"), (MemoryError(), 1, "--batch"),
     (RuntimeError("std::bad_alloc"), 1, "--batch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "--batch"),
@@ -659,7 +660,7 @@ def test_errors_end_in_one_line(error, status, words, capsys):
     def main():
         raise error
     with pytest.raises(SystemExit) as end:
-        train.run(main)
+        sample.run(main)
     err = capsys.readouterr().err
     assert end.value.code == status and words in err and err.count("\n") == 1
 
@@ -669,14 +670,14 @@ def test_other_errors_keep_their_traceback():
     def main():
         raise RuntimeError("Placeholder storage has not been allocated on MPS device!")
     with pytest.raises(RuntimeError, match="Placeholder"):
-        train.run(main)
+        sample.run(main)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gramophone"])
 def test_a_device_that_is_not_there_is_refused(device, tmp_path, capsys):
     """Exit status 2, and one line that names the flag."""
     with pytest.raises(SystemExit) as end:
-        train.run(lambda: train.main(vae_args(tmp_path, "--device", device)))
+        sample.run(lambda: train.main(vae_args(tmp_path, "--device", device)))
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith(f"error: --device {device} cannot be used: ") and err.count("\n") == 1
 
@@ -684,7 +685,7 @@ def test_a_device_that_is_not_there_is_refused(device, tmp_path, capsys):
 def test_names_that_stdout_cannot_encode_are_printed_escaped(monkeypatch):
     """Files may have any name, a terminal any encoding."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
-    train.run(lambda: train.say("tr\u00e4ck \u266a \udce4.wav"))
+    sample.run(lambda: sample.say("tr\u00e4ck \u266a \udce4.wav"))
     assert sys.stdout.buffer.getvalue() == rb"tr\xe4ck \u266a \udce4.wav" + b"\n"
 
 
@@ -711,8 +712,8 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
                 "other.pt": "is damaged, or no checkpoint", "missing.pt": "does not exist",
                 "later.pt": "holds a foreign model"}
     for name, words in messages.items():
-        with pytest.raises(train.UserError, match=f"{name} {words}"):
-            train.load_checkpoint(tmp_path / name)
+        with pytest.raises(sample.UserError, match=f"{name} {words}"):
+            sample.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
 
@@ -728,8 +729,8 @@ def test_each_model_trains_and_loads(model, music, tmp_path, monkeypatch, capsys
     train.main(args + (["--cache", "--vae", "vae.pt"] if model == "latent" else []))
     last = capsys.readouterr().out.splitlines()[-1]
     assert (f"python sample.py --model {model} --checkpoint runs/{model}/model.pt" in last) == (model != "classifier")
-    assert train.open_checkpoint(model).path == str(ROOT / "checkpoints" / f"{model}.pt")
-    state, small = train.load_state(f"runs/{model}/state.pt"), train.load_checkpoint(f"runs/{model}/model.pt")
+    assert sample.open_checkpoint(model).path == str(ROOT / "checkpoints" / f"{model}.pt")
+    state, small = sample.load_state(f"runs/{model}/state.pt"), sample.load_checkpoint(f"runs/{model}/model.pt")
     assert os.path.getsize(small.path) < os.path.getsize(f"runs/{model}/state.pt") / 4
     pairs = [(state["ema"], small.net)] + ([(state["vae"]["weights"], small.vae)] if model == "latent" else [])
     for whole, net in pairs:
@@ -761,11 +762,11 @@ def test_a_latent_run_takes_the_vae_it_is_told(tmp_path):
     save_checkpoint(tmp_path / "vae.pt", "vae", own)
     save_checkpoint(tmp_path / "classifier.pt", "classifier", train.PaSST(train.PASST_PRESETS["tiny"]))
     assert same(taken("tiny", tmp_path / "vae.pt"), own.state_dict())
-    of_shipped = train.load_checkpoint(shipped).vae.state_dict()
+    of_shipped = sample.load_checkpoint(shipped).vae.state_dict()
     assert same(taken("small"), of_shipped) and same(taken("tiny", shipped), of_shipped)
-    with pytest.raises(train.UserError, match="not of size tiny: first train one, with --model vae"):
+    with pytest.raises(sample.UserError, match="not of size tiny: first train one, with --model vae"):
         taken("tiny")
-    with pytest.raises(train.UserError, match="holds a classifier model"):
+    with pytest.raises(sample.UserError, match="holds a classifier model"):
         taken("tiny", tmp_path / "classifier.pt")
 
 
@@ -776,11 +777,11 @@ def test_a_classifier_begins_again_only_with_classes_that_it_knows(music, tmp_pa
     run = lambda out: train.main([str(word) for word in [*args, "--out", tmp_path / out]])
     save_checkpoint(tmp_path / "first.pt", "classifier", net, classes=["fado", "loud"])
     run("one known")
-    assert train.load_state(tmp_path / "one known" / "state.pt")["classes"] == ["fado", "loud"]
+    assert sample.load_state(tmp_path / "one known" / "state.pt")["classes"] == ["fado", "loud"]
     save_checkpoint(tmp_path / "first.pt", "classifier", net, classes=["fado", "jazz"])
-    with pytest.raises(train.UserError, match="of its classes, fado, jazz"):
+    with pytest.raises(sample.UserError, match="of its classes, fado, jazz"):
         run("none known")
-    with pytest.raises(train.UserError, match="--windows: a clip of this model has at most 10.00 s"):
+    with pytest.raises(sample.UserError, match="--windows: a clip of this model has at most 10.00 s"):
         args += ["--windows", 10.1]
         run("longer than its positions")
 
@@ -858,7 +859,7 @@ def test_the_second_stage_decodes_latents_with_noise():
     objective, decoded = train.Autoencoding(train.VAE(train.autoencoder.PRESETS["tiny"])), []
     vae = objective.net
     vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0].detach().transpose(1, 2)))
-    draws = [objective.draw(train.random_numbers(0, k), 2**12) for k in range(1000)]
+    draws = [objective.draw(sample.random_numbers(0, k), 2**12) for k in range(1000)]
     shares = np.array([draw["share"] for draw in draws])
     assert 0.55 < np.mean(shares > 0) < 0.65 and shares.min() == 0 and 0.29 < shares.max() < 0.3
     x, some = 0.1 * torch.randn(3, 2, 2**12), [np.argmin(shares), np.argmax(shares), np.argmax(shares > 0)]
@@ -890,7 +891,7 @@ def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeyp
     run("tuned", "--model", "vae", "--init", tmp_path / "latent/model.pt", "--steps", 0, "--finetune-steps", 1)
     run("joined", "--model", "latent", "--init", tmp_path / "latent/model.pt", "--vae", tmp_path / "tuned/model.pt",
         "--steps", 0)
-    before, tuned, after = (train.load_checkpoint(tmp_path / out / "model.pt") for out in ("latent", "tuned", "joined"))
+    before, tuned, after = (sample.load_checkpoint(tmp_path / out / "model.pt") for out in ("latent", "tuned", "joined"))
     assert same(after.net.state_dict(), before.net.state_dict())
     assert same(after.vae.decoder.state_dict(), tuned.net.decoder.state_dict())
     changed = {name.split(".")[0] for name, w in after.vae.state_dict().items()
@@ -899,11 +900,11 @@ def test_the_decoder_of_a_latent_model_can_be_exchanged(music, tmp_path, monkeyp
     train.main(vae_args(tmp_path / "other", "--steps", 1, "--finetune-steps", 0, "--seed", 1))
     moved = "--model", "latent", "--init", tmp_path / "latent/model.pt", "--steps", 0, "--vae"
     run("moved", *moved, tmp_path / "other/model.pt")
-    other, after = (train.load_checkpoint(tmp_path / out / "model.pt") for out in ("other", "moved"))
+    other, after = (sample.load_checkpoint(tmp_path / out / "model.pt") for out in ("other", "moved"))
     assert same(after.net.state_dict(), before.net.state_dict())
     assert same(after.vae.encoder.state_dict(), other.net.encoder.state_dict())
     assert not torch.equal(after.vae.latent_std, before.vae.latent_std) and after.vae.latent_std.max() != 1
-    with pytest.raises(train.UserError, match="--vae: .*latent/model.pt has latents of 8 channels"):
+    with pytest.raises(sample.UserError, match="--vae: .*latent/model.pt has latents of 8 channels"):
         run("wrong", *moved, ROOT / "checkpoints" / "latent.pt")
 
 
@@ -917,21 +918,21 @@ def test_a_run_may_begin_with_the_weights_of_another(music, tmp_path, monkeypatc
     train.main([str(a) for a in [*args, *given]])
     train.main([str(a) for a in [*args[:2], *args[4:], "--init", first / "model.pt", "--steps", 0, "--out", second]])
     one, two = (torch.load(run / "model.pt", weights_only=True) for run in (first, second))
-    windows = [train.load_state(run / "state.pt")["settings"]["windows"] for run in (first, second)]
+    windows = [sample.load_state(run / "state.pt")["settings"]["windows"] for run in (first, second)]
     assert two["size"] == "tiny" and windows == [[103 * 128], [2**15]]
     for old, new in ((one["ema"], two["ema"]), (one["vae"]["weights"], two["vae"]["weights"])):
         assert all(torch.equal(old[name], new[name]) for name in old)
     train.main([str(a) for a in [*args, "--resume", "--steps", 1, "--out", second]])
-    assert two["step"] == 3 and train.load_checkpoint(second / "model.pt").step == 4        # of both runs
-    objective = train.Denoising(train.rebuild("latent", one["config"], one["ema"]),
-                                train.rebuild("vae", **one["vae"]))
+    assert two["step"] == 3 and sample.load_checkpoint(second / "model.pt").step == 4        # of both runs
+    objective = train.Denoising(sample.rebuild("latent", one["config"], one["ema"]),
+                                sample.rebuild("vae", **one["vae"]))
     starts = [objective.draw(np.random.default_rng(k), 103 * 128)["start"] for k in range(1000)]
     assert min(starts) == 0 and max(starts) == 256 - 103
-    with pytest.raises(train.UserError, match="at most 0.74 s"):
+    with pytest.raises(sample.UserError, match="at most 0.74 s"):
         train.main([str(a) for a in [*args, "--init", first / "model.pt", "--windows", 1, "--out", tmp_path / "third"]])
-    with pytest.raises(train.UserError, match="holds a vae model"):
+    with pytest.raises(sample.UserError, match="holds a vae model"):
         train.main([str(a) for a in [*args, "--init", tmp_path / "vae/model.pt", "--out", tmp_path / "third"]])
-    with pytest.raises(train.UserError, match="first/model.pt has another --size"):
+    with pytest.raises(sample.UserError, match="first/model.pt has another --size"):
         train.main(["--init", str(first / "model.pt"), "--size", "small", "--out", str(tmp_path / "third")])
 
 
@@ -942,9 +943,9 @@ def test_a_vae_out_of_a_latent_model_has_steps_of_its_own(tmp_path):
     save_checkpoint(tmp_path / "latent.pt", "latent", train.dit.build(config), vae)
     state = torch.load(tmp_path / "latent.pt", weights_only=True)
     torch.save(state | {"step": 500, "size": "tiny"}, tmp_path / "latent.pt")
-    assert train.open_checkpoint("vae", tmp_path / "latent.pt").step is None
+    assert sample.open_checkpoint("vae", tmp_path / "latent.pt").step is None
     train.main(vae_args(tmp_path / "run", "--init", tmp_path / "latent.pt", "--steps", 1, "--finetune-steps", 0))
-    assert train.load_checkpoint(tmp_path / "run" / "model.pt").step == 1
+    assert sample.load_checkpoint(tmp_path / "run" / "model.pt").step == 1
 
 
 def test_short_windows_are_measured_and_validated_as_they_are(music, tmp_path, monkeypatch):
@@ -956,7 +957,7 @@ def test_short_windows_are_measured_and_validated_as_they_are(music, tmp_path, m
     monkeypatch.setitem(train.dit.PRESETS, "tiny", config)
     train.main(["--size", "tiny", "--data", str(music), "--vae", str(tmp_path / "vae.pt"), "--windows", "0.2",
                 "--steps", "1", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "run")])
-    power = train.load_checkpoint(tmp_path / "run" / "model.pt").net.stages[0].power
+    power = sample.load_checkpoint(tmp_path / "run" / "model.pt").net.stages[0].power
     assert power.isfinite().all() and seen == [(1, 2, round(0.2 * RATE / 128) * 128)]
 
 
@@ -969,12 +970,12 @@ def test_statistics_of_short_files_are_not_diluted(tmp_path, monkeypatch):
         sf.write(tmp_path / "data" / f"{k}.wav", 0.1 * noise[k], RATE)
     args = ["--model", "waveform", "--size", "tiny", "--windows", 0.2, "--steps", 1, "--batch", 1, "--device", "cpu"]
     train.main([str(word) for word in [*args, "--data", tmp_path / "data", "--out", tmp_path / "run"]])
-    assert train.load_checkpoint(tmp_path / "run" / "model.pt").net.scale == pytest.approx(0.1, rel=0.1)
+    assert sample.load_checkpoint(tmp_path / "run" / "model.pt").net.scale == pytest.approx(0.1, rel=0.1)
 
 
 def test_the_frozen_vae_encodes_in_full_precision(monkeypatch):
     """Whatever the autocast around it: --precision bf16 is for the network that is trained."""
-    vae, net = (train.NETS[kind][0](train.NETS[kind][2]["tiny"]) for kind in ("vae", "latent"))
+    vae, net = (sample.NETS[kind][0](sample.NETS[kind][2]["tiny"]) for kind in ("vae", "latent"))
     objective, found = train.Denoising(net, vae), []
     monkeypatch.setattr(train, "v_loss", lambda net, x_0, *_: found.append(x_0) or x_0.mean())
     x, noise = torch.randn(1, 2, 2**15), torch.randn(1, 16, 256)
@@ -999,7 +1000,7 @@ def test_what_the_diffusion_sees_has_variance_one(model, tmp_path, monkeypatch):
         save_checkpoint(tmp_path / "vae" / "model.pt", "vae", vae)
     run = ["--model", model, "--size", "tiny", "--data", music, "--steps", 1, "--batch", 1, "--out", tmp_path, *more]
     train.main([str(word) for word in run])
-    space = train.load_checkpoint(tmp_path / "model.pt")
+    space = sample.load_checkpoint(tmp_path / "model.pt")
     tracks = train.music(train.argparse.Namespace(data=[str(music)], valid=None, out=tmp_path, windows=[2**14]))[0]
     clips = train.Clips(tracks, [2**14], lambda *_: {}, [], 1, train.VALID, count=257)      # not the clips measured
     with torch.no_grad():
