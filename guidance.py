@@ -1,10 +1,10 @@
 """Sampling with guidance gradients: Sect. 3, Algorithms 1 and 2.
 
     task = tasks.infill(x_bar, C_L, C_R, z)
-    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.1, generator=torch.Generator().manual_seed(0))
+    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.1)
 
-`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a list of terms
-d(y, A(x)) to minimise; where A is linear, a term may also be met exactly, by projection.
+`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a
+list of terms d(y, A(x)) to minimise. Where A is linear, a term may also be met exactly, by projection.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +20,17 @@ from diffusion import ddim_step, ddpm_step, time_steps, x0_from_v
 class Term:
     """One objective d(y, A(x)) of Eq. 1.
 
-    A       measurement operator, x (B, C, n) -> (B, ...); a linear one has T(y) = A^T y and solve(r) = (A A^T)^-1 r too
+    A       measurement operator, x (B, C, n) -> (B, ...); a linear one also has T(y) = A^T y and
+            solve(r) = (A A^T)^-1 r
     d       distance, (y, A(x)) -> one number per clip, (B,)
     y       the measurement, in the shape of A(x)
     weight  its effective step is xi * weight; a number, or (B,)
-    on      what A sees: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first printed there
-    project what is projected onto y = A x, the data consistency step: "x_t" at the end of each iteration, as in Sect.
-            3, or "x0_hat" before the update, which adds the noise that x_s should have (as in DDNM, Wang et al., 2022);
-            "none", nothing
-    above   the term has a gradient at times t > above only (an interval, as in Kynkäänniemi et al., 2024)
+    on      what A measures: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first
+            printed there
+    project what the data consistency step projects onto y = A x: "x_t" at the end of each iteration,
+            as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s should have
+            (as in DDNM, Wang et al., 2022); "none", nothing
+    above   the term has a gradient at times t > above only (as in Kynkäänniemi et al., 2024)
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
@@ -44,26 +46,29 @@ class Term:
         if self.project not in ("x0_hat", "x_t", "none"):
             raise ValueError(f'project must be "x0_hat", "x_t" or "none", not {self.project!r}')
         if self.project != "none" and not is_linear(self.A):
-            raise ValueError('project needs a linear operator A with T and solve; this one has none: use "none"')
+            raise ValueError('project needs a linear operator A with T and solve; '
+                             'this one has none: use "none"')
 
     def distance(self, x):
         """d(y, A(x)), (B,)."""
         measured = self.A(x)
         if measured.shape != self.y.shape:
-            raise ValueError(f"y has the shape {tuple(self.y.shape)}, but A(x) gives {tuple(measured.shape)}")
+            raise ValueError(f"y has the shape {tuple(self.y.shape)}, "
+                             f"but A(x) gives {tuple(measured.shape)}")
         return self.d(self.y, measured)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What sampling starts from, x_T (B, C, n) at the time t_T (a number or (B,)), and the terms that guide it."""
+    """Where sampling starts, x_T (B, C, n) at time t_T, a number or (B,); and the terms."""
     x_T: Tensor
     terms: tuple[Term, ...]
     t_T: float | Tensor = 1.0
 
     def __post_init__(self):
         if sum(term.project != "none" for term in self.terms) > 1:
-            raise ValueError("project can be set for one term at most: two projections would undo each other")
+            raise ValueError("project can be set for one term at most: "
+                             "two projections would undo each other")
 
 
 def is_linear(A):
@@ -71,42 +76,49 @@ def is_linear(A):
 
 
 def data_consistency(x, y, A):
-    """The projection of Sect. 3: x + A^T (A A^T)^-1 (y - A x), the point with y = A x that is nearest to x."""
+    """Sect. 3's projection x + A^T (A A^T)^-1 (y - A x): the point with y = A x nearest to x."""
     return x + A.T(A.solve(y - A(x)))
 
 
 def guided_estimate(model, x_t, t, terms):
     """x0_hat, and the gradient of the terms' weighted sum of distances with respect to x_t.
 
-    Clips never mix: each distance is a number per clip, summed only for the one backward pass that all terms share.
-    A graph is built only through what some term looks at; without terms there is none, and the gradient is 0.
+    Clips never mix: each distance is a number per clip, summed only for the one backward pass that
+    all terms share. A graph is built only through what some term looks at; without terms there is
+    none, and the gradient is 0.
     """
     terms = [term for term in terms if (t > term.above).any()]
+    times = _time_of_clips(t, x_t)
     if not terms:
-        return x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t), torch.zeros_like(x_t)
+        return x0_from_v(x_t, model(x_t, times), t), torch.zeros_like(x_t)
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         with torch.set_grad_enabled(any(term.on == "x0_hat" for term in terms)):
-            x0_hat = x0_from_v(x_t, model(x_t, _time_of_clips(t, x_t)), t)
-        distances = [term.distance(x0_hat if term.on == "x0_hat" else x_t) for term in terms]    # (B,) each
-        J_2 = sum((torch.as_tensor(term.weight).to(d) * (t > term.above).to(d) * d).sum()
-                  for term, d in zip(terms, distances))
+            x0_hat = x0_from_v(x_t, model(x_t, times), t)
+        J_2 = 0
+        for term in terms:
+            d = term.distance(x0_hat if term.on == "x0_hat" else x_t)               # (B,)
+            weight = torch.as_tensor(term.weight).to(d) * (t > term.above).to(d)
+            J_2 = J_2 + (weight * d).sum()
         gradient, = torch.autograd.grad(J_2, x_t)
     return x0_hat.detach(), gradient
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None, callback=None):
-    """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, plain unconditional sampling.
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None,
+           callback=None):
+    """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
-    xi         gradient step size; must be given if the task has terms. 0: projection only, and no graph is built
-    generator  one torch.Generator, or a list with one per clip: then a clip does not depend on its batch
+    xi         gradient step size; must be given if the task has terms. 0: projection only, without
+               a graph
+    generator  a torch.Generator; or a list, one per clip: then a clip does not depend on its batch
     callback   called as callback(s, x_s) after each update
-    Raises ValueError for bad arguments. Parameters of a model or operator that is an nn.Module are frozen meanwhile.
+    Raises ValueError for bad arguments. The parameters of a model or operator that is an nn.Module
+    are frozen meanwhile.
 
-    The algorithms as printed are run for terms with project="x_t". The tasks' default, "x0_hat", departs from them
-    twice; a comment stands at each of the two.
+    Terms with project="x_t" run the algorithms as printed. The tasks' default, "x0_hat", departs
+    from them twice; a comment stands at each of the two.
     """
     terms = task.terms if task else ()
     _check(x_T, terms, sampler, xi, generator)
@@ -114,11 +126,12 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     times = time_steps(steps, task.t_T if task else 1.0)
     x_t = x_T
     with frozen(model, *[term.A for term in terms]):
-        for t, s in zip(times, times[1:]):                                    # the paper's i = N .. 1
+        for t, s in zip(times, times[1:]):                              # the paper's i = N .. 1
             x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
             for term in terms:
                 if term.project == "x0_hat":
-                    # departure: x0_hat is projected before the update, which adds the noise due at s; not x_s after it
+                    # departure: x0_hat is projected before the update, which adds the noise due at
+                    # s; not x_s after it
                     x0_hat = data_consistency(x0_hat, term.y, term.A)
                     # departure: so is the gradient; what y determines is left to y
                     gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
@@ -136,20 +149,26 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
 
 
 def draw_noise(like, generator=None):
-    """Standard normal noise in the shape of `like` (B, C, n), one draw per clip; generator: None, one, or B of them.
+    """Standard normal noise in the shape of `like` (B, C, n). generator: None, one, or B of them.
 
-    Drawn where the generator lives, then moved: a CPU generator gives the same noise on every device.
+    One draw per clip, where the generator lives, then moved: a CPU generator gives the same noise
+    on every device.
     """
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(like)
-    draws = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device if g else like.device)
-             for g in generators]
+    draws = []
+    for g in generators:
+        device = g.device if g else like.device
+        draws.append(torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=device))
     return torch.stack(draws).to(like.device)
 
 
 @contextmanager
 def frozen(*modules):
-    """Within the context, no parameter of the given modules (other callables are passed over) requires a gradient."""
-    parameters = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
+    """Within the context, no parameter of the modules requires a gradient."""
+    parameters = []
+    for module in modules:
+        if isinstance(module, nn.Module):
+            parameters += [p for p in module.parameters() if p.requires_grad]
     try:
         for p in parameters:
             p.requires_grad_(False)
@@ -163,11 +182,13 @@ def _check(x_T, terms, sampler, xi, generator):
     if sampler not in ("ddpm", "ddim"):
         raise ValueError(f'sampler must be "ddpm" or "ddim", not {sampler!r}')
     if terms and xi is None:
-        raise ValueError("xi is missing: a task with guidance terms needs a step size (0 for projection alone)")
+        raise ValueError("xi is missing: a task with guidance terms needs a step size "
+                         "(0 for projection alone)")
     if xi is not None and not xi >= 0:
         raise ValueError(f"xi must be 0 or more, not {xi}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
-        raise ValueError(f"generator must be one or one per clip: {len(generator)} for {len(x_T)} clips")
+        raise ValueError("generator must be one, or one per clip: "
+                         f"{len(generator)} for {len(x_T)} clips")
 
 
 def _time_of_clips(t, x_t):

@@ -1,10 +1,14 @@
-"""Edit a real track with one command: the creative applications of Sect. 4.3 on files of any length, rate and format.
+"""Edit a real track with one command: the applications of Sect. 4.3 on files of any kind or length.
 
     python sample.py --task continuation --input song.mp3 --start 61.5 --length 8
     python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
 
-The result is the whole track in its own sample rate, channels and word length. New are the requested region and
-cross-fades of at most 50 ms beside it; all else is the input's own samples, bit for bit (but with --splice 0).
+The result is the whole track in its own sample rate, channels and word length. New are the
+requested region and cross-fades of at most 50 ms at its borders; all else is the input's own
+samples, bit for bit (but with --splice 0).
+
+Top to bottom: what all scripts share (errors, devices, audio files, checkpoints); from a context
+to new audio (`generate`, `fill`); from a track to an edited track (`Edit`); the command line.
 """
 import argparse
 import hashlib
@@ -15,9 +19,10 @@ import re
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import soundfile as sf
@@ -38,33 +43,28 @@ from vae import VAE
 
 SAMPLE_RATE = 44100                     # Hz, of all audio inside
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # under torchrun; else 0, 1
-NETS = {"vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS), "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
-        "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
-        "classifier": (PaSST, PaSSTConfig, PASST_PRESETS)}
-TASKS = ("unconditional", "continuation", "infill", "regenerate", "transition", "embedding", "classifier")
-EDITS, FROM_X_BAR = TASKS[1:5], ("regenerate", "transition")     # with a track to edit; that start from what is there
-NEEDED = {"input": EDITS, "input2": ("transition",), "reference": ("embedding",), "classes": ("classifier",)}
-USED = {"start": ("continuation", "infill", "regenerate"), "end": ("infill", "regenerate"), "input2": ("transition",),
-        "fade": ("transition",), "length": ("unconditional", "continuation", "embedding", "classifier"),
-        "k": FROM_X_BAR, **dict.fromkeys(("input", "context", "splice", "xi"), EDITS)}          # flags, and their tasks
-XI, XI_STEPS = {"latent": 0.12, "waveform": 0.05}, 50        # for the L1 sum; what matters is their product
-XI_GUIDE, ABOVE = {"embedding": 3.0, "classifier": 3.0}, 0.4     # for L2 and BCE, at times t above
-XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}           # App. C.3, as k is below; the rest: Algorithms, Table 2
-AS_PRINTED = dict(k=0.85, start_from="paper", project="x_t", equalise=False, keep_level=False)
-CONTEXT, GAP, FADE = 2.4, 2.0, 2.5                           # seconds (Sect. 4.3)
-LITTLE, SPLICE, LIMITER = 0.25, 0.03, 0.05                   # seconds: too little context; a cross-fade; beside a peak
-LEVEL, NEAR = 0.1, 0.25              # of music from nothing: its root mean square; seconds: see level_kept
-PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
+
+# For each kind of model: the constructor of its network, its configuration, and the presets of
+# --size.
+NETS = {
+    "vae": (VAE, autoencoder.VAEConfig, autoencoder.PRESETS),
+    "latent": (dit.build, dit.DiTConfig, dit.PRESETS),
+    "waveform": (unet1d.UNet1D, unet1d.UNetConfig, unet1d.PRESETS),
+    "classifier": (PaSST, PaSSTConfig, PASST_PRESETS),
+}
+
+# Processes that torchrun started; without it, one.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-EQUALISER_FFT = 2048                                        # samples, in `spectrum`
-
-
-# ---- what goes wrong, and processes --------------------------------------------------------------
+# ---- errors, and words to the user ---------------------------------------------------------------
 
 class UserError(Exception):
-    """One sentence for the user: what is wrong, and the remedy. Exit status 2, unusable input, or 1, failed at work."""
+    """One sentence for the user: what is wrong, and the remedy.
+
+    Exit status 2 if the input cannot be used, 1 if the work failed.
+    """
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -72,8 +72,12 @@ class UserError(Exception):
 
 
 def run(main, need_memory="lower --batch"):
-    """Call a script's main(): errors that the user can do something about end in one line on stderr, no traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # as stderr: not every name of a file can be printed
+    """Call a script's main().
+
+    An error that the user can mend ends in one line on stderr, without a traceback.
+    """
+    # as stderr: not every file name can be printed
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except UserError as error:
@@ -81,13 +85,16 @@ def run(main, need_memory="lower --batch"):
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "can't allocate", "bad_alloc", "ALLOC_FAILED"  # of CUDA and MPS, the CPU, cuBLAS
+        # The words of CUDA and MPS, of the CPU's allocator, of cuBLAS.
+        words = ("out of memory", "can't allocate", "bad_alloc", "ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
         place = error.filename or "a file"
-        message, status = f"{place} cannot be read or written ({error.strerror}): free some space, or choose another", 1
+        message = (f"{place} cannot be read or written ({error.strerror}): "
+                   "free some space, or choose another")
+        status = 1
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -103,36 +110,86 @@ def within(low, high, kind=float):
 
 
 def seconds(text):
-    """"61.5" or "1:01.5" -> 61.5."""
+    """A type for argparse: "61.5" or "1:01.5" -> 61.5."""
     match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
     if not match or match[1] and float(match[2]) >= 60:
-        raise argparse.ArgumentTypeError(f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
+        raise argparse.ArgumentTypeError(
+            f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
     return 60 * int(match[1] or 0) + float(match[2])
 
 
+def clock(time):
+    """Seconds as m:ss.mmm."""
+    time = round(time, 3)
+    return f"{int(time // 60)}:{time % 60:06.3f}"
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def refuse_idle(options, uses, mode, text):
+    """UserError for a flag that was given but does nothing here.
+
+    uses    {name of an option: the modes in which it does something}
+    mode    the current one, which `text` names for the user, as in "--task infill"
+    """
+    for name, modes in uses.items():
+        given = getattr(options, name) not in (None, False)
+        if given and mode not in modes:
+            raise UserError(f"{flag_of(name)} does nothing with {text}: leave it out")
+
+
 def say(text):
+    """Print a line, once for all processes, above a progress bar."""
     if RANK == 0:
         tqdm.write(text)
 
 
 def progress(*args, **kwargs):
-    return tqdm(*args, **kwargs, mininterval=0.5 if sys.stderr.isatty() else 30, disable=RANK > 0)
+    """A progress bar with the time left; a line every half minute where stderr is a file."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(*args, **kwargs, mininterval=interval, disable=RANK > 0)
 
 
-def barrier():
-    if WORLD > 1:
-        dist.barrier()
+def digest(*facts):
+    """8 hex digits of whatever json can hold."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
 
+
+def file_digest(path):
+    """16 hex digits of a file's contents."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def random_numbers(seed, *counters):
+    """The generator of random numbers that belongs to (seed, counters)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
+
+
+# ---- devices and processes -----------------------------------------------------------------------
 
 def pick_device(name):
-    """ "auto" is CUDA, else MPS, else the CPU. Under torchrun each process has its own GPU."""
+    """The device of a name; "auto" is CUDA, else MPS, else the CPU.
+
+    Under torchrun each process has its own GPU.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    full_name = name
+    if name == "cuda":
+        full_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        device = torch.device(full_name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {first_line}") from None
     return device
 
 
@@ -141,33 +198,55 @@ def join_processes(device):
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def barrier():
+    """Wait until every process is here."""
+    if WORLD > 1:
+        dist.barrier()
 
 
 # ---- audio files ---------------------------------------------------------------------------------
 
 def audio_blocks(file):
-    """Blocks (n, channels) from the start to where decoding ends: SoundFile.blocks repeats the last block up to the
-    length that the header of a cut mp3 promises, and seeking in ogg through libsndfile can land elsewhere."""
-    while len(block := file.read(2**18, dtype="float32", always_2d=True)):
+    """Blocks (n, channels) of an open SoundFile, from its start to where decoding ends.
+
+    Not SoundFile.blocks, which repeats the last block up to the length that a cut mp3's header
+    promises; and no seeking, which in ogg can land elsewhere (libsndfile 1.2).
+    """
+    while True:
+        block = file.read(2**18, dtype="float32", always_2d=True)
+        if not len(block):
+            return
         yield block
 
 
 def read_audio(path):
-    """The whole file: (audio (channels, n) float32, rate in Hz). UserError naming the file if it cannot be read."""
+    """The whole file: (audio (channels, n) float32, rate in Hz).
+
+    UserError naming the file if it cannot be read.
+    """
     try:
         with sf.SoundFile(path) as file:
             blocks = list(audio_blocks(file))
     except (OSError, RuntimeError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
     if not blocks:
         raise UserError(f"{path} holds no audio")
     return torch.from_numpy(np.concatenate(blocks).T.copy()), file.samplerate
 
 
 def to_stereo_44k(audio, rate):
-    """audio (channels, n) at `rate` Hz -> (2, n') at 44.1 kHz. Mono goes to both sides; of many channels two remain."""
-    return resample(audio[:2] if len(audio) > 1 else audio.expand(2, -1), rate, SAMPLE_RATE)
+    """audio (channels, n) at `rate` Hz -> (2, n') at 44.1 kHz.
+
+    Mono goes to both sides; of many channels two remain.
+    """
+    if len(audio) == 1:
+        audio = audio.expand(2, -1)
+    return resample(audio[:2], rate, SAMPLE_RATE)
 
 
 def reason(error):
@@ -176,16 +255,23 @@ def reason(error):
 
 
 def find_files(folders):
-    """Paths of all audio files in the folders, at any depth, sorted. Links are followed, loops are not."""
-    found, seen = [folder for folder in map(str, folders) if not os.path.isdir(folder)], set()
+    """Paths of all audio files in the folders, at any depth, sorted.
+
+    Links are followed, each folder once.
+    """
+    paths = []
+    visited = set()
     for folder in map(str, folders):
+        if not os.path.isdir(folder):
+            paths.append(folder)                # a file, or a name that `probe` will find missing
         for root, below, names in os.walk(folder, followlinks=True):
-            if os.path.realpath(root) in seen:
-                below.clear()
-            else:
-                found += [os.path.join(root, name) for name in names if name.lower().endswith(SUFFIXES)]
-            seen.add(os.path.realpath(root))
-    return sorted(found)
+            real = os.path.realpath(root)
+            if real in visited:
+                below.clear()                   # a link back: do not go deeper
+                continue
+            visited.add(real)
+            paths += [os.path.join(root, name) for name in names if name.lower().endswith(SUFFIXES)]
+    return sorted(paths)
 
 
 def probe(path):
@@ -197,65 +283,86 @@ def probe(path):
             frames = file.frames
             file.seek(max(frames - 2**15, 0))
             whole = len(file.read(2**15)) == min(frames, 2**15)
-        if not whole:                           # the header promises more than there is: a cut ogg, 2^63 - 1 frames
+        if not whole:
+            # The header promises more than there is: a cut ogg, for example, says 2^63 - 1 frames.
             with sf.SoundFile(path) as file:
-                frames = sum(map(len, audio_blocks(file)))
+                frames = sum(len(block) for block in audio_blocks(file))
         return [frames, file.samplerate, file.channels]
     except (OSError, RuntimeError, UnicodeError) as error:
         return reason(error)
 
 
-def survey(folders, window, flag, remedy="give others, or shorter --windows"):
-    """{path: [frames, rate, channels]} of the files that have `window` samples; says which are left out, and why."""
+def survey(folders, samples, flag, remedy="give others, or shorter --windows"):
+    """{path: [frames, rate, channels]} of the files that last `samples` at 44.1 kHz or longer.
+
+    Says which files are left out, and why. UserError naming the flag if none is left.
+    """
     paths = find_files(folders)
     with ThreadPoolExecutor(8) as pool:
-        facts = dict(zip(paths, progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)))
-    seconds = {path: fact[0] / fact[1] for path, fact in facts.items() if isinstance(fact, list)}
-    usable = {path: facts[path] for path in seconds if seconds[path] >= window / SAMPLE_RATE}
-    for path in sorted(facts.keys() - usable.keys()):
-        why = f"too short, {seconds[path]:.2f} s" if path in seconds else facts[path]
-        say(f"  left out: {path} ({why})")
+        probed = progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)
+        headers = dict(zip(paths, probed))
+
+    needed = samples / SAMPLE_RATE
+    usable = {}
+    total = 0.0
+    for path, header in headers.items():
+        if not isinstance(header, list):
+            say(f"  left out: {path} ({header})")
+            continue
+        lasts = header[0] / header[1]
+        if lasts < needed:
+            say(f"  left out: {path} (too short, {lasts:.2f} s)")
+            continue
+        usable[path] = header
+        total += lasts
     if not usable:
-        raise UserError(f"{flag}: no usable file of {window / SAMPLE_RATE:.2f} s or more: {remedy}")
-    say(f"{flag}: {len(usable)} of {len(paths)} files, {sum(map(seconds.get, usable)) / 60:.1f} minutes")
+        raise UserError(f"{flag}: no usable file of {needed:.2f} s or more: {remedy}")
+    say(f"{flag}: {len(usable)} of {len(paths)} files, {total / 60:.1f} minutes")
     return usable
-
-
-def random_numbers(seed, *counters):
-    """The generator of random numbers that belongs to (seed, counters)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
 
 
 # ---- checkpoints: dictionaries of primitives and tensors -----------------------------------------
 
 @dataclass
 class Checkpoint:
-    """What sampling and evaluation need. net: averaged weights, frozen. Model space: latents (B, C, frames) of the
-    latent model, audio / scale (B, 2, samples) of the waveform model."""
+    """What sampling and evaluation need of a trained model.
+
+    The model's own space: latents (B, C, frames) of the latent model, audio / scale (B, 2, samples)
+    of the waveform model.
+    """
     kind: str
-    net: nn.Module
+    net: nn.Module                      # averaged weights, frozen
     vae: VAE | None = None              # of a latent model
     classes: list | None = None         # of a classifier
-    step: int = 0                       # of model.pt, with those of the weights that the run began with; None: unknown
+    step: int | None = 0                # steps trained, those before --init included; None: unknown
     size: str = ""
     path: str = ""                      # of its file
 
     def __post_init__(self):
-        latent, config = self.kind == "latent", self.net.config
-        self.hop = self.vae.hop if latent else 1                                # samples in a frame of model space
-        self.window = config.frames if latent else getattr(config, "samples", None)     # frames in the model's window
-        self.channels = config.channels if latent else 2
+        config = self.net.config
+        if self.kind == "latent":
+            self.hop = self.vae.hop    # samples in a frame of the model's space
+            self.window = config.frames                         # frames in the model's window
+            self.channels = config.channels
+        else:
+            self.hop = 1
+            self.window = getattr(config, "samples", None)
+            self.channels = 2
 
     def encode(self, audio):
+        """Audio (B, 2, n) -> the model's space (B, C, n / hop)."""
         return self.vae.encode(audio) if self.kind == "latent" else audio / self.net.scale
 
     def decode(self, x):
+        """The inverse: (B, C, frames) -> audio (B, 2, frames * hop)."""
         return self.vae.decode(x) if self.kind == "latent" else x * self.net.scale
 
 
 def write_atomic(path, write):
-    """write(file) to a temporary file beside `path`, which takes its place once it is on the disk: at any moment `path`
-    is the old file or the new one, whole. Raises OSError with the path's name."""
+    """write(file) to a temporary file, which takes the place of `path` once it is on the disk.
+
+    At any moment `path` is the old file or the new one, whole. Raises OSError with the path's name.
+    """
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -265,277 +372,503 @@ def write_atomic(path, write):
         os.replace(part, path)
     except Exception as error:
         part.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__      # torch.save hides what the file raised
+        # torch.save hides what the file raised
+        cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 
 def save_atomic(path, state):
+    """torch.save, atomically."""
     write_atomic(path, lambda file: torch.save(state, file))
 
 
 def load_state(path, kinds=tuple(NETS)):
-    """The dictionary in a checkpoint of one of the kinds; else UserError. Tensors stay in the file until used."""
+    """The dictionary in a checkpoint of one of the kinds; else UserError.
+
+    Tensors stay in the file until used.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind = state["kind"] if state["format"] == 1 else "foreign"
-    except Exception as error:          # a damaged or foreign file raises whatever its parser met first
-        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or no checkpoint of train.py"
-        raise UserError(f"{path} {what} ({type(error).__name__})") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check its name") from None
+    except Exception as error:    # a damaged or foreign file raises whatever its parser met first
+        raise UserError(
+            f"{path} is damaged, or no checkpoint of train.py ({type(error).__name__})") from None
     if kind not in kinds:
-        raise UserError(f"{path} holds a {kind} model, not a {' or '.join(kinds)}: give another file")
+        wanted = " or ".join(kinds)
+        raise UserError(f"{path} holds a {kind} model, not a {wanted}: give another file")
     return state
 
 
 def rebuild(kind, config, weights):
-    """A network from a checkpoint; settings of it that no longer exist are passed over."""
+    """A frozen network from a checkpoint.
+
+    Entries of its configuration that no longer exist are ignored.
+    """
     make, config_class, _ = NETS[kind]
-    net = make(config_class(**{f.name: config[f.name] for f in fields(config_class) if f.name in config}))
+    names = {field.name for field in fields(config_class)}
+    net = make(config_class(**{name: value for name, value in config.items() if name in names}))
     try:
         net.load_state_dict(weights)
     except RuntimeError:
-        raise UserError(f"the checkpoint's {kind} model is of another version of this program: train again") from None
+        raise UserError(
+            f"the {kind} model is of another version of this program: train it again") from None
     return net.eval().requires_grad_(False)
 
 
 def load_checkpoint(path, device="cpu", kinds=tuple(NETS)):
-    """Read what train.py wrote, model.pt or state.pt. Raises UserError if the file cannot be used."""
+    """Read what train.py wrote, model.pt or state.pt. UserError if the file cannot be used."""
     state = load_state(path, kinds)
     net = rebuild(state["kind"], state["config"], state["ema"]).to(device)
-    vae = rebuild("vae", **state["vae"]).to(device) if state["vae"] else None
-    return Checkpoint(state["kind"], net, vae, state["classes"], state["step"], state["size"], str(path))
+    vae = None
+    if state["vae"]:
+        vae = rebuild("vae", **state["vae"]).to(device)
+    return Checkpoint(state["kind"], net, vae, state["classes"], state["step"], state["size"],
+                      str(path))
 
 
 def open_checkpoint(kind, path=None, device="cpu"):
-    """The one rule of all scripts: the file given, else the one beside this module. A latent model's VAE is a VAE."""
-    kinds = ("vae", "latent") if kind == "vae" else (kind,)
-    found = load_checkpoint(path or Path(__file__).parent / "checkpoints" / f"{kinds[-1]}.pt", device, kinds)
-    return found if found.kind == kind else replace(found, kind=kind, net=found.vae, vae=None, step=None)
+    """The checkpoint in a file, or the shipped one of that kind.
+
+    For a VAE, a latent model's file will do.
+    """
+    shipped = "latent" if kind == "vae" else kind
+    if path is None:
+        path = Path(__file__).parent / "checkpoints" / f"{shipped}.pt"
+    checkpoint = load_checkpoint(path, device, (kind,) if kind == shipped else (kind, shipped))
+    if checkpoint.kind != kind:
+        checkpoint = replace(checkpoint, kind=kind, net=checkpoint.vae, vae=None, step=None)
+    return checkpoint
 
 
-# ---- levels and spectra --------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
+
+@dataclass
+class Settings:
+    """How to sample. These defaults were chosen by measurement; `of` adapts them to a model."""
+    sampler: str = "ddpm"
+    steps: int = 50
+    xi: float = 0.12            # guidance step size, at 50 steps
+    k: float = 0.6              # regenerate, transition: share of noise in x_T
+    start_from: str = "matched"                 # regenerate, transition: see tasks.regenerate
+    project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
+    precision: str = "fp32"     # of the diffusion network
+    equalise: bool = True       # new audio gets the spectrum of its context
+    keep_level: bool = True     # new audio gets the level of its context
+
+    # the fields that have a flag in add_flags
+    FLAGS: ClassVar = ("xi", "k", "precision", "equalise")
+
+    @staticmethod
+    def add_flags(add):
+        """Flags, None if not given. add: the add_argument of a parser or a group."""
+        add("--xi", type=within(0, 1e9),
+            help="guidance step size at 50 steps "
+                 "(default: {latent} latent, {waveform} waveform)".format(**XI))
+        add("--k", type=within(0.01, 1),
+            help=f"regenerate, transition: share of noise, up to 1 (default: {Settings.k})")
+        add("--precision", choices=("fp32", "bf16"),
+            help=f"of the diffusion network (default: {Settings.precision})")
+        add("--equalise", action=argparse.BooleanOptionalAction,
+            help="give new audio the spectrum of its context (default: on)")
+        add("--as-printed", action="store_true",
+            help="the paper's algorithms, constants and starting point instead")
+
+    @classmethod
+    def of(cls, options, checkpoint):
+        """The settings for a model.
+
+        Options that are None take the default. UserError for one without effect.
+        """
+        given = {}
+        for setting in fields(cls):
+            value = getattr(options, setting.name, None)
+            if value is not None:
+                given[setting.name] = value
+
+        # Defaults that depend on the model. Large models keep the level by themselves.
+        small = checkpoint.size in ("tiny", "small")
+        preset = {"xi": XI[checkpoint.kind], "keep_level": checkpoint.kind == "latent" and small}
+        if options.as_printed:
+            # App. C.3 has one xi whatever the number of steps; `generate` divides by them.
+            steps = given.get("steps", cls.steps)
+            preset = AS_PRINTED | {"xi": XI_AS_PRINTED[checkpoint.kind] * steps / XI_STEPS}
+            for name in sorted(given.keys() & preset.keys()):
+                raise UserError(f"{flag_of(name)} is set by --as-printed: leave one of them out")
+        return cls(**preset | given)
+
+
+# step size of the L1 sum; its product with the steps is what matters
+XI = {"latent": 0.12, "waveform": 0.05}
+XI_STEPS = 50
+GUIDE_STEP = 3.0                                # step size of a guiding term, L2 or BCE
+ABOVE = 0.4                                     # guiding terms act at times t above this
+XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                              # App. C.3
+AS_PRINTED = {
+    "k": 0.85,                                  # App. C.3
+    "start_from": "paper",                      # Table 2, x_T
+    "project": "x_t",                           # Algorithms 1 and 2, the last line
+    "equalise": False,                          # ours
+    "keep_level": False,                        # ours
+}
+
+
+# ---- levels and spectra of new audio -------------------------------------------------------------
+
+LEVEL = 0.1                             # root mean square of music from nothing
+LEVEL_SECONDS = 0.25                    # see level_kept
+EQUALISER_FFT = 2048                    # samples
+
 
 def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
-    """A model like `model`, whose x0_hat at times t > above has in the gap, between the first C_L and the last C_R
-    positions, the power that it has beside it: each position gets the gain that the mean over `reach` positions on
-    either side of it asks for (ours). Else a weak model's notes hardly begin there, fade out, or grow without bounds.
-    The gains, 1 / most to most, count as constants in the gradients of terms.
+    """A model like `model` that keeps the level of the gap near that of the contexts (ours).
+
+    The gap lies between the first C_L and the last C_R positions. For t > above, x0_hat in the gap
+    is scaled so that its local power (mean over `reach` positions each side) equals its mean power
+    in the contexts. Without this a weak model's notes start late, fade out, or grow without bounds.
+    The gains, 1 / most to most, are constants in the gradients of terms.
     """
     def kept(x_t, t):
         v = model(x_t, t)
-        x0_hat, gap = x0_from_v(x_t, v, t), slice(C_L, x_t.shape[-1] - C_R)
-        power = x0_hat.detach().square().mean(1, keepdim=True)                                      # (B, 1, n)
-        beside = torch.cat([power[..., :gap.start], power[..., gap.stop:]], -1).mean(-1, keepdim=True)  # (B, 1, 1)
-        near = F.avg_pool1d(power[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)          # (B, 1, gap)
-        gain = (beside / near.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
+        x0_hat = x0_from_v(x_t, v, t)
+        gap = slice(C_L, x_t.shape[-1] - C_R)
+
+        # Mean power over channels: of the contexts (B, 1, 1), and around each position of the gap
+        # (B, 1, gap).
+        power = x0_hat.detach().square().mean(1, keepdim=True)                  # (B, 1, n)
+        context = torch.cat([power[..., :gap.start], power[..., gap.stop:]], -1)
+        context = context.mean(-1, keepdim=True)
+        local = F.avg_pool1d(power[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)
+        gain = (context / local.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
+
+        # x0_hat = alpha_t x_t - sigma_t v: to scale x0_hat by 1 + change, v moves by -change x0_hat
+        # / sigma_t.
         change = torch.zeros_like(power)
         change[..., gap] = torch.where(t[:, None, None] > above, gain - 1, 0.0)
-        return v - change * x0_hat / alpha_sigma(t)[1].to(x_t)[:, None, None]
+        sigma_t = alpha_sigma(t)[1].to(x_t)[:, None, None]
+        return v - change * x0_hat / sigma_t
     return kept
 
 
-def windows(C_L, gap, C_R, window, overlap):
-    """Spans [first, last) of at most `window` positions that one after the other fill a gap of `gap` positions.
-
-    C_L positions are known before the gap and C_R behind it. One span if everything fits. Else equal shares of the gap,
-    each behind `overlap` positions or more, if there are as many, and room for them; the last one hears C_R too. From
-    right to left where fewer are known before the gap than that, and more behind it.
-    """
-    if C_L + gap + C_R <= window:
-        return [(0, C_L + gap + C_R)]
-    if C_L < min(overlap, C_R):
-        n = C_L + gap + C_R
-        return [(n - last, n - first) for first, last in windows(C_R, gap, C_L, window, overlap)]
-    overlap = min(overlap, (window - C_R) // 2)
-    count = math.ceil(gap / (window - overlap - C_R))
-    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [C_L + gap + C_R]
-    return [(max(0, end - window), end) for end in ends]
-
-
 def spectrum(audio, weight):
-    """Mean power, up to a constant factor, of audio (B, channels, n) times weight (n,) at 0 to 22050 Hz: (B, 1025);
-    smoothed by a Gaussian with a deviation of a sixth of an octave."""
-    size, window = EQUALISER_FFT, torch.hann_window(EQUALISER_FFT, device=audio.device)
+    """Power spectrum (B, 1025), 0 to 22050 Hz, of audio (B, channels, n) weighted by `weight` (n,).
+
+    Up to a constant factor; smoothed by a Gaussian with a standard deviation of a sixth of an
+    octave.
+    """
+    size = EQUALISER_FFT
+    window = torch.hann_window(size, device=audio.device)
     frames = F.pad(audio * weight, (size, size)).unfold(-1, size, size // 2) * window
     power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum().clamp(min=1)
+
     octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
-    smooth = torch.exp(-18 * (octave[:, None] - octave).square())           # 18 = 6^2 / 2
+    smooth = torch.exp(-18 * (octave[:, None] - octave).square())               # 18 = 6^2 / 2
     return power @ (smooth / smooth.sum(1, keepdim=True)).T + 1e-12
 
 
 def equalise(audio, weight, wanted):
-    """Audio (B, channels, n) through a filter of gains from 1/4 to 4, those that give audio times weight (n,) the
-    spectrum `wanted` (B, 1025)."""
-    n, size = audio.shape[-1], audio.shape[-1] + EQUALISER_FFT          # the filter's tails do not wrap
+    """Filter audio (B, channels, n) so that its spectrum, see above, becomes `wanted` (B, 1025).
+
+    The filter's gains lie between 1/4 and 4.
+    """
+    n = audio.shape[-1]
+    size = n + EQUALISER_FFT    # so that the filter's tails do not wrap
     gain = (wanted / spectrum(audio, weight)).sqrt().clamp(1 / 4, 4)
     gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
     return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
 
 
 def limited(audio, reach):
-    """Audio (channels, n) within full scale: turned down around each peak above it, smoothly, `reach` samples a side.
+    """Audio (channels, n) turned down smoothly, `reach` samples a side, around peaks above 1.
 
-    Each of the gains that are averaged for a sample comes from a stretch that holds it, so no peak passes."""
-    peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)                 # (1, n)
-    gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate").double().cumsum(-1)
-    return audio * ((gain[:, 2 * reach + 1:] - gain[:, :-2 * reach - 1]) / (2 * reach + 1)).to(audio)
+    A sample's gain is a mean of gains, each of which is low enough for the whole stretch around it.
+    So no peak passes.
+    """
+    peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)    # (1, n)
+    gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate")
+    total = gain.double().cumsum(-1)
+    mean = (total[:, 2 * reach + 1:] - total[:, :-2 * reach - 1]) / (2 * reach + 1)
+    return audio * mean.to(audio)
 
 
-# ---- excerpts and fades --------------------------------------------------------------------------
+# ---- from a context to new audio -----------------------------------------------------------------
+
+# The row of Table 2 that each task takes: functions of x_bar, C_L, C_R, z, the settings, and a
+# Term's fields.
+TABLE_2 = {
+    "continuation": lambda x_bar, C_L, C_R, z, settings, **term:
+        tasks.continuation(x_bar, C_L, z, **term),
+    "infill": lambda x_bar, C_L, C_R, z, settings, **term:
+        tasks.infill(x_bar, C_L, C_R, z, **term),
+    "regenerate": lambda x_bar, C_L, C_R, z, settings, **term:
+        tasks.regenerate(x_bar, C_L, C_R, z, settings.k, settings.start_from, **term),
+    "transition": lambda x_bar, C_L, C_R, z, settings, **term:
+        tasks.transition(x_bar, C_L, C_R, z, settings.k, settings.start_from, **term),
+}
+FROM_X_BAR = ("regenerate", "transition")      # these start from what is there, others never read it
+
+
+def windows(C_L, gap, C_R, window, overlap):
+    """Spans [first, last) of at most `window` positions that one after the other fill a long gap.
+
+    C_L and C_R positions of context lie left and right of `gap` positions. One span if everything
+    fits. Otherwise split the gap equally. Each window starts with at least `overlap` positions that
+    are filled already, where they exist and fit; the last one holds the right context too. From
+    right to left where the left context is shorter than that, and than the right one.
+    """
+    n = C_L + gap + C_R
+    if n <= window:
+        return [(0, n)]
+    if C_L < min(overlap, C_R):
+        mirrored = windows(C_R, gap, C_L, window, overlap)
+        return [(n - last, n - first) for first, last in mirrored]
+    overlap = min(overlap, (window - C_R) // 2)
+    count = math.ceil(gap / (window - overlap - C_R))
+    ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [n]
+    return [(max(0, end - window), end) for end in ends]
+
+
+def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
+             spans=None, guides=(), callback=None):
+    """x_bar (B, C, n) with new content between its first C_L and its last C_R frames.
+
+    task        a row of TABLE_2, or another name: then nothing but the guides holds the result
+    spans       see `windows`; default: one window for all
+    guides      functions z -> Task: their terms join in every window; their weights are step sizes
+    callback    see guidance.sample
+    """
+    def model(x_t, t):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return checkpoint.net(x_t, t).float()
+
+    x, n = x_bar.clone(), x_bar.shape[-1]
+    lo, hi = C_L, n - C_R                                               # [lo, hi) is still empty
+    for first, last in spans or [(0, n)]:
+        # The window, and how many of its frames are context: given, or made in an earlier window.
+        window = x[..., first:last]
+        left, right = max(lo - first, 0), max(last - hi, 0)
+        z = guidance.draw_noise(window, generator)
+
+        # Its row of Table 2. L1's gradient has no level, so the context's own is the term's weight.
+        row, estimator, level = row_for(task, left, right), model, 1.0
+        if settings.keep_level and left + right:
+            context = torch.cat([window[..., :left], window[..., last - first - right:]], -1)
+            level = context.square().mean((1, 2)).sqrt()                        # (B,)
+            if row not in FROM_X_BAR:
+                reach = round(LEVEL_SECONDS * SAMPLE_RATE / checkpoint.hop)
+                estimator = level_kept(model, left, right, reach)
+        problem = guidance.Task(z, ())
+        if row:
+            problem = TABLE_2[row](window, left, right, z, settings,
+                                   weight=settings.xi * level, project=settings.project)
+        problem = tasks.combine(problem, *[guide(z) for guide in guides])
+
+        # Sample it. The result is context for the next window.
+        xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0
+        x[..., first:last] = guidance.sample(
+            estimator, problem.x_T, problem, steps=settings.steps, sampler=settings.sampler,
+            xi=xi, generator=generator, callback=callback)
+        if first <= lo:
+            lo = last
+        else:
+            hi = first
+    return x
+
+
+def row_for(task, left, right):
+    """The row of TABLE_2 for one window of a task, by its frames of context; None without any.
+
+    A long infill begins with continuations; the window that reaches its right context is an infill.
+    """
+    if task in FROM_X_BAR:
+        return task
+    if right:
+        return "infill"
+    if left:
+        return "continuation"
+    return None
+
+
+def fill(checkpoint, task, audio, C_L, C_R, settings, generator, *, guides=(), example=None, **how):
+    """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
+
+    Encode, generate, decode, equalise.
+
+    example     audio (B, 2, m) whose spectrum the new part gets; without, guides leave it free
+    how         see generate
+    """
+    # A task from x_bar reads all of it; the others, nothing of the gap.
+    from_x_bar = task in FROM_X_BAR
+    if from_x_bar:
+        x_bar = encode_context(checkpoint, audio, audio.shape[-1] // checkpoint.hop, 0)
+    else:
+        x_bar = encode_context(checkpoint, audio, C_L, C_R)
+    x_0 = generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, guides=guides, **how)
+
+    # Guidance by class should be free to change the sound.
+    matched = settings.equalise and (example is not None or not guides)
+    if matched:
+        new = decode_like(checkpoint, x_0, audio, C_L, C_R, from_x_bar, example)
+    else:
+        new = checkpoint.decode(x_0)
+
+    # Music from nothing has no context to take its level from.
+    from_nothing = not (C_L or C_R or from_x_bar)
+    if settings.keep_level and from_nothing and not (matched and example is not None):
+        power = new.square().mean((1, 2), keepdim=True)
+        new = new * LEVEL / power.sqrt().clamp(min=1e-6)
+    return new
+
+
+def encode_context(checkpoint, audio, C_L, C_R):
+    """Encode the first C_L and the last C_R frames of audio (B, 2, n): (B, C, n / hop), else zeros.
+
+    Each side is encoded by itself, mirrored beyond its ends, so that nothing in between leaks.
+    """
+    hop = checkpoint.hop
+    frames = audio.shape[-1] // hop
+    reach = 0    # frames that the encoder sees around one
+    if checkpoint.vae:
+        reach = math.ceil(checkpoint.vae.encoder_field / hop)
+    x = torch.zeros(len(audio), checkpoint.channels, frames, device=audio.device)
+    for first, last in ((0, C_L), (frames - C_R, frames)):
+        if first < last:
+            wide = excerpt(audio, (first - reach) * hop, (last + reach) * hop,
+                           first * hop, last * hop)
+            x[..., first:last] = checkpoint.encode(wide)[..., reach:reach + last - first]
+    return x
+
+
+def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=None):
+    """x_0 (B, C, frames) -> audio (B, 2, n), equalised.
+
+    The first C_L and last C_R frames get the spectrum that they have in `original` (B, 2, n). The
+    frames in between get the same one; with from_x_bar, that of what stood there; with an `example`
+    (B, 2, m), the example's, at the power they would have had. With little context (LITTLE), all
+    get the example's, if any.
+    """
+    audio = checkpoint.decode(x_0)
+    n = original.shape[-1]
+    left, right = C_L * checkpoint.hop, n - C_R * checkpoint.hop    # [left, right) is new
+    example_shape = None
+    if example is not None:
+        example_shape = spectrum(example, torch.ones_like(example[0, 0]))
+    if left + n - right < LITTLE * SAMPLE_RATE:
+        if example_shape is None:
+            return audio
+        return equalise(audio, torch.ones_like(audio[0, 0]), example_shape)
+
+    # Weights (n,) of the new part, 1 there and 0 in the contexts, with a ramp outside it.
+    ramp = round(SPLICE * SAMPLE_RATE)
+    at = torch.arange(n, device=original.device)
+    new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)
+
+    # Equalise the contexts and the new part, each to its own spectrum.
+    of_context = spectrum(original, 1 - new)
+    wanted = spectrum(original, new) if from_x_bar else of_context
+    if example_shape is not None:
+        wanted = example_shape * (wanted.sum(1) / example_shape.sum(1))[:, None]
+    return torch.lerp(equalise(audio, 1 - new, of_context), equalise(audio, new, wanted), new)
+
+
+def listen(passt, checkpoint, x, part=slice(None)):
+    """A(x) = PaSST(resample(decode(x))), Sect.
+
+    4.3: logits and embedding of x (B, C, n), of a `part` of its samples.
+    """
+    return passt.listen(checkpoint.decode(x)[..., part], SAMPLE_RATE)
+
+
+def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
+    """Embedder guidance towards an example (B, 2, m): a function z -> Task for `generate`."""
+    y = passt.listen(example, SAMPLE_RATE)[1]
+
+    def embedding(x):
+        return listen(passt, checkpoint, x, part)[1]
+
+    def guide(z):
+        return tasks.embedder_guidance(embedding, y, z, GUIDE_STEP * weight, above=ABOVE)
+    return guide
+
+
+def class_guide(checkpoint, classifier, labels, weight=1.0):
+    """Classifier guidance towards {class: label from 0 to 1}; other classes are free.
+
+    A function z -> Task.
+    """
+    chosen = [classifier.classes.index(name) for name in labels]
+    y = torch.tensor([list(labels.values())], device=next(classifier.net.parameters()).device)
+
+    def logits(x):
+        return listen(classifier.net, checkpoint, x)[0][:, chosen]
+
+    def guide(z):
+        return tasks.classifier_guidance(logits, y, z, GUIDE_STEP * weight, above=ABOVE)
+    return guide
+
+
+# ---- excerpts and fades, in samples --------------------------------------------------------------
+
+LITTLE = 0.25                           # seconds: too little context to take a spectrum from
+SPLICE = 0.03                           # seconds of a cross-fade between old and new
+LIMITER = 0.05    # seconds that a peak above full scale is turned down before and after it
+
 
 def excerpt(x, first, last, lo, hi):
-    """Samples [first, last) of x (..., n), of which only [lo, hi) are read: beyond them the signal is mirrored."""
+    """Samples [first, last) of x (..., n). Only [lo, hi) are read; beyond, x is mirrored."""
     i = (torch.arange(first, last) - lo) % (2 * (hi - lo))
     return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
 
 
 def resample_part(x, rate_in, rate_out, anchor, first, last, lo, hi):
-    """x (channels, n) at rate_in -> its samples [first, last) at rate_out, counted from the sample `anchor` of x, where
-    both rates have one. Only [lo, hi) of x is read: see excerpt."""
+    """x (channels, n) at rate_in -> its samples [first, last) at rate_out.
+
+    Both rates have a sample at `anchor`, a sample of x, from where first and last count. Only [lo,
+    hi) of x is read: see excerpt.
+    """
     begin, end = to_resample(rate_in, rate_out, first, last)
-    part, before = excerpt(x, anchor + begin, anchor + end, lo, hi), begin * rate_out // rate_in
-    return resample(part, rate_in, rate_out)[:, first - before:last - before]
+    part = resample(excerpt(x, anchor + begin, anchor + end, lo, hi), rate_in, rate_out)
+    before = begin * rate_out // rate_in
+    return part[:, first - before:last - before]
 
 
 def blend(old, new):
-    """Fade from old to new (channels, n), at level power if they are uncorrelated or alike; opposite ones dip."""
+    """Fade from old to new (channels, n), at constant power; only signals in antiphase dip."""
     w = torch.sin(math.pi / 2 * (torch.arange(old.shape[-1]) + 0.5) / old.shape[-1]) ** 2
     rho = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).clamp(min=0)
     return ((1 - w) * old + w * new) / (w**2 + (1 - w) ** 2 + 2 * rho * w * (1 - w)).sqrt()
 
 
-# ---- in the model's space: generate between known contexts, window after window -------------------------------------
+# ---- a track, and its edit -----------------------------------------------------------------------
 
-def flag(default, text, **kind):
-    """A field of Settings with what its flag on the command line needs."""
-    return field(default=default, metadata={"help": f"{text} ({default})", **kind})
-
-
-@dataclass
-class Settings:
-    """How to sample. The defaults, by measurement, are said here; xi is by kind of model, see `of`."""
-    sampler: str = "ddpm"
-    steps: int = 50
-    xi: float = flag(XI["latent"], "step size towards the context, for 50 steps; waveform: 0.05", type=within(0, 1e9))
-    k: float = flag(0.6, "regenerate, transition: share of noise", type=within(0.01, 1))
-    start_from: str = "matched"                              # regenerate, transition: see tasks.regenerate
-    project: str = "x0_hat"                                  # what is made to meet y: see guidance.Term
-    precision: str = flag("fp32", "of the diffusion network", choices=("fp32", "bf16"))
-    equalise: bool = flag(True, "give new audio the spectrum beside it", action=argparse.BooleanOptionalAction)
-    keep_level: bool = True                                  # as loud as what is beside it, or as music is
-
-    @classmethod
-    def add_flags(cls, add):
-        """Flags for the fields that have one, None if not given, and --as-printed. add: a parser's method."""
-        for this in filter(lambda this: this.metadata, fields(cls)):
-            add("--" + this.name.replace("_", "-"), **this.metadata)
-        add("--as-printed", action="store_true", help="the paper's algorithms, constants and start instead")
-
-    @classmethod
-    def of(cls, options, checkpoint):
-        """The settings that flags (None: not given) ask of a model. UserError for one that would do nothing."""
-        given = {this.name: value for this in fields(cls) if (value := getattr(options, this.name, None)) is not None}
-        kind = checkpoint.kind
-        preset = {"xi": XI[kind], "keep_level": kind == "latent" and checkpoint.size in ("tiny", "small")}
-        if options.as_printed:
-            preset = AS_PRINTED | {"xi": XI_AS_PRINTED[kind] * given.get("steps", cls.steps) / XI_STEPS}  # see generate
-            for name in sorted(given.keys() & preset.keys()):
-                raise UserError(f"--{name.replace('_', '-')} is set by --as-printed: leave one of them out")
-        return cls(**preset | given)
-
-
-def generate(checkpoint, x_bar, C_L, C_R, settings, generator, *, spans=None, guides=(), callback=None):
-    """Replace what lies between the first C_L and the last C_R frames of x_bar (B, C, n); returns (B, C, n).
-    spans       see `windows`; default: one window for all
-    guides      functions z -> Task: their terms, whose weights are step sizes as settings.xi is, join in all windows"""
-    xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0                   # each term brings its own size
-    def model(x_t, t):
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return checkpoint.net(x_t, t).float()
-    x, n, lo, hi = x_bar.clone(), x_bar.shape[-1], C_L, x_bar.shape[-1] - C_R            # [lo, hi) is yet to be filled
-    for first, last in spans or [(0, n)]:
-        left, right = max(lo - first, 0), max(last - hi, 0)
-        z = guidance.draw_noise(x[..., first:last], generator)
-        task, estimator = guidance.Task(z, ()), model
-        if left + right or settings.k < 1:
-            known = torch.cat([x[..., first:first + left], x[..., last - right:last]], -1)
-            level = known.square().mean((1, 2)).sqrt() if settings.keep_level else 1.0   # L1's gradient has no level
-            task = tasks.regenerate(x[..., first:last], left, right, z, settings.k, settings.start_from,
-                                    weight=settings.xi * level, project=settings.project)
-            if settings.keep_level and settings.k == 1:
-                estimator = level_kept(model, left, right, round(NEAR * SAMPLE_RATE / checkpoint.hop))
-        task = tasks.combine(task, *[guide(z) for guide in guides])
-        x[..., first:last] = guidance.sample(estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
-                                             xi=xi, generator=generator, callback=callback)
-        lo, hi = (last, hi) if first <= lo else (lo, first)
-    return x
-
-
-# ---- between a track and the model's space --------------------------------------------------------------------------
-
-def encode_known(checkpoint, audio, C_L, C_R):
-    """The first C_L and the last C_R frames of audio (B, 2, n) -> model space (B, C, n / hop), zeros in between. Each
-    side is encoded by itself, mirrored beyond its ends, so that nothing in between leaks."""
-    hop, frames = checkpoint.hop, audio.shape[-1] // checkpoint.hop
-    reach = math.ceil(checkpoint.vae.encoder_field / hop) if checkpoint.vae else 0     # frames
-    x = torch.zeros(len(audio), checkpoint.channels, frames, device=audio.device)
-    for first, last in ((0, C_L), (frames - C_R, frames)):
-        if first < last:
-            wide = excerpt(audio, (first - reach) * hop, (last + reach) * hop, first * hop, last * hop)
-            x[..., first:last] = checkpoint.encode(wide)[..., reach:reach + last - first]
-    return x
-
-
-def decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar=False, example=None):
-    """x_0 (B, C, frames) -> audio (B, 2, n), equalised. The first C_L and last C_R frames get the spectrum they have in
-    the audio `known` (B, 2, n). New frames get the same one; with from_x_bar, that of what stood there; with an
-    `example` (B, 2, m), the example's, at their power. With less than LITTLE known, all get the example's, if any."""
-    audio, left, right = checkpoint.decode(x_0), C_L * checkpoint.hop, known.shape[-1] - C_R * checkpoint.hop
-    shape = None if example is None else spectrum(example, torch.ones_like(example[0, 0]))
-    if left + known.shape[-1] - right < LITTLE * SAMPLE_RATE:
-        return audio if shape is None else equalise(audio, torch.ones_like(audio[0, 0]), shape)
-    ramp, at = round(SPLICE * SAMPLE_RATE), torch.arange(known.shape[-1], device=known.device)
-    new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)            # (n,): 1 there, 0 beside it
-    beside = spectrum(known, 1 - new)
-    wanted = spectrum(known, new) if from_x_bar else beside
-    wanted = wanted if shape is None else shape * (wanted.sum(1) / shape.sum(1))[:, None]
-    return torch.lerp(equalise(audio, 1 - new, beside), equalise(audio, new, wanted), new)
-
-
-def fill(checkpoint, known, C_L, C_R, settings, generator, *, from_x_bar=False, guides=(), example=None, **how):
-    """Audio `known` (B, 2, n) with a new middle, between its first C_L and last C_R frames: encode, generate, decode.
-    from_x_bar  start from what is there (Table 2's Regenerate and Transition), instead of not reading it at all
-    guides, how see generate; with guides, only an `example` equalises. Else latent music from nothing gets LEVEL
-    """
-    read, k = ((known.shape[-1] // checkpoint.hop, 0), settings.k) if from_x_bar else ((C_L, C_R), 1.0)
-    x_bar = encode_known(checkpoint, known, *read)
-    x_0 = generate(checkpoint, x_bar, C_L, C_R, replace(settings, k=k), generator, guides=guides, **how)
-    matched = settings.equalise and (example is not None or not guides)
-    audio = decode_like(checkpoint, x_0, known, C_L, C_R, from_x_bar, example) if matched else checkpoint.decode(x_0)
-    if settings.keep_level and not (C_L or C_R or from_x_bar or (matched and example is not None)):
-        audio = audio * LEVEL / audio.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
-    return audio
-
-
-def hear(listener, checkpoint, x, part=slice(None)):
-    """A(x) = PaSST(resample(decode(x))), Sect. 4.3: logits and embedding of x (B, C, n), of a `part` of its samples."""
-    return listener.listen(checkpoint.decode(x)[..., part], SAMPLE_RATE)
+PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 
 
 @dataclass
 class Track:
-    """Audio (channels, n), float64 where float32 would lose something, its rate in Hz, and the subtype of its file."""
+    """A file's audio (channels, n), in float64 where float32 would lose something."""
     audio: torch.Tensor
     rate: int
     subtype: str = "FLOAT"
-    n = property(lambda self: self.audio.shape[-1])
+
+    @property
+    def n(self):
+        return self.audio.shape[-1]
+
+    @property
+    def seconds(self):
+        return self.n / self.rate
 
     @classmethod
     def read(cls, path):
+        """UserError naming the file if it cannot be edited."""
         audio, rate = read_audio(path)
         if len(audio) > 2:
-            raise UserError(f"{path} has {len(audio)} channels; only mono and stereo can be edited: mix it down first")
+            raise UserError(f"{path} has {len(audio)} channels; only mono and stereo can be "
+                            "edited: mix it down first")
         subtype = sf.info(path).subtype
         if subtype in ("PCM_32", "DOUBLE"):
             audio = torch.from_numpy(sf.read(path, always_2d=True)[0].T.copy())
@@ -545,284 +878,443 @@ class Track:
 
 
 class Edit:
-    """The region [a, b) of a track, in its own samples, laid on a model's frames: C_L known, `gap` free, C_R known.
+    """The region [a, b) of a track on a model's frames: C_L of context, the gap, C_R of context.
 
-    Time is counted from a, which lies exactly on a frame. The right border is rounded up to the next frame: what is new
-    ends at `end`, where the audio that the model knows begins (at b, if it knows none there)."""
+    a and b are samples of the track. Time is counted from a, which lies exactly on a frame. The
+    right border is rounded up to the next frame: what is new ends at `end`, where the right context
+    begins (at b, if there is none).
+    """
 
     def __init__(self, checkpoint, track, a, b, context=None):
-        self.checkpoint, self.track, self.a = checkpoint, track, a
-        window = checkpoint.window
-        self.frame = checkpoint.hop * track.rate / SAMPLE_RATE                         # native samples per frame
+        self.checkpoint, self.track = checkpoint, track
+        self.frame = checkpoint.hop * track.rate / SAMPLE_RATE    # the track's samples in a frame
         self.gap = math.ceil((b - a) / self.frame - 1e-6)
-        before, behind = int(a / self.frame), max(0, int((track.n - a) / self.frame) - self.gap)
-        spare = max(window - self.gap, window // 2)         # a side takes what the other does not have
-        each = min(int(context * SAMPLE_RATE / checkpoint.hop), window // 2) if context else spare
-        self.C_R = min(behind, each, spare // 2)
-        self.C_L = min(before, each, spare - self.C_R)
-        self.C_R = min(behind, each, spare - self.C_L)
-        self.b, self.end = b, a + math.ceil(self.gap * self.frame - 1e-6) if self.C_R else b
-        if track.n and not self.C_L + self.C_R:
-            raise UserError("--input has less than one frame beside the new part: take less of it, or a longer file")
-        self.spans = windows(self.C_L, self.gap, self.C_R, window, min(each, spare // 2))
+        before = int(a / self.frame)    # whole frames that the track has
+        after = max(0, int((track.n - a) / self.frame) - self.gap)
 
-    def known(self, whole):
-        """What the model may know, as audio (1, 2, samples) at 44.1 kHz: each side made by itself, so that nothing of
-        the region leaks, and zeros in the gap; or, if `whole`, the region too."""
-        hop, (C_L, gap, C_R), track = self.checkpoint.hop, (self.C_L, self.gap, self.C_R), self.track
+        # At most `longest` frames of context a side; what one side lacks goes to the other.
+        window = checkpoint.window
+        room = max(window - self.gap, window // 2)
+        longest = room
+        if context:
+            longest = min(int(context * SAMPLE_RATE / checkpoint.hop), window // 2)
+        self.C_R = min(after, longest, room // 2)
+        self.C_L = min(before, longest, room - self.C_R)
+        self.C_R = min(after, longest, room - self.C_L)
+        if track.n and not self.C_L + self.C_R:
+            raise UserError("--input has less than one frame of context around the new part: "
+                            "take less of it, or a longer file")
+
+        self.a, self.b, self.end = a, b, b
+        if self.C_R:
+            self.end = a + math.ceil(self.gap * self.frame - 1e-6)
+        self.spans = windows(self.C_L, self.gap, self.C_R, window, min(longest, room // 2))
+
+    def context(self, whole):
+        """What the model may read, (1, 2, samples) at 44.1 kHz. Zeros in the gap, unless `whole`.
+
+        Each side is resampled by itself, so that nothing of the gap leaks.
+        """
+        hop, C_L, gap, C_R = self.checkpoint.hop, self.C_L, self.gap, self.C_R
+        if whole:
+            parts = [(-C_L, gap + C_R, 0, self.track.n)]
+        else:
+            parts = [(-C_L, 0, 0, self.a), (gap, gap + C_R, self.b, self.track.n)]
         audio = torch.zeros(2, (C_L + gap + C_R) * hop)
-        parts = ((-C_L, gap + C_R, 0, track.n),) if whole else ((-C_L, 0, 0, self.a), (gap, gap + C_R, self.b, track.n))
-        for first, last, lo, hi in parts:
+        stereo = self.track.audio.float().expand(2, -1)
+        for first, last, lo, hi in parts:    # frames from a; samples that may be read
             if first < last:
                 audio[:, (C_L + first) * hop:(C_L + last) * hop] = resample_part(
-                    track.audio.float().expand(2, -1), track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
+                    stereo, self.track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
         return audio[None]
 
-    def splice(self, decoded, seconds, top=math.inf):
-        """Decoded audio (2, hop * frames) laid into the track: (channels, n). Cross-fades of `seconds` lie outside
-        [a, end), or shorter ones where less is known; with 0 all of it, contexts included, stands as it is.
-        top: it is turned down around higher peaks, before it is faded in (where the sum may still be higher)."""
-        audio, (a, end) = self.track.audio, (self.a, self.end)
-        fade = round(seconds * self.track.rate) if seconds else self.track.n
-        last = a + int((self.gap + self.C_R) * self.frame + 1e-6)                      # where decoded ends
-        before, behind = min(fade, int(self.C_L * self.frame)), max(0, min(fade, last - end, self.track.n - end))
-        new = resample_part(decoded, SAMPLE_RATE, self.track.rate, self.C_L * self.checkpoint.hop,
-                                  -before, end - a + behind, 0, decoded.shape[-1])
-        new = new[:len(audio)]                  # for mono, one channel: the mean of two that differ would be quieter
-        if (over := new.abs().max() / top) > 1:
-            print(f"note: peaks of the new audio are turned down, by {20 * over.log10():.1f} dB at most")
-            new = limited(new / top, round(LIMITER * self.track.rate)) * top
-        if seconds:
-            new = torch.cat([blend(audio[:, a - before:a], new[:, :before]), new[:, before:before + end - a],
-                             blend(new[:, before + end - a:], audio[:, end:end + behind])], dim=-1)
-        return torch.cat([audio[:, :a - before], new, audio[:, end + behind:]], dim=-1)
+    def splice(self, decoded, fade, top=math.inf):
+        """Decoded audio (2, hop * frames) laid into the track: (channels, n).
+
+        fade    seconds of the cross-fades, outside [a, end), shorter where there is less context.
+                0: none, and the contexts stand as they were decoded
+        top     higher peaks are turned down, before the cross-fades (whose sum may still be higher)
+        """
+        audio, a, end, rate = self.track.audio, self.a, self.end, self.track.rate
+        reach = round(fade * rate) if fade else self.track.n
+        decoded_end = a + int((self.gap + self.C_R) * self.frame + 1e-6)
+        before = min(reach, int(self.C_L * self.frame))
+        after = max(0, min(reach, decoded_end - end, self.track.n - end))
+
+        # The new part and its cross-fades, at the track's rate. A mono track takes one channel: the
+        # mean of two that differ would be quieter.
+        new = resample_part(decoded, SAMPLE_RATE, rate, self.C_L * self.checkpoint.hop,
+                            -before, end - a + after, 0, decoded.shape[-1])
+        new = new[:len(audio)]
+        over = new.abs().max() / top
+        if over > 1:
+            decibels = 20 * over.log10()
+            print(f"note: peaks of the new audio are turned down, by {decibels:.1f} dB at most")
+            new = limited(new / top, round(LIMITER * rate)) * top
+
+        if fade:
+            fade_in = blend(audio[:, a - before:a], new[:, :before])
+            fade_out = blend(new[:, before + end - a:], audio[:, end:end + after])
+            new = torch.cat([fade_in, new[:, before:before + end - a], fade_out], dim=-1)
+        return torch.cat([audio[:, :a - before], new, audio[:, end + after:]], dim=-1)
+
+    def kept(self):
+        """The parts of the track, left and right of the new one, that stay as they are."""
+        return self.track.audio[:, :self.a], self.track.audio[:, self.end:]
 
     def times(self):
         """One line: where things lie, in seconds, after rounding to the model's frames."""
-        rate, passes = self.track.rate, len(self.spans)
-        before, after = (C * self.frame / rate for C in (self.C_L, self.C_R))
-        heard = f"; the model hears {before:.2f} s before it and {after:.2f} s after it" * bool(before + after)
-        made = f"new audio {clock(self.a / rate)} to {clock(self.end / rate)}"
-        return made + f", in {passes} passes" * (passes > 1) + heard
+        rate = self.track.rate
+        text = f"new audio {clock(self.a / rate)} to {clock(self.end / rate)}"
+        if len(self.spans) > 1:
+            text += f", in {len(self.spans)} passes"
+        if self.C_L + self.C_R:
+            before, after = self.C_L * self.frame / rate, self.C_R * self.frame / rate
+            text += f"; context {before:.2f} s before it and {after:.2f} s after it"
+        return text
 
 
-def clock(seconds):
-    return f"{int(round(seconds, 3) // 60)}:{round(seconds, 3) % 60:06.3f}"
+def crossfaded(one, two, fade):
+    """The end of one track faded into the start of another: (Track, start and end of the fade)."""
+    other = two.audio.expand(2, -1)
+    if len(one.audio) == 1:
+        other = two.audio.mean(0, keepdim=True)
+    other = resample(other, two.rate, one.rate)
+    fade = round(fade * one.rate)
+    C_L, C_R = one.n - fade, other.shape[-1] - fade
+    if fade < 1 or C_L < 1 or C_R < 1:
+        raise UserError(f"--fade {fade / one.rate:g} s must be above 0 and shorter than both "
+                        f"tracks, of {clock(one.seconds)} and {clock(two.seconds)}")
+    left, right = F.pad(one.audio, (0, C_R)), F.pad(other, (C_L, 0))
+    audio = tasks.crossfade(left[None], right[None], C_L, C_R)[0]
+    subtype = one.subtype if one.subtype == two.subtype else "mixed"
+    return Track(audio, one.rate, subtype), C_L, C_L + fade
 
-
-# ---- files ----------------------------------------------------------------------------------------------------------
 
 def word_length(path, track):
-    """The subtype to write at path: the track's own where the format has it, else floats, or the 24 bits of flac."""
+    """The subtype to write: the track's own if the format has it, else floats, or 24 bits in flac"""
     kind = path.suffix[1:].upper()
     if track.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") and sf.check_format(kind, track.subtype):
         return track.subtype
-    return "PCM_24" if kind == "FLAC" else "DOUBLE" if track.audio.dtype == torch.float64 else "FLOAT"
+    if kind == "FLAC":
+        return "PCM_24"
+    return "DOUBLE" if track.audio.dtype == torch.float64 else "FLOAT"
 
 
 def write_track(path, track):
-    """Write a Track as wav or flac, by the ending of path, atomically. Integers are made here: libsndfile scales floats
-    by 2^15 - 1 on the way out and 2^15 on the way in."""
-    bits, kind = PCM_BITS.get(track.subtype, 0), path.suffix[1:].upper()
-    full = 2.0 ** (bits - 1)
+    """Write a Track as wav or flac, by the ending of path, atomically.
+
+    Integers are made here: libsndfile scales floats by 2^15 - 1 on the way out and 2^15 on the way
+    in.
+    """
+    kind = path.suffix[1:].upper()
+    bits = PCM_BITS.get(track.subtype, 0)
+    full_scale = 2.0 ** (bits - 1)
+
     def write(file):
-        with sf.SoundFile(file, "w", track.rate, len(track.audio), track.subtype, format=kind) as out:
-            for samples in track.audio.T.split(2**20):                                 # (n, channels)
+        channels = len(track.audio)
+        with sf.SoundFile(file, "w", track.rate, channels, track.subtype, format=kind) as out:
+            for block in track.audio.T.split(2**20):                            # (n, channels)
                 if bits:
-                    samples = (samples.double() * full).round().clamp(-full, full - 1).int() << (32 - bits)
-                out.write(samples.numpy())
+                    block = (block.double() * full_scale).round().clamp(-full_scale, full_scale - 1)
+                    block = block.int() << (32 - bits)
+                out.write(block.numpy())
     write_atomic(path, write)
 
 
-def digest(*facts):
-    """8 hex digits of whatever json can hold."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+# ---- command line --------------------------------------------------------------------------------
 
+EDITS = tuple(TABLE_2)                          # the tasks that edit a track
+TASKS = ("unconditional", *EDITS, "embedding", "classifier")
+GAP = 2.0                                       # seconds (Sect. 4.3): of infill and regenerate
+CONTEXT = 2.4                                   # of a continuation
+FADE = 2.5                                      # of a transition
 
-def file_digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+# Flags without which a task cannot run, and the tasks in which a flag does something (the others:
+# in all).
+NEEDED = {
+    "input": EDITS,
+    "input2": ("transition",),
+    "reference": ("embedding",),
+    "classes": ("classifier",),
+}
+USED = {
+    "input": EDITS,
+    "input2": ("transition",),
+    "start": ("continuation", "infill", "regenerate"),
+    "end": ("infill", "regenerate"),
+    "length": ("unconditional", "continuation", "embedding", "classifier"),
+    "context": EDITS,
+    "fade": ("transition",),
+    "k": FROM_X_BAR,
+    "xi": EDITS,
+    "splice": EDITS,
+}
 
-
-def output_paths(o):
-    """One path per variation; checked before any work is done."""
-    source = o.input or o.reference
-    first = Path(o.output or (Path(source).with_suffix(f".{o.task}.wav") if source else f"{o.task}.wav"))
-    if first.suffix.lower() not in (".wav", ".flac") or first.suffix.lower() == ".flac" and o.subtype == "FLOAT":
-        raise UserError(f"--output {first} must end in .wav" + " or in .flac" * (o.subtype != "FLOAT"))
-    paths = [first] + [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(1, o.num)]
-    for path in paths + [path.with_suffix(".json") for path in paths] + [first.with_suffix(".html")] * o.page:
-        if any(path.exists() and path.samefile(used) for used in (o.input, o.input2, o.reference) if used):
-            raise UserError(f"{path} is also what is read: choose another --output")
-        if path.is_dir() or path.exists() and not o.force:
-            raise UserError(f"{path} exists; choose another --output, or overwrite a file with --force")
-    try:
-        first.parent.mkdir(parents=True, exist_ok=True)
-        (probe := Path(f"{first}.part")).touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output {first} cannot be written: {error.strerror}") from None
-    return paths
-
-
-# ---- the command line -----------------------------------------------------------------------------------------------
 
 def pairs(text):
-    """"drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
+    """A type for argparse: "drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
+    numbers = {}
     try:
-        return {name.strip(): within(-1e9, 1e9)(value) for name, value in (item.split("=") for item in text.split(","))}
+        for item in text.split(","):
+            name, value = item.split("=")
+            numbers[name.strip()] = within(-1e9, 1e9)(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not of the form name=1,other=0") from None
+    return numbers
 
 
 def parse(argv, add_flags=Settings.add_flags):
-    """The options. None: not given; then the default is that of Settings, of `region` or of `main`."""
+    """The options. None is "not given": the default is then in Settings, `region` or `main`."""
     def refuse(message):
         raise UserError(f"{message} (all flags: --help)")
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.error, add, length = refuse, p.add_argument, within(0.01, 1e6, seconds)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = refuse
+    length = within(0.01, 1e6, seconds)
+
+    add = parser.add_argument_group("what to make").add_argument
     add("--task", choices=TASKS, required=True, help="embedding: by example; classifier: by class")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
-    add("--start", type=seconds, help="where the new audio begins, in seconds or m:ss (continuation: the end)")
-    add("--end", type=seconds, help="infill, regenerate: where it ends (2 s later; with neither, the middle 2 s)")
-    add("--length", type=length, help="continuation, or without --input: how much to make (what the window holds)")
-    add("--context", type=length, help="seconds to hear on each side, half a window at most (continuation: 2.4)")
-    add("--fade", type=length, help="transition: length of the cross-fade in seconds (2.5)")
-    add("--reference", help="audio whose style to approach: embedder guidance, for every task")
-    add("--classes", type=pairs, help="name=1,other=0, wanted and unwanted: classifier guidance, for every task")
-    add("--weights", type=pairs, help="embedding=2,classifier=0.5: more or less of a guiding term (1)")
-    add("--model", choices=tuple(XI), default="latent", help="one of the two shipped models (latent)")
-    add("--checkpoint", help="of the model, one that you trained (the one shipped)")
-    add("--listener", help="checkpoint of the classifier that --reference and --classes use (the one shipped)")
-    add("--sampler", choices=("ddpm", "ddim"), help=f"Algorithm 1 or 2 ({Settings.sampler})")
-    add("--steps", type=within(1, 100000, int), help=f"sampling steps ({Settings.steps})")
+    add("--reference", help="audio to approach in style: embedder guidance, for any task")
+    add("--classes", type=pairs,
+        help="name=1,other=0, wanted and unwanted: classifier guidance, for any task")
+    add("--weights", type=pairs,
+        help="embedding=2,classifier=0.5: strength of either guidance (default: 1)")
+    add("--num", type=within(1, 1000, int), default=1, help="variations (default: %(default)s)")
+    add("--seed", type=within(0, 2**63, int), default=0,
+        help="another seed makes other music (default: %(default)s)")
+
+    add = parser.add_argument_group("where, in seconds or m:ss").add_argument
+    add("--start", type=seconds,
+        help="where the new audio begins (default: the end in continuation, else the middle)")
+    add("--end", type=seconds, help=f"infill, regenerate: where it ends (default: {GAP:g} s later)")
+    add("--length", type=length,
+        help="continuation, or without --input: how much to make (default: what the window holds)")
+    add("--context", type=length,
+        help="context on each side, half a window at most "
+             f"(default: {CONTEXT} in continuation, else what the window holds)")
+    add("--fade", type=length, help=f"transition: length of the cross-fade (default: {FADE})")
+    add("--splice", type=within(0, 50), metavar="MS",
+        help="cross-fade at the borders, in ms; 0: the model's output as it is "
+             f"(default: {1000 * SPLICE:g})")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--model", choices=tuple(XI), default="latent",
+        help="one of the two shipped models (default: %(default)s)")
+    add("--checkpoint", help="a model that you trained (default: the shipped one)")
+    add("--listener",
+        help="a classifier for --reference and --classes (default: the shipped one)")
+    add("--sampler", choices=("ddpm", "ddim"),
+        help=f"Algorithm 1 or 2 (default: {Settings.sampler})")
+    add("--steps", type=within(1, 100000, int), help=f"sampling steps (default: {Settings.steps})")
     add_flags(add)
-    add("--splice", type=within(0, 50), help="cross-fade in ms (30); 0: the model's output as it is")
-    add("--num", type=within(1, 1000, int), default=1, help="variations (1)")
-    add("--seed", type=within(0, 2**63, int), default=0, help="another seed makes other music (0)")
-    add("--device", default="auto", help="cpu, cuda or mps (auto: cuda, else mps, else cpu)")
-    add("--output", help="wav or flac (beside the input)")
-    add("--subtype", choices=("PCM_16", "PCM_24", "FLOAT"), help="(the input's; FLOAT if it was compressed)")
-    add("--page", action="store_true", help="write a page too, to see, hear and choose: the same name, .html")
+    add("--device", default="auto",
+        help="cpu, cuda or mps; auto is cuda, else mps, else cpu (default: %(default)s)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", help="wav or flac (default: .TASK.wav, in the folder of the input)")
+    add("--subtype", choices=("PCM_16", "PCM_24", "FLOAT"),
+        help="word length (default: the input's; FLOAT if it was compressed)")
+    add("--page", action="store_true",
+        help="also write a page to see, hear and choose, with the ending .html")
     add("--force", action="store_true", help="overwrite")
-    return p.parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def check(o):
     """UserError for flags that are missing, or would do nothing."""
-    guided = {"embedding": o.reference, "classifier": o.classes}
-    for path in filter(None, (o.input, o.input2, o.reference)):
-        if not Path(path).is_file():
+    for path in (o.input, o.input2, o.reference):
+        if path and not Path(path).is_file():
             raise UserError(f"{path} is no file: check its name")
     for name, takers in NEEDED.items():
         if o.task in takers and not getattr(o, name):
-            raise UserError(f"--{name} is missing: --task {o.task} needs it")
-    idle = [name for name, takers in USED.items() if o.task not in takers] + ["listener"] * (not any(guided.values()))
-    idle += ["equalise"] * (not o.reference and (o.task not in EDITS or bool(o.classes)))
-    idle += ["classes"] * (o.k is not None and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2)    # t_T, in regenerate
-    for name in idle:
-        if getattr(o, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} does nothing beside the other flags: leave it out")
+            raise UserError(f"{flag_of(name)} is missing: --task {o.task} needs it")
+    refuse_idle(o, USED, o.task, f"--task {o.task}")
+
+    guided = {"embedding": o.reference, "classifier": o.classes}
+    if o.listener and not (o.reference or o.classes):
+        raise UserError("--listener does nothing without --reference or --classes: leave it out")
     for name in o.weights or {}:
         if not guided.get(name):
-            raise UserError(f"--weights {name} does nothing: embedding is for --reference, classifier for --classes")
+            raise UserError(f"--weights {name} does nothing: "
+                            "embedding is for --reference, classifier for --classes")
+    if o.equalise is not None and not o.reference and (o.task not in EDITS or o.classes):
+        raise UserError("--equalise does nothing without a context or a --reference, "
+                        "or with --classes: leave it out")
+    if o.k is not None and o.classes and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2:
+        raise UserError(f"--classes does nothing with --k {o.k}, which starts below t = {ABOVE}: "
+                        "give a higher --k")
 
 
 def region(o, checkpoint):
-    """The track to edit, the region [a, b) in its samples, and the context to hear in seconds (None: what fits), by the
-    task's flags or the paper's choices, Sect. 4.3."""
+    """(Track, a, b, context): the region [a, b) in samples, the context in seconds or None.
+
+    From the task's flags, or the paper's choices (Sect. 4.3).
+    """
     window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
     if o.task not in EDITS:
-        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, round((o.length or window) * SAMPLE_RATE), None
+        n = round((o.length or window) * SAMPLE_RATE)
+        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, n, None
+
     track = Track.read(o.input)
     if o.task == "transition":
-        return *crossfaded(track, Track.read(o.input2), o.fade or FADE), o.context
-    rate, lasts = track.rate, f"{o.input} lasts {clock(track.n / track.rate)}"
+        faded, a, b = crossfaded(track, Track.read(o.input2), o.fade or FADE)
+        return faded, a, b, o.context
+
+    rate = track.rate
+    lasts = f"{o.input} lasts {clock(track.seconds)}"
     if o.task == "continuation":
         a = track.n if o.start is None else round(o.start * rate)
         if not 0 < a <= track.n:
             raise UserError(f"--start {clock(o.start)} leaves nothing to continue: {lasts}")
         context = o.context or CONTEXT
-        b = a + round((o.length or window - min(context, window / 2, a / rate)) * rate)
-        return Track(track.audio[:, :a], rate, track.subtype), a, b, context
-    if (start := o.start) is None:
-        start = max(0, (track.n / rate - GAP) / 2 if o.end is None else o.end - GAP)
-    a, b = round(start * rate), min(track.n, round((start + GAP) * rate)) if o.end is None else round(o.end * rate)
+        length = o.length or window - min(context, window / 2, a / rate)
+        return Track(track.audio[:, :a], rate, track.subtype), a, a + round(length * rate), context
+
+    start = o.start
+    if start is None and o.end is None:
+        start = max(0, (track.seconds - GAP) / 2)
+    elif start is None:
+        start = max(0, o.end - GAP)
+    a = round(start * rate)
+    b = min(track.n, round((start + GAP) * rate)) if o.end is None else round(o.end * rate)
     if not 0 <= a < b <= track.n or b - a == track.n:
-        raise UserError(f"{lasts}: --start {clock(a / rate)} to --end {clock(b / rate)} must be a part of it")
+        raise UserError(f"{lasts}: --start {clock(a / rate)} to --end {clock(b / rate)} "
+                        "must be a part of it")
     return track, a, b, o.context
 
 
-def crossfaded(one, two, fade):
-    """The end of one track faded into the start of another, at constant power: (Track, first and last sample of it)."""
-    other = two.audio.mean(0, keepdim=True) if len(one.audio) == 1 else two.audio.expand(2, -1)
-    other = resample(other, two.rate, one.rate)
-    fade = round(fade * one.rate)
-    C_L, C_R = one.n - fade, other.shape[-1] - fade
-    if fade < 1 or C_L < 1 or C_R < 1:
-        lengths = f"{clock(one.n / one.rate)} and {clock(two.n / two.rate)}"
-        raise UserError(f"--fade {fade / one.rate:g} s must be above 0 and shorter than both tracks, of {lengths}")
-    audio = tasks.crossfade(F.pad(one.audio, (0, C_R))[None], F.pad(other, (C_L, 0))[None], C_L, C_R)[0]
-    return Track(audio, one.rate, one.subtype if one.subtype == two.subtype else "mixed"), C_L, C_L + fade
-
-
-def guide_terms(o, checkpoint, listener, device):
-    """Functions z -> Task for --reference and --classes; and the reference, (1, 2, n) at 44.1 kHz, or None."""
-    weight = {name: step * (o.weights or {}).get(name, 1.0) for name, step in XI_GUIDE.items()}
+def make_guides(o, checkpoint, classifier, device):
+    """(functions z -> Task, for --reference and --classes; the reference (1, 2, n) or None)."""
+    weights = o.weights or {}
     guides, example = [], None
     if o.reference:
         example = to_stereo_44k(*read_audio(o.reference))[None].to(device)
         if not (example.any() and example.isfinite().all()):
-            raise UserError(f"--reference {o.reference} is silent, or holds samples that are not finite: give another")
-        y = listener.net.listen(example, SAMPLE_RATE)[1]
-        embedding = lambda x: hear(listener.net, checkpoint, x)[1]
-        guides.append(lambda z: tasks.embedder_guidance(embedding, y, z, weight["embedding"], above=ABOVE))
+            raise UserError(f"--reference {o.reference} is silent, or holds samples that are not "
+                            "finite: give another")
+        weight = weights.get("embedding", 1.0)
+        guides.append(example_guide(checkpoint, classifier.net, example, weight))
     if o.classes:
-        wrong = [name for name, label in o.classes.items() if name not in listener.classes or not 0 <= label <= 1]
-        if wrong:
-            raise UserError(f"--classes {', '.join(wrong)}: give labels from 0 to 1 to {', '.join(listener.classes)}")
-        chosen = [listener.classes.index(name) for name in o.classes]
-        logits = lambda x: hear(listener.net, checkpoint, x)[0][:, chosen]
-        labels = torch.tensor([list(o.classes.values())], device=device)
-        guides.append(lambda z: tasks.classifier_guidance(logits, labels, z, weight["classifier"], above=ABOVE))
+        for name, label in o.classes.items():
+            if name not in classifier.classes or not 0 <= label <= 1:
+                names = ", ".join(classifier.classes)
+                raise UserError(f"--classes {name}={label:g}: give labels from 0 to 1 to {names}")
+        weight = weights.get("classifier", 1.0)
+        guides.append(class_guide(checkpoint, classifier, o.classes, weight))
     return guides, example
 
 
-def main(argv=None, add_flags=Settings.add_flags, open_model=None):       # both for examples/stable_audio_open.py
+def output_paths(o):
+    """One path for each variation; checked before any work is done."""
+    source = o.input or o.reference
+    if o.output:
+        first = Path(o.output)
+    elif source:
+        first = Path(source).with_suffix(f".{o.task}.wav")
+    else:
+        first = Path(f"{o.task}.wav")
+    endings = (".wav",) if o.subtype == "FLOAT" else (".wav", ".flac")
+    if first.suffix.lower() not in endings:
+        raise UserError(f"--output {first} must end in {' or in '.join(endings)}")
+
+    # Nothing that is there is lost: neither what is read, nor, without --force, what would be
+    # overwritten.
+    paths = [first]
+    for i in range(1, o.num):
+        paths.append(first.with_name(f"{first.stem}-{i + 1}{first.suffix}"))
+    written = paths + [path.with_suffix(".json") for path in paths]
+    if o.page:
+        written.append(first.with_suffix(".html"))
+    for path in written:
+        for source in (o.input, o.input2, o.reference):
+            if source and path.exists() and path.samefile(source):
+                raise UserError(f"{path} is also what is read: choose another --output")
+        if path.is_dir() or path.exists() and not o.force:
+            raise UserError(f"{path} exists; choose another --output, or overwrite with --force")
+
+    # The folder can be written to.
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        probe_file = Path(f"{first}.part")
+        probe_file.touch()
+        probe_file.unlink()
+    except OSError as error:
+        raise UserError(f"--output {first} cannot be written: {error.strerror}") from None
+    return paths
+
+
+def main(argv=None, add_flags=Settings.add_flags, open_model=None):
+    """An example brings its own model by add_flags(add) and open_model(options, device)."""
+    # Refuse what cannot be done before any work begins.
     o = parse(argv, add_flags)
     check(o)
-    paths, device, fade = output_paths(o), pick_device(o.device), SPLICE if o.splice is None else o.splice / 1000
-    checkpoint = open_model(o, device) if open_model else open_checkpoint(o.model, o.checkpoint, device)
-    print(f"model: {checkpoint.path}" + ("" if checkpoint.step is None else f", trained for {checkpoint.step} steps"))
-    settings, edit = Settings.of(o, checkpoint), Edit(checkpoint, *region(o, checkpoint))
+    paths = output_paths(o)
+    device = pick_device(o.device)
+
+    # The model, and the region of the track on its frames.
+    if open_model:
+        checkpoint = open_model(o, device)
+    else:
+        checkpoint = open_checkpoint(o.model, o.checkpoint, device)
+    trained = "" if checkpoint.step is None else f", trained for {checkpoint.step} steps"
+    print(f"model: {checkpoint.path}{trained}")
+    settings = Settings.of(o, checkpoint)
+    edit = Edit(checkpoint, *region(o, checkpoint))
     print(edit.times())
-    listener = open_checkpoint("classifier", o.listener, device) if o.reference or o.classes else None
-    guides, example = guide_terms(o, checkpoint, listener, device)
-    files = o.input, o.input2, o.reference, checkpoint.path, listener and listener.path
-    record = {"command": shlex.join(["python", *(sys.argv if argv is None else ["sample.py", *argv])]),
-              "settings": asdict(settings), "sha256": {path: file_digest(path) for path in files if path},
-              "times": edit.times(), "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step}}
-    from_x_bar, subtype, rate = o.task in FROM_X_BAR, o.subtype or word_length(paths[0], edit.track), edit.track.rate
-    beside = edit.track.audio.tensor_split((edit.a, edit.end), -1)[::2]                # what stays as it is
-    top = max([1.0] + [part.abs().max().item() for part in beside if part.numel()])
+
+    # Guidance by example and by class.
+    classifier = None
+    if o.reference or o.classes:
+        classifier = open_checkpoint("classifier", o.listener, device)
+    guides, example = make_guides(o, checkpoint, classifier, device)
+
+    # The format of the result. Peaks of the new audio stay below full scale, or below the track's
+    # own.
+    rate = edit.track.rate
+    subtype = o.subtype or word_length(paths[0], edit.track)
+    top = max([1.0] + [part.abs().max().item() for part in edit.kept() if part.numel()])
     if subtype in PCM_BITS and top > 1:
-        raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: take .wav, --subtype FLOAT")
-    known = edit.known(whole=from_x_bar).to(device)
+        raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: "
+                        "take .wav, --subtype FLOAT")
+
+    # What the .json of each variation says.
+    sources = [o.input, o.input2, o.reference, checkpoint.path]
+    if classifier:
+        sources.append(classifier.path)
+    words = ["python", *sys.argv] if argv is None else ["python", "sample.py", *argv]
+    record = {
+        "command": shlex.join(words),
+        "settings": asdict(settings),
+        "sha256": {path: file_digest(path) for path in sources if path},
+        "times": edit.times(),
+        "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
+    }
+
+    # Make the variations, one after the other.
+    fade = SPLICE if o.splice is None else o.splice / 1000
+    context = edit.context(whole=o.task in FROM_X_BAR).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
         with progress(total=settings.steps * len(edit.spans), unit="step") as bar:
-            audio = fill(checkpoint, known, edit.C_L, edit.C_R, settings, generator, from_x_bar=from_x_bar,
-                         spans=edit.spans, guides=guides, example=example, callback=lambda *_: bar.update())
+            audio = fill(checkpoint, o.task, context, edit.C_L, edit.C_R, settings, generator,
+                         guides=guides, example=example, spans=edit.spans,
+                         callback=lambda s, x_s: bar.update())
         if not audio.isfinite().all():
-            raise UserError(f"{checkpoint.path} made samples that are not finite: take other settings or another", 1)
-        track = Track(edit.splice(audio[0].cpu(), fade, top), rate, subtype)
-        write_track(path, track)
+            raise UserError(f"{checkpoint.path} made samples that are not finite: "
+                            "take other settings, or another model", 1)
+        result = Track(edit.splice(audio[0].cpu(), fade, top), rate, subtype)
+        write_track(path, result)
         text = json.dumps(record | {"variation": i, "seed": o.seed, "output": str(path)}, indent=1)
         write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-        print(f"wrote {path}: {clock(track.n / rate)} at {rate} Hz, {subtype}")
+        print(f"wrote {path}: {clock(result.seconds)} at {rate} Hz, {subtype}")
+
+    # A page to compare them.
     if o.page:
-        from examples import page       # here: it imports this module
-        page.edit_page(paths, Track.read(o.input) if o.task == "continuation" else edit.track, edit, fade)
+        from examples import page               # here, since it imports this module
+        before = Track.read(o.input) if o.task == "continuation" else edit.track
+        page.edit_page(paths, before, edit, fade)
 
 
 if __name__ == "__main__":
