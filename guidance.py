@@ -30,7 +30,6 @@ class Term:
     project what the data consistency step projects onto y = A x: "x_t" at the end of each iteration,
             as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s should have
             (as in DDNM, Wang et al., 2022); "none", nothing
-    above   the term has a gradient at times t > above only (as in Kynkäänniemi et al., 2024)
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +37,6 @@ class Term:
     weight: float | Tensor = 1.0
     on: str = "x0_hat"
     project: str = "none"
-    above: float = 0.0
 
     def __post_init__(self):
         if self.on not in ("x0_hat", "x_t"):
@@ -87,7 +85,6 @@ def guided_estimate(model, x_t, t, terms):
     all terms share. A graph is built only through what some term looks at; without terms there is
     none, and the gradient is 0.
     """
-    terms = [term for term in terms if (t > term.above).any()]
     times = _time_of_clips(t, x_t)
     if not terms:
         return x0_from_v(x_t, model(x_t, times), t), torch.zeros_like(x_t)
@@ -98,8 +95,7 @@ def guided_estimate(model, x_t, t, terms):
         J_2 = 0
         for term in terms:
             d = term.distance(x0_hat if term.on == "x0_hat" else x_t)               # (B,)
-            weight = torch.as_tensor(term.weight).to(d) * (t > term.above).to(d)
-            J_2 = J_2 + (weight * d).sum()
+            J_2 = J_2 + (torch.as_tensor(term.weight).to(d) * d).sum()
         gradient, = torch.autograd.grad(J_2, x_t)
     return x0_hat.detach(), gradient
 

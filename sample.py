@@ -505,7 +505,6 @@ class Settings:
 XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
 GUIDE_STEP = 3.0                                # step size of a guiding term, L2 or BCE
-ABOVE = 0.4                                     # guiding terms act at times t above this
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                              # App. C.3
 AS_PRINTED = {
     "k": 0.85,                                  # App. C.3
@@ -644,6 +643,10 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return checkpoint.net(x_t, t).float()
 
+    # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
+    xi = settings.xi * XI_STEPS / settings.steps
+    weights = [1.0] + [1 / settings.xi for _ in guides]
+
     x, n = x_bar.clone(), x_bar.shape[-1]
     lo, hi = C_L, n - C_R                                               # [lo, hi) is still empty
     for first, last in spans or [(0, n)]:
@@ -663,11 +666,10 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
         problem = guidance.Task(z, ())
         if row:
             problem = TABLE_2[row](window, left, right, z, settings,
-                                   weight=settings.xi * level, project=settings.project)
-        problem = tasks.combine(problem, *[guide(z) for guide in guides])
+                                   weight=level, project=settings.project)
+        problem = tasks.combine(problem, *[guide(z) for guide in guides], weights=weights)
 
         # Sample it. The result is context for the next window.
-        xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0
         x[..., first:last] = guidance.sample(
             estimator, problem.x_T, problem, steps=settings.steps, sampler=settings.sampler,
             xi=xi, generator=generator, callback=callback)
@@ -790,7 +792,7 @@ def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
         return listen(passt, checkpoint, x, part)[1]
 
     def guide(z):
-        return tasks.embedder_guidance(embedding, y, z, GUIDE_STEP * weight, above=ABOVE)
+        return tasks.embedder_guidance(embedding, y, z, GUIDE_STEP * weight)
     return guide
 
 
@@ -806,7 +808,7 @@ def class_guide(checkpoint, classifier, labels, weight=1.0):
         return listen(classifier.net, checkpoint, x)[0][:, chosen]
 
     def guide(z):
-        return tasks.classifier_guidance(logits, y, z, GUIDE_STEP * weight, above=ABOVE)
+        return tasks.classifier_guidance(logits, y, z, GUIDE_STEP * weight)
     return guide
 
 
@@ -1139,12 +1141,11 @@ def check(o):
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: "
                             "embedding is for --reference, classifier for --classes")
+    if o.xi == 0 and (o.reference or o.classes):
+        raise UserError("--xi 0 turns off all guidance: leave it out, or --reference and --classes")
     if o.equalise is not None and not o.reference and (o.task not in EDITS or o.classes):
         raise UserError("--equalise does nothing without a context or a --reference, "
                         "or with --classes: leave it out")
-    if o.k is not None and o.classes and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2:
-        raise UserError(f"--classes does nothing with --k {o.k}, which starts below t = {ABOVE}: "
-                        "give a higher --k")
 
 
 def region(o, checkpoint):
