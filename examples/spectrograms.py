@@ -3,8 +3,8 @@
     python examples/spectrograms.py before.wav after.wav continuation.png --mark 8
     python examples/spectrograms.py before.wav after.wav infill.png --mark 3.2 5 --gap
 
-Frequency is logarithmic, 50 Hz to 16 kHz upwards; brightness is the level in dB, on one scale for all;
-time, from left to right, is that of the longer file. --mark draws vertical lines at these seconds.
+Frequency is logarithmic, 50 Hz to 16 kHz upwards; brightness is the level in dB, on one scale for
+all; time, from left to right, is that of the longer file. --mark draws vertical lines at these seconds.
 --gap adds a picture between the two: before, without what lies between the marks. page.py takes its
 pictures from here too.
 """
@@ -34,7 +34,7 @@ def spectrogram(audio, rate, seconds):
     middles = (np.arange(WIDTH) + 0.5) / WIDTH * seconds * rate                 # samples
     starts = np.minimum(middles.astype(int) + FFT // 2, len(audio) - FFT)
     frames = np.stack([audio[start:start + FFT] for start in starts]) * np.hanning(FFT)
-    power = np.abs(np.fft.rfft(frames)) ** 2 + 1e-12                            # (WIDTH, FFT / 2 + 1)
+    power = np.abs(np.fft.rfft(frames)) ** 2 + 1e-12                            # (WIDTH, bins)
 
     # The mean power of each row's band: a difference of running sums, read between bins.
     edges = np.geomspace(LOWEST, HIGHEST, HEIGHT + 1) * FFT / rate              # bins
@@ -61,7 +61,7 @@ def palette():
 
 
 def png(pixels, colours):
-    """The bytes of an 8-bit PNG: pixels (height, width) uint8, entries of colours (256, 3) uint8."""
+    """An 8-bit PNG, bytes. pixels (height, width) uint8 are entries of colours (256, 3) uint8."""
     def chunk(name, data):
         checksum = zlib.crc32(name + data)
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
