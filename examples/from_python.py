@@ -24,7 +24,7 @@ def infill(source, target, steps=50, seed=0):
     audio = sample.to_stereo_44k(*sample.read_audio(source))[None]
     audio = audio[..., :checkpoint.window * checkpoint.hop]
 
-    # The contexts in the model's space : the first and the last 700 frames of 128 samples.
+    # The contexts in the model's space, (1, C, 2048): its first and its last 700 frames.
     C_L, C_R = 700, 700
     x_bar = sample.encode_context(checkpoint, audio, C_L, C_R)
 
