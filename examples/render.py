@@ -10,8 +10,8 @@ FAMILY/NAME.mid becomes INSTRUMENT/NAME.VARIANT.flac, 44.1 kHz stereo. The famil
 harpsichord, guitar, organ and ensemble (see INSTRUMENTS). A score has no performer, so one is made
 up: loudness that rises and falls, a tempo that wanders, notes that come early or late, a pedal for
 the piano, a room. Without --plain the piece is also transposed and its tempo changed. All of this
-is drawn from (seed, family, name, variant): the same arguments give the same files, and a run that
-was interrupted goes on when it is started again.
+is drawn from (seed, family, name, variant): the same arguments give the same files, in any order.
+Files that exist are kept: an interrupted run goes on, and other options need another folder.
 
 scores.tsv lists 582 public-domain pieces of the Mutopia Project: split, family, name of the MIDI
 file here, composer, title, path of the source in Mutopia's archive, and sha256, the first 16 hex
@@ -60,6 +60,7 @@ LOWEST, HIGHEST = 21, 108                       # MIDI pitches of a piano's keys
 SOFTEST, LOUDEST = 25, 120                      # MIDI velocities
 LEVEL = 0.1                                     # RMS of a file
 PEAK = 0.95                                     # a file whose peak would be higher is softer
+NAMED = 20                                      # pieces left out that are named, at most
 
 
 class LeftOut(Exception):
@@ -145,6 +146,8 @@ def read_notes(path):
         raise
     except Exception as error:          # a damaged file raises whatever its parser met first
         raise LeftOut(f"no readable MIDI file ({type(error).__name__})") from None
+
+    # Which part plays a note does not matter: one instrument will play them all.
     notes = []
     for part in score.instruments:
         if not part.is_drum:
@@ -176,6 +179,7 @@ def synthesize(midi, wav, font, room, level):
         "audio.file.format=float",
         "synth.chorus.active=0",
         "synth.dynamic-sample-loading=1",
+        "synth.default-soundfont=",             # a damaged --font is silent, not replaced by this
         f"synth.reverb.room-size={room:.2f}",
         f"synth.reverb.level={level:.2f}",
     ]
@@ -197,15 +201,17 @@ class Piece:
     variant: int
     target: Path
 
+    def __str__(self):
+        return str(self.path)
+
 
 def find_pieces(scores, out, variants, seed):
-    """A piece for each variant of each FAMILY/NAME.mid; UserError if none, or an unknown family."""
+    """The pieces of a folder of FAMILY/NAME.mid. UserError if that is not what it holds."""
     paths = sorted(Path(scores).glob("*/*.mid"))
     families = ", ".join(INSTRUMENTS)
     if not paths:
-        raise UserError(f"{scores} has no MIDI files: expected FAMILY/NAME.mid, FAMILY being one of "
-                        f"{families}")
-    pieces = []
+        raise UserError(f"{scores} has no MIDI files: expected FAMILY/NAME.mid; families: {families}")
+    pieces = {}
     for path in paths:
         family = path.parent.name
         if family not in INSTRUMENTS:
@@ -213,9 +219,11 @@ def find_pieces(scores, out, variants, seed):
         for variant in range(variants):
             # The first number drawn chooses the instrument, so the file's place is known early.
             rng = random_numbers(seed, family, path.stem, variant)
-            folder = out / choose_instrument(family, rng)
-            pieces.append(Piece(path, variant, folder / f"{path.stem}.{variant}.flac"))
-    return pieces
+            target = out / choose_instrument(family, rng) / f"{path.stem}.{variant}.flac"
+            if target in pieces:
+                raise UserError(f"{pieces[target]} and {path} would both be {target}: rename one")
+            pieces[target] = Piece(path, variant, target)
+    return list(pieces.values())
 
 
 def render(piece, options):
@@ -240,7 +248,7 @@ def render(piece, options):
         write_midi(midi, instrument, played, pedal)
         audio = synthesize(midi, Path(folder, "played.wav"), options.font, room, level)
 
-    # All pieces are equally loud, as far as their peaks allow.
+    # All pieces are equally loud, as far as their peaks allow. Silence would divide by zero.
     power = np.sqrt((audio**2).mean())
     if power < 1e-6:
         raise UserError(f"{options.font} plays no sound: give another soundfont with --font")
@@ -319,28 +327,33 @@ def place(row, out):
 
 def collect_all(archive, out, processes):
     """The MIDI files of all rows of scores.tsv that `archive` has and `out` has not."""
-    if (archive / "ftp").is_dir():              # the git repository has its pieces there
+    # The git repository has its pieces in ftp/.
+    if (archive / "ftp").is_dir():
         archive = archive / "ftp"
-    rows = {row["path"]: row for row in read_table() if not place(row, out).exists()}
+    table = read_table()
+    rows = {row["path"]: row for row in table if not place(row, out).exists()}
+
     work = lambda path: collect(rows[path], archive, out)
-    same = in_parallel(work, rows, processes, "collecting")
+    same, missing = in_parallel(work, rows, processes, "collecting")
+    if len(missing) == len(table):
+        raise UserError(f"no piece can be had from {archive}: {missing[table[0]['path']]}")
     for path in sorted(same):
         if not same[path]:
             print(f"  another version, its hash differs: {path}")
-    print(f"{out}: {len(same)} new pieces, {len(rows) - len(same)} of {len(rows)} missing")
+    print(f"{out}: {len(same)} of {len(table)} pieces are new, {len(missing)} are missing")
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 def in_parallel(work, jobs, processes, label):
-    """{job: work(job)}. A job that raises LeftOut is named; UserError if no other remains."""
+    """({job: work(job)}, {job: reason}), the second of jobs that raise LeftOut; they are named."""
     done, left_out = {}, {}
 
     def attempt(job):
         try:
             done[job] = work(job)
         except LeftOut as error:
-            left_out[job] = error
+            left_out[job] = str(error)
 
     # Threads will do: other programs do the work. After an error or Ctrl-C nothing more is started.
     pool = ThreadPoolExecutor(processes)
@@ -349,11 +362,13 @@ def in_parallel(work, jobs, processes, label):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-    for job in sorted(left_out, key=str):
-        print(f"  left out: {getattr(job, 'path', job)} ({left_out[job]})")
-    if left_out and not done:
-        raise UserError(f"no piece could be used: {next(iter(left_out.values()))}")
-    return done
+
+    names = sorted(left_out, key=str)
+    for job in names[:NAMED]:
+        print(f"  left out: {job} ({left_out[job]})")
+    if len(names) > NAMED:
+        print(f"  and {len(names) - NAMED} more")
+    return done, left_out
 
 
 def prepare_folder(out):
@@ -391,11 +406,12 @@ def main(argv=None):
         prepare_folder(options.output)
         return collect_all(options.input, options.output, options.processes)
 
-    # What is missing is said before anything is written. pretty_midi warns of each tempo that stands
-    # in another than the first track, as LilyPond's do; it reads them all the same.
+    # LilyPond repeats the key signature in every track. pretty_midi warns of that for each file.
     warnings.filterwarnings("ignore", module="pretty_midi")
-    midi_library()
+
+    # What is missing is said before anything is written.
     pieces = find_pieces(options.input, options.output, options.variants, options.seed)
+    midi_library()
     if not shutil.which("fluidsynth"):
         raise UserError("fluidsynth is not installed: apt-get install fluidsynth")
     if not os.path.isfile(options.font):
@@ -406,7 +422,9 @@ def main(argv=None):
     # Files of an earlier run stay.
     waiting = [piece for piece in pieces if not piece.target.exists()]
     work = lambda piece: render(piece, options)
-    done = in_parallel(work, waiting, options.processes, "rendering")
+    done, left_out = in_parallel(work, waiting, options.processes, "rendering")
+    if len(left_out) == len(pieces):
+        raise UserError(f"no MIDI file of {options.input} can be played: give others")
     print(f"{options.output}: {len(done)} files are new, {len(pieces) - len(waiting)} were there")
 
 
