@@ -10,15 +10,16 @@ FAMILY/NAME.mid becomes INSTRUMENT/NAME.VARIANT.flac, 44.1 kHz stereo. The famil
 harpsichord, guitar, organ and ensemble (see INSTRUMENTS). A score has no performer, so one is made
 up: loudness that rises and falls, a tempo that wanders, notes that come early or late, a pedal for
 the piano, a room. Without --plain the piece is also transposed and its tempo changed. All of this
-is drawn from (seed, family, name, variant): the same arguments give the same files, in any order.
-Files that exist are kept: an interrupted run goes on, and other options need another folder.
+is drawn from (seed, family, name, variant): the same arguments give the same files, if fluidsynth
+and soundfont are the same. Files that exist are kept: an interrupted run goes on when it is started
+again, and other options need another folder.
 
 scores.tsv lists 582 public-domain pieces of the Mutopia Project: split, family, name of the MIDI
 file here, composer, title, path of the source in Mutopia's archive, and sha256, the first 16 hex
-digits of the MIDI file's SHA-256. The archive's git repository holds sources, no MIDI files:
-LilyPond compiles them. Version 2.24.1, of Debian 12, made the files that the hashes are of. MIDI
-files that lie next to the sources, as on Mutopia's site, are taken as they are. A file with another
-hash is kept and named. To collect all pieces:
+digits of the MIDI file's SHA-256. The archive's git repository has no MIDI files, only sources:
+LilyPond compiles them. The hashes are those of the files that LilyPond 2.24.1 (Debian 12) makes. A
+MIDI file that lies next to its source, as on Mutopia's site, is taken as it is. Files with another
+hash are kept and named. To collect all pieces:
 
     apt-get install lilypond
     git clone --depth 1 https://github.com/MutopiaProject/MutopiaProject
@@ -70,8 +71,9 @@ class LeftOut(Exception):
 # ---- the performer: plain tuples, times in seconds -----------------------------------------------
 
 def random_numbers(seed, family, name, variant):
-    """The generator of one performance. It depends on no other, so the order of files is free."""
-    digest = hashlib.sha256(f"{seed} {family}/{name} {variant}".encode()).hexdigest()
+    """The generator of one performance. None needs another, so their order is free."""
+    text = f"{seed} {family}/{name} {variant}"
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     return np.random.default_rng(int(digest[:16], 16))
 
 
@@ -210,7 +212,7 @@ def find_pieces(scores, out, variants, seed):
     paths = sorted(Path(scores).glob("*/*.mid"))
     families = ", ".join(INSTRUMENTS)
     if not paths:
-        raise UserError(f"{scores} has no MIDI files: expected FAMILY/NAME.mid; families: {families}")
+        raise UserError(f"{scores} has no FAMILY/NAME.mid, where FAMILY is one of {families}")
     pieces = {}
     for path in paths:
         family = path.parent.name
@@ -240,7 +242,7 @@ def render(piece, options):
     room = rng.uniform(0.2, 0.6)
     level = rng.uniform(0.1, 0.5)
     if not played:
-        raise LeftOut("no notes that a piano has")
+        raise LeftOut("no notes within --seconds and a piano's range")
 
     # The sound.
     with tempfile.TemporaryDirectory() as folder:
@@ -292,11 +294,14 @@ def compile_source(source, folder):
 
 
 def find_midi(source, folder):
-    """MIDI files of a source, with the likeliest first: those next to it, else LilyPond's."""
+    """MIDI files of a source, likeliest first: those next to it, else LilyPond's; or LeftOut."""
+    # What is there already.
     ready = [source.with_suffix(suffix) for suffix in (".mid", ".midi")]
     found = [file for file in ready if file.exists()]
     if found:
         return found
+
+    # What can be made.
     if not source.exists():
         raise LeftOut("not in the archive")
     if not shutil.which("lilypond"):
