@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import UserError, run, within, write_atomic
+from sample import UserError, run, within, write_atomic
 
 SAMPLE_RATE = 44100
 FONT = "/usr/share/sounds/sf3/MuseScore_General.sf3"
