@@ -796,7 +796,7 @@ def image_map(given, wanted):
     such as a side channel, is raised by 25 dB at most.
     """
     device = given.device
-    given, wanted = given.cpu().double(), wanted.cpu().double()         # some devices have no float64
+    given, wanted = given.cpu().double(), wanted.cpu().double()         # not all have float64
     eye = torch.eye(2, dtype=torch.float64)
     given = given / power(given)[..., None, None] + 0.003 * eye
     wanted = wanted / power(wanted)[..., None, None] + 1e-7 * eye
@@ -808,8 +808,8 @@ def image_map(given, wanted):
     return M.float().to(device)
 
 
-def no_louder(audio, original, new, loudest=2.0):
-    """Audio (B, 2, n) turned down so that its new part has at most twice the power of the original.
+def no_louder(audio, original, new, loudest=1.6):
+    """Audio (B, 2, n), its new part turned down where it is over 2 dB louder than the original.
 
     new     weights (n,) of the new part; what is compared with it is the original where these are 0
     """
@@ -987,7 +987,7 @@ def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=N
     """x_0 (B, C, frames) -> audio (B, 2, n), equalised.
 
     The first C_L and last C_R frames get the spectrum that they have in `original` (B, 2, n). The
-    frames in between get the same one, and are no more than 3 dB louder; with from_x_bar, that of
+    frames in between get the same one, and are no more than 2 dB louder; with from_x_bar, that of
     what stood there. An `example` (B, 2, m) gives the new frames its powers, scaled to their sum;
     and with too little context (LITTLE) all frames.
     """
@@ -1135,8 +1135,9 @@ class Edit:
     begins (at b, if there is none).
     """
 
-    def __init__(self, checkpoint, track, a, b, context=None):
-        self.checkpoint, self.track = checkpoint, track
+    def __init__(self, checkpoint, track, a, b, context=None, repeats=None):
+        """repeats: samples after which a loop begins again; the track goes on with a copy of it."""
+        self.checkpoint, self.track, self.repeats = checkpoint, track, repeats
         self.frame = checkpoint.hop * track.rate / SAMPLE_RATE    # the track's samples in a frame
         self.gap = math.ceil((b - a) / self.frame - 1e-6)
         before = int(a / self.frame)    # whole frames that the track has
@@ -1210,7 +1211,12 @@ class Edit:
             fade_in = blend(audio[:, a - before:a], new[:, :before])
             fade_out = blend(new[:, before + end - a:], audio[:, end:end + after])
             new = torch.cat([fade_in, new[:, before:before + end - a], fade_out], dim=-1)
-        return torch.cat([audio[:, :a - before], new, audio[:, end + after:]], dim=-1)
+        result = torch.cat([audio[:, :a - before], new, audio[:, end + after:]], dim=-1)
+        if self.repeats:
+            # The end of the cross-fade lies where the loop begins again.
+            over = result[:, self.repeats:end + after]
+            result = torch.cat([over, result[:, over.shape[-1]:self.repeats]], dim=-1)
+        return result
 
     def kept(self):
         """The parts of the track, left and right of the new one, that stay as they are."""
@@ -1251,6 +1257,27 @@ def crossfaded(one, two, fade):
     audio = tasks.crossfade(left[None], right[None], C_L, C_R)[0]
     subtype = one.subtype if one.subtype == two.subtype else "mixed"
     return Track(audio, one.rate, subtype), C_L, C_L + fade
+
+
+def looped(track, o, checkpoint):
+    """Arguments of an Edit whose result repeats: the stretch, followed by its own beginning."""
+    a, b = round((o.start or 0) * track.rate), track.n
+    if o.end is not None:
+        b = round(o.end * track.rate)
+    n = b - a
+    fade = whole_frames(o.fade or FADE["loop"], checkpoint, track.rate)
+    if not 0 <= a < b <= track.n or n < fade + LITTLE * track.rate:
+        raise UserError(f"{o.input} lasts {clock(track.seconds)}: the stretch from --start to "
+                        f"--end must be a part of it, and longer than --fade by {LITTLE} s")
+    stretch = track.audio[:, a:b]
+    audio = torch.cat([stretch, stretch[:, :n - fade]], dim=-1)
+    return replace(track, audio=audio), n - fade, n, o.context, n
+
+
+def whole_frames(time, checkpoint, rate):
+    """Samples at `rate` in so many seconds, rounded up to the model's frames."""
+    frame = checkpoint.hop * rate / SAMPLE_RATE
+    return int(math.ceil(time * rate / frame - 1e-6) * frame)
 
 
 def word_length(path, track):
@@ -1305,11 +1332,11 @@ def write_samples(file, path, track):
 
 # ---- command line --------------------------------------------------------------------------------
 
-EDITS = tuple(TABLE_2)                          # the tasks that edit a track
+EDITS = (*TABLE_2, "loop", "intro")             # the tasks that edit a track
 TASKS = ("unconditional", *EDITS, "embedding", "classifier")
 GAP = 2.0                                       # seconds (Sect. 4.3): of infill and regenerate
 CONTEXT = 2.4                                   # of a continuation
-FADE = 2.5                                      # of a transition
+FADE = {"transition": 2.5, "loop": 2.0}
 
 # Flags without which a task cannot run, and the tasks in which a flag does something (the others:
 # in all).
@@ -1322,12 +1349,12 @@ NEEDED = {
 USED = {
     "input": EDITS,
     "input2": ("transition",),
-    "start": ("continuation", "infill", "regenerate"),
-    "end": ("infill", "regenerate"),
-    "length": ("unconditional", "continuation", "embedding", "classifier"),
+    "start": ("continuation", "infill", "regenerate", "loop"),
+    "end": ("infill", "regenerate", "loop"),
+    "length": ("unconditional", "continuation", "intro", "embedding", "classifier"),
     "context": EDITS,
-    "fade": ("transition",),
-    "k": FROM_X_BAR,
+    "fade": ("transition", "loop"),
+    "k": (*FROM_X_BAR, "loop"),
     "xi": EDITS,
     "splice": EDITS,
 }
@@ -1354,7 +1381,8 @@ def parse(argv, add_flags=Settings.add_flags):
     length = within(0.01, 1e6, seconds)
 
     add = parser.add_argument_group("what to make").add_argument
-    add("--task", choices=TASKS, required=True, help="embedding: by example; classifier: by class")
+    add("--task", choices=TASKS, required=True,
+        help="embedding: by example; classifier: by class")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--reference", help="audio to approach in style: embedder guidance, for any task")
@@ -1371,11 +1399,14 @@ def parse(argv, add_flags=Settings.add_flags):
         help="where the new audio begins (default: the end in continuation, else the middle)")
     add("--end", type=seconds, help=f"infill, regenerate: where it ends (default: {GAP:g} s later)")
     add("--length", type=length,
-        help="continuation, or without --input: how much to make (default: what the window holds)")
+        help="continuation, intro, or without --input: how much to make "
+             "(default: what the window holds; intro: half of it)")
     add("--context", type=length,
         help="context on each side, half a window at most "
              f"(default: {CONTEXT} in continuation, else what the window holds)")
-    add("--fade", type=length, help=f"transition: length of the cross-fade (default: {FADE})")
+    add("--fade", type=length,
+        help="transition: length of the cross-fade; loop: how much of its end is new "
+             "(default: {transition}; {loop})".format(**FADE))
     add("--splice", type=within(0, 50), metavar="MS",
         help="cross-fade at the borders, in ms; 0: the model's output as it is "
              f"(default: {1000 * SPLICE:g})")
@@ -1428,19 +1459,24 @@ def check(o):
 
 
 def region(o, checkpoint):
-    """(Track, a, b, context): the region [a, b) in samples, the context in seconds or None.
+    """Arguments of an Edit: Track, the region [a, b) in samples, context in seconds, repeats.
 
     From the task's flags, or the paper's choices (Sect. 4.3).
     """
     window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
     if o.task not in EDITS:
         n = round((o.length or window) * SAMPLE_RATE)
-        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, n, None
+        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, n
 
     track = Track.read(o.input)
     if o.task == "transition":
-        faded, a, b = crossfaded(track, Track.read(o.input2), o.fade or FADE)
+        faded, a, b = crossfaded(track, Track.read(o.input2), o.fade or FADE["transition"])
         return faded, a, b, o.context
+    if o.task == "intro":
+        n = whole_frames(o.length or window / 2, checkpoint, track.rate)
+        return replace(track, audio=F.pad(track.audio, (n, 0))), 0, n, o.context
+    if o.task == "loop":
+        return looped(track, o, checkpoint)
 
     rate = track.rate
     lasts = f"{o.input} lasts {clock(track.seconds)}"
@@ -1572,13 +1608,18 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
     }
 
+    # A loop and an intro are infills whose contexts stand in another place.
+    row = o.task
+    if o.task in ("loop", "intro"):
+        row = "infill" if o.k in (None, 1) else "regenerate"
+
     # Make the variations, one after the other.
     fade = SPLICE if o.splice is None else o.splice / 1000
-    context = edit.context(whole=o.task in FROM_X_BAR).to(device)
+    context = edit.context(whole=row in FROM_X_BAR).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
         with progress(total=settings.steps * len(edit.spans), unit="step") as bar:
-            audio = fill(checkpoint, o.task, context, edit.C_L, edit.C_R, settings, generator,
+            audio = fill(checkpoint, row, context, edit.C_L, edit.C_R, settings, generator,
                          guides=guides, example=example, spans=edit.spans,
                          callback=lambda s, x_s: bar.update())
         if not audio.isfinite().all():
