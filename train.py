@@ -245,7 +245,7 @@ class Denoising(nn.Module):
     def forward(self, x, t, noise, fresh=None, own=None, start=None, **_):
         with full_precision(x):
             x_0 = self.space.encode(x) if x.shape[1] == 2 else x                # latents, from the cache
-        net = self.net if start is None else partial(self.net, start=start)
+        net = partial(self.net, start=start) if isinstance(self.net, dit.DiT) else self.net
         if self.training and own is not None and own.any():
             noise = with_own_error(net, x_0, t, noise, fresh, own)
         return {"loss": v_loss(net, x_0, t, noise, getattr(self.net, "weigh", None)).mean()}       # the U-Net weighs
@@ -577,7 +577,8 @@ def main(argv=None):
         source = Latents(source, Path(o.out) / "cache", vae)
     if o.compile:
         torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
-        objective.net.apply(lambda module: isinstance(module, dit.Block) and module.compile(dynamic=False))
+        blocks = (dit.Block, dit.SpectralBlock)
+        objective.net.apply(lambda module: isinstance(module, blocks) and module.compile(dynamic=False))
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
     header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,
