@@ -83,16 +83,20 @@ def add_noise(x_0, eps, t):
     return alpha_t * x_0 + sigma_t * eps, alpha_t * eps - sigma_t * x_0
 
 
-def v_loss(model, x_0, t, eps, weigh=None):
+def v_loss(model, x_0, t, eps):
     """L(theta) of App. B.1 for each clip: ||v_t - v_theta(x_t, t)||^2 per element, (B,).
 
     x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the
-    clip's length. weigh(error, t), linear in the error, goes before the square.
+    clip's length.
     """
-    x_t, v = add_noise(x_0, eps, t)
-    t = t.to(x_t)
-    error = v - model(x_t, t)
-    return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
+    error = v_error(model, x_0, t, eps)
+    return error.square().flatten(1).mean(1)
+
+
+def v_error(model, x_0, t, eps):
+    """The error v_t - v_theta(x_t, t) of a model at time t, (B, C, n). Arguments as in v_loss."""
+    x_t, v_t = add_noise(x_0, eps, t)
+    return v_t - model(x_t, t.to(x_t))
 
 
 def with_own_error(model, x_0, t, eps, fresh, share):
@@ -101,8 +105,7 @@ def with_own_error(model, x_0, t, eps, fresh, share):
     training on them prepares for that (ours). x_0, eps, fresh (B, C, n); t (B,) in (0, 1], on the
     CPU; share broadcasts over x_0."""
     with torch.no_grad():
-        x_t, v = add_noise(x_0, eps, t)
-        error = v - model(x_t, t.to(x_t))                               # (x0_hat - x_0) / sigma_t
+        error = v_error(model, x_0, t, eps)                             # (x0_hat - x_0) / sigma_t
     return fresh + share * _for_clips(alpha_sigma(t)[0], x_0) * error
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 import dit
 import vae as autoencoder
-from diffusion import v_loss, with_own_error
+from diffusion import v_error, with_own_error
 from examples import synthetic
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, join_processes, load_state,
@@ -248,7 +248,10 @@ class Denoising(nn.Module):
         net = partial(self.net, start=start) if isinstance(self.net, dit.DiT) else self.net
         if self.training and own is not None and own.any():
             noise = with_own_error(net, x_0, t, noise, fresh, own)
-        return {"loss": v_loss(net, x_0, t, noise, getattr(self.net, "weigh", None)).mean()}       # the U-Net weighs
+        error = v_error(net, x_0, t, noise)
+        if self.space.kind == "waveform":                                       # the U-Net weighs
+            error = self.net.weigh(error, t.to(error))
+        return {"loss": error.square().flatten(1).mean(1).mean()}
 
 
 class Classifying(nn.Module):

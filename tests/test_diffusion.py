@@ -104,12 +104,3 @@ def test_guidance_enters_as_the_algorithms_print_it():
     assert torch.allclose(moved, 0.1 * gradient)
     moved = ddim_step(x_t, x0_hat, t, s) - ddim_step(x_t, x0_hat, t, s, 0.1 * gradient)
     assert torch.allclose(moved, alpha_sigma(s)[1] * alpha_sigma(t)[1] * 0.1 * gradient)
-
-
-def test_loss_squares_the_weighed_error():
-    """weigh(error, t) is what is squared; it sees v - model(x_t, t) and the clips' times."""
-    x_0, eps, t = torch.randn(3, 2, 50), torch.randn(3, 2, 50), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    model = lambda x_t, t: 0.5 * x_t
-    weigh = lambda error, t: error * (10 * t.float())[:, None, None]
-    weighed, plain = diffusion.v_loss(model, x_0, t, eps, weigh), diffusion.v_loss(model, x_0, t, eps)
-    assert torch.allclose(weighed, plain * torch.tensor([1.0, 25.0, 81.0]), rtol=1e-5)
