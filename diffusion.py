@@ -99,16 +99,6 @@ def v_error(model, x_0, t, eps):
     return v_t - model(x_t, t.to(x_t))
 
 
-def with_own_error(model, x_0, t, eps, fresh, share):
-    """Noise for v_loss under which x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh,
-    where x0_hat is what the model makes of x_0 noised by eps. Sampling goes on from such guesses;
-    training on them prepares for that (ours). x_0, eps, fresh (B, C, n); t (B,) in (0, 1], on the
-    CPU; share broadcasts over x_0."""
-    with torch.no_grad():
-        error = v_error(model, x_0, t, eps)                             # (x0_hat - x_0) / sigma_t
-    return fresh + share * _for_clips(alpha_sigma(t)[0], x_0) * error
-
-
 # ---- The samplers' steps ------------------------------------------------------------------------
 
 def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):
