@@ -1,5 +1,4 @@
-"""Gaussian diffusion as in App. B.1: cosine schedule, v-parameterisation, training loss, and one
-DDPM or DDIM step.
+"""Gaussian diffusion, App. B.1: cosine schedule, v-parameterisation, loss, one DDPM or DDIM step.
 
     x_t = alpha_t * x_0 + sigma_t * eps                    # alpha_t, sigma_t = alpha_sigma(t)
     x0_hat = x0_from_v(x_t, model(x_t, t), t)
@@ -33,11 +32,12 @@ def alpha_sigma(t):
     return cosine_schedule(_on_cpu(t))
 
 
-def time_steps(steps, t_T=1.0):
+def time_steps(steps, t_T=1.0, t_end=0.0):
     """The times t_N = t_T > ... > t_0 = 0 of `steps` equal steps, in float64.
 
-    Returns (steps + 1,), or (steps + 1, B) if t_T is (B,). ValueError unless steps >= 1 and
-    0 < t_T <= 1.
+    t_end: the times below it are left out, so that the last step goes from there straight to 0.
+    Returns (steps + 1,), or (steps + 1, B) if t_T is (B,); fewer with t_end. ValueError unless
+    steps >= 1 and 0 < t_T <= 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -47,7 +47,12 @@ def time_steps(steps, t_T=1.0):
     fractions = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if t_T.ndim == 1:
         fractions = fractions[:, None]
-    return fractions * t_T
+    times = fractions * t_T
+    kept = times >= t_end - 1e-9
+    if t_T.ndim == 1:
+        kept = kept.any(1)
+    kept[0] = kept[-1] = True
+    return times[kept]
 
 
 def _on_cpu(t):

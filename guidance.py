@@ -101,13 +101,14 @@ def guided_estimate(model, x_t, t, terms):
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None,
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, t_end=0.0, generator=None,
            callback=None):
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0: projection only, without
                a graph
+    t_end      the time from which the last step goes straight to x0_hat (ours); 0: as printed
     generator  a torch.Generator; or a list, one per clip: then a clip does not depend on its batch
     callback   called as callback(s, x_s) after each update
     Raises ValueError for bad arguments. The parameters of a model or operator that is an nn.Module
@@ -119,7 +120,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     terms = task.terms if task else ()
     _check(x_T, terms, sampler, xi, generator)
     xi = xi or 0.0
-    times = time_steps(steps, task.t_T if task else 1.0)
+    times = time_steps(steps, task.t_T if task else 1.0, t_end)
     x_t = x_T
     with frozen(model, *[term.A for term in terms]):
         for t, s in zip(times, times[1:]):                              # the paper's i = N .. 1

@@ -41,7 +41,7 @@ import guidance
 import tasks
 import unet1d
 import vae as autoencoder
-from diffusion import alpha_sigma, x0_from_v
+from diffusion import alpha_sigma, time_steps, x0_from_v
 from tasks import PASST_PRESETS, PaSST, PaSSTConfig, resample, to_resample
 from vae import VAE
 
@@ -648,6 +648,7 @@ class Settings:
     k: float = 0.6              # regenerate, transition: share of noise in x_T
     start_from: str = "matched"                 # regenerate, transition: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
+    t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
     keep_level: bool = True     # new audio gets the level of its context
@@ -703,6 +704,7 @@ AS_PRINTED = {
     "k": 0.85,                                  # App. C.3
     "start_from": "paper",                      # Table 2, x_T
     "project": "x_t",                           # Algorithms 1 and 2, the last line
+    "t_end": 0.0,
     "equalise": False,                          # ours
     "keep_level": False,                        # ours
 }
@@ -911,7 +913,7 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
         # Sample it. The result is context for the next window.
         x[..., first:last] = guidance.sample(
             estimator, problem.x_T, problem, steps=settings.steps, sampler=settings.sampler,
-            xi=xi, generator=generator, callback=callback)
+            xi=xi, t_end=settings.t_end, generator=generator, callback=callback)
         if first <= lo:
             lo = last
         else:
@@ -1613,12 +1615,18 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     if o.task in ("loop", "intro"):
         row = "infill" if o.k in (None, 1) else "regenerate"
 
+    # Steps of all windows, for the progress bar.
+    t_T = 1.0
+    if row in FROM_X_BAR and settings.start_from == "matched":
+        t_T = tasks.matched_time(settings.k)
+    steps = len(time_steps(settings.steps, t_T, settings.t_end)) - 1
+
     # Make the variations, one after the other.
     fade = SPLICE if o.splice is None else o.splice / 1000
     context = edit.context(whole=row in FROM_X_BAR).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        with progress(total=settings.steps * len(edit.spans), unit="step") as bar:
+        with progress(total=steps * len(edit.spans), unit="step") as bar:
             audio = fill(checkpoint, row, context, edit.C_L, edit.C_R, settings, generator,
                          guides=guides, example=example, spans=edit.spans,
                          callback=lambda s, x_s: bar.update())

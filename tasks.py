@@ -139,7 +139,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
 
     # The mixture, everywhere; and the time at which it is what x_t should be.
     if start_from == "matched":
-        t_T = 2 / math.pi * torch.atan2(k, 1 - k)
+        t_T = matched_time(k)
         mixed, _ = add_noise(x_bar, z, t_T)
     else:
         t_T = 1.0
@@ -153,6 +153,11 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
         A = KeepEnds(z.shape[-1], C_L, C_R)
         mixed = data_consistency(mixed, A(z), A)
     return replace(infill(x_bar, C_L, C_R, mixed, **term), t_T=t_T)
+
+
+def matched_time(k):
+    """The time t at which sigma_t : alpha_t is k : (1 - k)."""
+    return 2 / math.pi * torch.atan2(torch.as_tensor(k), torch.as_tensor(1 - k))
 
 
 def crossfade(x_bar_L, x_bar_R, C_L, C_R):
