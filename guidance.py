@@ -3,8 +3,9 @@
     task = tasks.infill(x_bar, C_L, C_R, z)
     x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.1)
 
-`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a
-list of terms d(y, A(x)) to minimise. Where A is linear, a term may also be met exactly, by projection.
+`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is
+a list of terms d(y, A(x)) to minimise. Where A is linear, a term may also be met exactly, by
+projection.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ class Term:
     weight  its effective step is xi * weight; a number, or (B,)
     on      what A measures: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first
             printed there
-    project what the data consistency step projects onto y = A x: "x_t" at the end of each iteration,
-            as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s should have
-            (as in DDNM, Wang et al., 2022); "none", nothing
+    project what the data consistency step projects onto y = A x: "x_t" at the end of each
+            iteration, as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s
+            should have (as in DDNM, Wang et al., 2022); "none", nothing
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
