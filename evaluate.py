@@ -884,8 +884,8 @@ def warn(results, dimensions):
     for by_task in results.values():
         counts += [found["FAD"][2] for found in by_task.values() if found]
     if min(counts) <= dimensions:
-        sample.say(f"warning: FAD from n = {min(counts)} embeddings of {dimensions} dimensions is "
-                   "far too high: compare at equal n only")
+        print(f"warning: FAD from n = {min(counts)} embeddings of {dimensions} dimensions is "
+              "far too high: compare at equal n only")
 
 
 # ---- what to evaluate ----------------------------------------------------------------------------
@@ -1057,7 +1057,10 @@ def parse(argv):
         idle = [*FOR_MODEL, *settings]
 
     # No flag is ignored without a word.
-    given = {name: value for name, value in vars(options).items() if value not in (None, False)}
+    given = {}
+    for name, value in vars(options).items():
+        if value != parser.get_default(name):
+            given[name] = value
     for name in idle:
         if name in given:
             raise UserError(f"--{name.replace('_', '-')} does nothing here: leave it out")

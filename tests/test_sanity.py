@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import sanity
 import sample
 from judge import Judge
-from test_evaluate import studio         # noqa: F401, the fixture
 
 T = torch.arange(3 * 44100) / 44100
 NOISE = torch.randn(2, len(T), generator=torch.Generator().manual_seed(0)) / 10
@@ -77,7 +76,7 @@ def test_the_judge_knows_tracks_and_classes_again(tmp_path):
     assert right == 1 and own > others + 0.3
 
 
-def test_every_table_is_printed(studio, tmp_path, capsys):         # noqa: F811
+def test_every_table_is_printed(studio, tmp_path, capsys):
     """All six, for a tiny latent model; the v-loss again, alone, is the same."""
     classifier = str(studio / "classifier.pt")
     command = ["--checkpoint", str(studio / "latent.pt"), "--listener", classifier, "--data", str(studio / "train"),
