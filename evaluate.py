@@ -17,7 +17,7 @@ import math
 import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -38,6 +38,7 @@ VGGISH_FILE = "vggish-10086976.pth, published on GitHub by harritaylor/torchvggi
 TASKS = ("unconditional", "infill", "regenerate", "continuation", "transition", "embedding")
 CLIPS, REFERENCE_CLIPS, BATCH = 100, 10_000, 8
 NEIGHBOUR = 3                                       # k of the realism score [32]
+RECORDS = 1                                         # to be raised when other things are measured
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -400,7 +401,7 @@ class Records:
     def read(self):
         """{number: its measurements}, in order."""
         records = {}
-        for path in self.folder.glob("*.pt"):
+        for path in sorted(self.folder.glob("*.pt")):
             records.update(torch.load(path, weights_only=True))
         return dict(sorted(records.items()))
 
@@ -448,8 +449,8 @@ def measure_reference(lengths, judges, options, out, device):
         # The same files, judges and options have the same folder. Its list of excerpts saves a
         # second look at all files.
         paths = [path for path in sample.find_files([options.reference]) if os.path.exists(path)]
-        facts = versions(paths), lengths, judges.names, options.reference_clips, options.seed
-        folder = out / f"reference-{sample.digest(*facts)}"
+        facts = [versions(paths), lengths, judges.names, options.reference_clips, options.seed]
+        folder = out / f"reference-{sample.digest(RECORDS, *facts)}"
         index = folder / "excerpts.json"
         if not index.exists():
             drawn = find_excerpts(options.reference, longest, options.reference_clips, options.seed)
@@ -570,13 +571,13 @@ class Row:
     facts: dict = field(default_factory=dict)
 
 
-def filler(name, measured, content):
+def filler(name, task_names, content):
     """The row that has content(Batch), (B, 2, n), in the region, and the original around it."""
     def make(batch):
         a, b = batch.span.a, batch.span.b       # the region
         middle = content(batch)[..., a:b]
         return torch.cat([batch.x[..., :a], middle, batch.x[..., b:]], -1)
-    return Row(name, measured, make, by_region)
+    return Row(name, task_names, make, by_region)
 
 
 def silence(batch):
@@ -642,7 +643,7 @@ def unspliced(checkpoint, batch, settings, passt=None):
                        from_x_bar=batch.task in sample.FROM_X_BAR, guides=guides, example=example)
 
 
-def model_row(checkpoint, settings, given, judges, measured):
+def model_row(checkpoint, settings, given, judges, task_names):
     """The row of a model with these settings; it is named by its sampler and the flags `given`."""
     def make(batch):
         return unspliced(checkpoint, batch, settings, judges.passt)
@@ -651,15 +652,15 @@ def model_row(checkpoint, settings, given, judges, measured):
     for flag, value in given.items():
         name += ", printed" if flag == "as_printed" else f", {flag} {value}"
     facts = {"checkpoint": sample.file_digest(checkpoint.path), **asdict(settings)}
-    return Row(name, tuple(measured), make, by_task, facts)
+    return Row(name, tuple(task_names), make, by_task, facts)
 
 
-def vae_row(checkpoint, measured):
+def vae_row(checkpoint, task_names):
     """The row "VAE": its reconstruction, the upper bound of the latent model."""
     def make(batch):
         return checkpoint.decode(checkpoint.encode(batch.x))
     facts = {"checkpoint": sample.file_digest(checkpoint.path)}
-    return Row("VAE", tuple(measured), make, by_x, facts)
+    return Row("VAE", tuple(task_names), make, by_x, facts)
 
 
 # ---- measuring rows ------------------------------------------------------------------------------
@@ -695,12 +696,13 @@ class Evaluation:
         self.seed, self.device = seed, device
         self.records = {}
         files = [versions([clip.excerpt.path, clip.other.path]) for clip in clips]
+        common = RECORDS, judges.names, seed, files
         for row in rows:
             for task in row.tasks:
                 used = [(clip.excerpt, clip.other, clip.spans[task]) for clip in clips]
-                facts = sample.digest(row.facts, judges.names, seed, files, used)
                 name = row.name.lower().replace(" ", "-")
-                self.records[row.name, task] = Records(folder / name / f"{task}-{facts}")
+                key = sample.digest(row.facts, used, *common)
+                self.records[row.name, task] = Records(folder / name / f"{task}-{key}")
 
     def run(self, size=BATCH):
         """Measure what has no record yet, `size` clips at a time; the processes share them."""
@@ -736,8 +738,8 @@ class Evaluation:
             span = self.clips[numbers[0]].spans[task]
             generators = [generator_of(self.seed, number) for number in numbers]
             batch = Batch(task, span, first, other, generators)
-            # Tasks with the same audio share it. If the same part of it counts, they share what the
-            # judges find, too.
+            # Tasks with the same audio share it. If the same part of it is evaluated, they share
+            # the judges' work too.
             key = row.same(batch)
             if key not in made:
                 made[key] = row.make(batch)[..., :first.shape[-1]]
@@ -747,17 +749,15 @@ class Evaluation:
                 evaluated[part] = self.judges.evaluate(audio)
             measured = evaluated[part] | compare(batch, made[key])
             self.records[row.name, task].write(numbers, measured)
+            for number, finite in zip(numbers, measured["finite"]):
+                if not finite:
+                    path = self.clips[number].excerpt.path
+                    tqdm.write(f"left out: {row.name}, {task}, {path}: samples are not finite")
 
     def finite(self, row, task):
         """{number: measurements} of a row in a task, without clips that hold a nan or an inf."""
-        kept = {}
-        for number, record in self.records[row.name, task].read().items():
-            if record["finite"]:
-                kept[number] = record
-            else:
-                path = self.clips[number].excerpt.path
-                sample.say(f"left out: {row.name}, {task}, {path}: samples are not finite")
-        return kept
+        records = self.records[row.name, task].read()
+        return {number: record for number, record in records.items() if record["finite"]}
 
     def results(self, references):
         """{row: {task: {metric: [value, standard deviation, count]}}}; references: by task."""
@@ -788,11 +788,11 @@ def figures(task, records, reference, crossfades=None):
     clips = [*records.values()]
     fad = frechet_distance(*reference.fad, *fad_gaussian(clips))
     kld = kl_divergence(reference.posterior, gather(clips, "posterior").mean(0))
-    found = {"FAD": [fad, None, sum(len(clip["fad"]) for clip in clips)],
-             "KLD": [kld.item(), None, len(clips)]}
+    metrics = {"FAD": [fad, None, sum(len(clip["fad"]) for clip in clips)],
+               "KLD": [kld.item(), None, len(clips)]}
     # MR compares each clip with its original, where there is one.
     if task in (*EDITED, "files"):
-        found["MR"] = [gather(clips, "MR").double().mean().item(), None, len(clips)]
+        metrics["MR"] = [gather(clips, "MR").double().mean().item(), None, len(clips)]
     if task == "transition":
         # Realism, track by track, as a share of the cross-fade's; and Figure 1.
         both = sorted(records.keys() & crossfades.keys())
@@ -801,9 +801,9 @@ def figures(task, records, reference, crossfades=None):
             embedding = gather([group[number] for number in both], "embedding")
             scores.append(realism(reference.embedding, embedding, radii=reference.radii))
         share = scores[0] / scores[1]
-        found["Realism"] = [share.mean().item(), share.std().item(), len(both)]
-        found["Figure 1"] = [gather(clips, "curve").mean(0).tolist(), None, len(clips)]
-    return found
+        metrics["Realism"] = [share.mean().item(), share.std().item(), len(both)]
+        metrics["Figure 1"] = [gather(clips, "curve").mean(0).tolist(), None, len(clips)]
+    return metrics
 
 
 # Title, tasks of which a column has the figures, separated by "/", and metrics.
@@ -861,13 +861,14 @@ def write_results(path, results, settings):
     # How many clips each task's figures come from.
     counts = {}
     for by_task in results.values():
-        for task, found in by_task.items():
-            if found:
-                counts.setdefault(task, set()).add(found["KLD"][2])
+        for task, metrics in by_task.items():
+            if metrics:
+                counts.setdefault(task, set()).add(metrics["KLD"][2])
     if not counts:
         raise UserError("nothing could be measured: at least two clips are needed", 1)
-    figure = "[value, standard deviation, count]"
+
     # To the file, whole or not at all, and to the screen.
+    figure = "[value, standard deviation, count]"
     text = json.dumps({"settings": settings, "metric": figure, "rows": results}, indent=1)
     sample.write_atomic(path, lambda file: file.write(text.encode()))
     print("\n".join(table_lines(results)))
@@ -882,7 +883,7 @@ def warn(results, dimensions):
     """Say so if FAD comes from too few embeddings for its dimensions."""
     counts = []
     for by_task in results.values():
-        counts += [found["FAD"][2] for found in by_task.values() if found]
+        counts += [metrics["FAD"][2] for metrics in by_task.values() if metrics]
     if min(counts) <= dimensions:
         print(f"warning: FAD from n = {min(counts)} embeddings of {dimensions} dimensions is "
               "far too high: compare at equal n only")
@@ -906,10 +907,10 @@ def clips_in(folder):
 
 def count_samples(path):
     """Samples of a file at 44.1 kHz. UserError if it cannot be read."""
-    found = sample.probe(path)
-    if isinstance(found, str):
-        raise UserError(f"{path} cannot be read ({found})")
-    frames, rate, _ = found
+    facts = sample.probe(path)
+    if isinstance(facts, str):                      # the reason why not
+        raise UserError(f"{path} cannot be read ({facts})")
+    frames, rate, _ = facts
     return frames * SAMPLE_RATE // rate
 
 
@@ -975,9 +976,9 @@ def model_rows(checkpoint, judges, options):
         rows.append(vae_row(checkpoint, options.tasks))
     # Rows that need no model, in the chosen tasks.
     for row in (TEST_SET, *FILLERS):
-        measured = tuple(task for task in row.tasks if task in options.tasks)
-        if measured:
-            rows.append(Row(row.name, measured, row.make, row.same))
+        chosen = tuple(task for task in row.tasks if task in options.tasks)
+        if chosen:
+            rows.append(replace(row, tasks=chosen))
     return rows
 
 
@@ -1030,7 +1031,9 @@ def make_parser():
     add("--batch", type=number, default=BATCH, help="clips at a time (%(default)s)")
     add("--seed", type=sample.within(0, 2**63, int), default=0, help="(%(default)s)")
     add("--device", default="auto", help="cpu, cuda or mps (%(default)s)")
-    add("--out", type=Path, help="folder (runs/evaluate-latent, -waveform or -files)")
+    add("--out", type=Path,
+        help="folder, on a disk that all processes share (runs/evaluate-latent, "
+        "-waveform or -files)")
     return parser, settings
 
 
@@ -1068,7 +1071,7 @@ def parse(argv):
 
     # The defaults of the flags that could have been refused.
     for name, default in FOR_MODEL.items():
-        if getattr(options, name) is None:
+        if not files and name not in given:
             setattr(options, name, default)
     return options
 
@@ -1111,7 +1114,8 @@ def main(argv=None):
         named = ("data", "clips", "generated", "originals", "region", "reference", "seed")
         settings = {flag: getattr(options, flag) for flag in named}
         settings |= {"checkpoint": digest, "judges": judges.names,
-                     "excerpts": len(references[lengths[0]].embedding)}
+                     "excerpts": len(references[lengths[0]].embedding),
+                     "made with": {row.name: row.facts for row in rows if row.facts}}
         write_results(out / "table.json", results, settings)
         warn(results, len(references[lengths[0]].fad[0]))
 

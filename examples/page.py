@@ -123,7 +123,7 @@ def read_samples(path, rate, begin=0, end=None):
 
 
 def read_versions(results, records, before, begin, end):
-    """[(name, where it is from, audio (2, n) at 44.1 kHz)] of samples [begin, end) of each version."""
+    """[(name, where it is from, audio (2, n) at 44.1 kHz)] of each version's [begin, end)."""
     rate = sf.info(results[0]).samplerate
     versions = []
     for result, record in zip(results, records):

@@ -303,9 +303,10 @@ def test_edits_that_have_no_page_end_in_a_sentence(edited, tmp_path):
             ([edit("words.wav", "words")], "words.json is damaged"),
             ([edit("list.wav", "3")], "list.json is damaged"),
             ([edit("old.wav", json.dumps(without_end))], "old.json lacks end"),
-            ([str(first), edit("other.wav", json.dumps(facts | {"start": 5}))], "other.wav and .*"
-             "infill.wav are not versions of one edit"),
-            ([edit("lost.wav", json.dumps(facts | {"input": "no.wav"}))], "no.wav, .* is not there")):
+            ([str(first), edit("other.wav", json.dumps(facts | {"start": 5}))],
+             "other.wav and .*infill.wav are not versions of one edit"),
+            ([edit("lost.wav", json.dumps(facts | {"input": "no.wav"}))],
+             "no.wav, .* is not there")):
         with pytest.raises(sample.UserError, match=said):
             page.main(paths)
     assert not list(tmp_path.glob("*.html"))
