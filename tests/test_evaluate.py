@@ -222,6 +222,17 @@ def test_an_excerpt_is_that_part_of_the_whole_file(suffix, rate, channels, tmp_p
         evaluate.read_excerpt(evaluate.Excerpt(str(path), whole.shape[1] - n + 1, n))
 
 
+def test_ogg_is_decoded_from_its_start(tmp_path):
+    """libsndfile lands elsewhere in about a tenth of the seeks in such a file."""
+    t = np.arange(20 * 44100) / 44100
+    path = str(tmp_path / "tone.ogg")
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * 300 * t), 44100)
+    whole = sample.to_stereo_44k(*sample.read_audio(path))
+    for start in np.random.default_rng(0).integers(0, len(t) - 2000, 40).tolist():
+        audio = evaluate.read_excerpt(evaluate.Excerpt(path, start, 2000))
+        torch.testing.assert_close(audio, whole[:, start:start + 2000], rtol=0, atol=1e-4)
+
+
 def test_excerpts_are_counted_at_44_kHz(tmp_path):
     """A second holds 44100 samples for us, whatever the file's own rate is."""
     for rate in (22050, 48000):
@@ -393,6 +404,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(studio, tmp_path):
     (tmp_path / "again").touch()
     assert len(run().finite(row, "infill")) == 3 and len(made) == 3
     assert len(run().finite(row, "infill")) == 3 and len(made) == 3
+
+
+def test_processes_share_the_batches(studio, tmp_path, monkeypatch):
+    """The first of two measures the first and the third of three batches, the second the rest."""
+    monkeypatch.setattr(sample, "WORLD", 2)
+    monkeypatch.setattr(sample, "barrier", lambda: None)
+    monkeypatch.setattr(evaluate.dist, "broadcast_object_list", lambda objects: None)
+    row = evaluate.Row("Ours", ("infill",), lambda batch: batch.x)
+    judges = CountingJudges()
+    evaluation = evaluate.Evaluation([row], clips_of(studio), judges, tmp_path)
+    evaluation.run(size=1)
+    assert list(evaluation.finite(row, "infill")) == [0, 2] and judges.clips == 2
 
 
 def test_a_clip_with_samples_that_are_not_finite_is_left_out(studio, tmp_path, capsys):
