@@ -7,8 +7,8 @@ The second command evaluates any other system: its files are named like the orig
 Figure 2, the blind test, is examples/figure2.py.
 
 All measurements are kept under --out, batch by batch: an interrupted run goes on where it stopped.
-Under torchrun the processes share the clips. Neither the order of the clips nor the size of the
-batches, nor the number of processes, changes a figure.
+Under torchrun the processes share the clips. Neither the order of the clips, nor the size of the
+batches, nor the number of processes, changes a number.
 """
 import argparse
 import functools
@@ -303,15 +303,17 @@ def find_excerpts(folder, n, limit, seed):
     One at random of every file, then a second of every file that has one, and so on. Where the
     limit falls within such a turn, the files are drawn at random. UserError if there is no music.
     """
+    # All places of each file, in random order.
     drawn = []
     files = sample.survey([folder], n, str(folder), "give others")
-    # All places of each file in random order; the first ones of all files are taken first.
     for i, (path, (frames, rate, _)) in enumerate(files.items()):
         random = sample.random_numbers(seed, i)
         places = random.permutation(frames * SAMPLE_RATE // rate // n)
         for turn, place in enumerate(places):
             drawn.append((turn, random.random(), Excerpt(path, int(place) * n, n)))
-    return sorted(excerpt for _, _, excerpt in sorted(drawn)[:limit])
+    # The first turns of all files come first.
+    drawn.sort()
+    return sorted(excerpt for _, _, excerpt in drawn[:limit])
 
 
 def with_another(excerpts, seed):
@@ -384,7 +386,9 @@ def read_ahead(jobs):
     with ThreadPoolExecutor(4) as pool:
         coming = None
         for job, following in zip([{}, *jobs], [*jobs, {}]):
-            audio, coming = coming, pool.map(read_or_skip, following.values())
+            # pool.map begins at once; its results are waited for one turn later.
+            audio = coming
+            coming = pool.map(read_or_skip, following.values())
             if job:
                 loaded = dict(zip(job, audio))
                 yield {number: clip for number, clip in loaded.items() if clip is not None}
@@ -426,6 +430,7 @@ def from_one_process(make):
 def batches(lengths, size):
     """{number: samples} -> lists of up to `size` numbers with equally many samples."""
     made = []
+    # By length first, so that equal ones follow each other.
     for n, number in sorted((n, number) for number, n in lengths.items()):
         if not made or len(made[-1]) == size or lengths[made[-1][0]] != n:
             made.append([])
@@ -456,10 +461,16 @@ def measure_reference(lengths, judges, options, out, device):
             drawn = find_excerpts(options.reference, longest, options.reference_clips, options.seed)
             folder.mkdir(parents=True, exist_ok=True)
             sample.write_atomic(index, lambda file: file.write(json.dumps(drawn).encode()))
-        excerpts = dict(enumerate(Excerpt(*values) for values in json.loads(index.read_text())))
+        excerpts = [Excerpt(*values) for values in json.loads(index.read_text())]
+        # What is missing has no record of some length.
         records = {n: Records(folder / str(n)) for n in lengths}
-        done = set.intersection(*[set(kept.read()) for kept in records.values()])
-        return records, {j: excerpt for j, excerpt in excerpts.items() if j not in done}
+        missing = {}
+        for kept in records.values():
+            done = kept.read()
+            for j, excerpt in enumerate(excerpts):
+                if j not in done:
+                    missing[j] = excerpt
+        return records, missing
 
     # Each process has its share of what is missing.
     records, missing = from_one_process(plan)
@@ -793,8 +804,8 @@ def figures(task, records, reference, crossfades=None):
     # MR compares each clip with its original, where there is one.
     if task in (*EDITED, "files"):
         metrics["MR"] = [gather(clips, "MR").double().mean().item(), None, len(clips)]
+    # Of transitions: realism, track by track, as a share of the cross-fade's; and Figure 1.
     if task == "transition":
-        # Realism, track by track, as a share of the cross-fade's; and Figure 1.
         both = sorted(records.keys() & crossfades.keys())
         scores = []
         for group in (records, crossfades):
@@ -931,6 +942,7 @@ def pair_files(options):
         needed = max(needed, region[1])
         if region[0] >= region[1]:
             raise UserError("--region must be two times, the first before the second")
+    # What both files of a pair have.
     clips = []
     for name in sorted(originals.keys() & generated.keys()):
         try:
@@ -956,6 +968,7 @@ def cut_clips(options, checkpoint):
     window = checkpoint.window * checkpoint.hop
     spans = layout(window, checkpoint.hop)
     excerpts = find_excerpts(options.data, window, options.clips, options.seed)
+    # Times as they are, rounded to the model's frames.
     for task in options.tasks:
         first, last = spans[task].a / SAMPLE_RATE, min(spans[task].b, spans[task].d) / SAMPLE_RATE
         sample.say(f"{task}: {first:.3f} to {last:.3f} s of {window / SAMPLE_RATE:.3f} s")
@@ -1000,9 +1013,9 @@ def make_parser():
     # Flags that do not go with everything are None if they are not given; see FOR_MODEL.
     add = parser.add_argument_group("what to evaluate: a model, or files").add_argument
     add("--data", help="folder of test music, excerpts of which the model edits")
-    add("--model", choices=("latent", "waveform"), help=f"({FOR_MODEL['model']})")
+    add("--model", choices=("latent", "waveform"), help=f"which of the two ({FOR_MODEL['model']})")
     add("--checkpoint", help="of the model (the one shipped)")
-    add("--tasks", nargs="+", choices=TASKS, help="(all)")
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     add("--clips", type=number, help=f"excerpts of the test music, for each task ({CLIPS})")
     add("--generated", help="folder of files that any system edited, named like the originals")
     add("--originals", help="folder of the files that they were made from")
@@ -1019,8 +1032,9 @@ def make_parser():
 
     settings = []
     add = parser.add_argument_group("how the model samples").add_argument
-    add("--sampler", nargs="+", choices=("ddpm", "ddim", "none"),
-        help=f"a row each; none: the other rows only ({sample.Settings.sampler})")
+    add("--sampler", nargs="+", choices=("ddpm", "ddim", "none"), metavar="SAMPLER",
+        help="ddpm and ddim have a row each; none: only the rows that need no sampling "
+        f"({sample.Settings.sampler})")
     add("--steps", nargs="+", type=number, help=f"a row each ({sample.Settings.steps})")
 
     def add_setting(*names, **kind):

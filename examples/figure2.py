@@ -3,9 +3,9 @@
     python examples/figure2.py latent=runs/latent waveform=runs/waveform original=test/ --region 2 4
     python examples/figure2.py --votes votes-*.csv
 
-The first command writes runs/figure2/figure2.html: each pair asks which of two unnamed, equally
-loud versions of a clip fits better. figure2.json beside it alone says which system is A and which
-is B. Each listener saves a csv there; the second command counts wins, ties and losses of all.
+The first command writes runs/figure2/figure2.html, which asks: which of two unnamed, equally loud
+versions of a clip fits better? Only figure2.json, in the same folder, says which system is A and
+which is B. Each listener saves a csv; the second command counts all wins, ties and losses.
 """
 import argparse
 import csv
