@@ -624,19 +624,6 @@ FILLERS = (filler("Silence", TASKS, silence),
            filler("Another track", EDITED, other_track))
 
 
-def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
-    """A function z -> Task: guidance by an example (B, 2, n), of a `part` of the samples."""
-    y = passt.listen(example, SAMPLE_RATE)[1]
-
-    def A(x_0):
-        return sample.hear(passt, checkpoint, x_0, part)[1]
-
-    def guide(z):
-        step = weight * sample.XI_GUIDE["embedding"]
-        return tasks.embedder_guidance(A, y, z, step, above=sample.ABOVE)
-    return guide
-
-
 def unspliced(checkpoint, batch, settings, passt=None):
     """The model's own audio (B, 2, n), with the contexts as it reconstructs them.
 
@@ -647,11 +634,11 @@ def unspliced(checkpoint, batch, settings, passt=None):
     # What the judges get of the sample is guided towards the same part of the clip.
     if batch.task == "embedding":
         example = batch.x[..., c:d]
-        guides = (example_guide(checkpoint, passt, example, part=slice(c, d)),)
+        guides = (sample.example_guide(checkpoint, passt, example, part=slice(c, d)),)
     C_L = a // checkpoint.hop
     C_R = checkpoint.window - b // checkpoint.hop
-    return sample.fill(checkpoint, batch.x, C_L, C_R, settings, batch.generators,
-                       from_x_bar=batch.task in sample.FROM_X_BAR, guides=guides, example=example)
+    return sample.fill(checkpoint, batch.task, batch.x, C_L, C_R, settings, batch.generators,
+                       guides=guides, example=example)
 
 
 def model_row(checkpoint, settings, given, judges, task_names):
@@ -976,18 +963,28 @@ def cut_clips(options, checkpoint):
 
 
 def model_rows(checkpoint, judges, options):
-    """The model with each sampler and number of steps, its VAE, the test set, and the fillers."""
+    """The model, its VAE, and the rows that need no model."""
+    rows = sampled_rows(checkpoint, judges, options)
+    if checkpoint.kind == "latent":
+        rows.append(vae_row(checkpoint, options.tasks))
+    return rows + fixed_rows(options)
+
+
+def sampled_rows(checkpoint, judges, options):
+    """The model with each sampler and number of steps, with the settings that sample.py has."""
     rows = []
-    # A row for each of Table 1's combinations, whose settings are made as sample.py makes them.
     for sampler in options.sampler:
         for steps in options.steps:
             if sampler != "none":
                 one = argparse.Namespace(**vars(options) | {"sampler": sampler, "steps": steps})
                 settings = sample.Settings.of(one, checkpoint)
                 rows.append(model_row(checkpoint, settings, options.given, judges, options.tasks))
-    if checkpoint.kind == "latent":
-        rows.append(vae_row(checkpoint, options.tasks))
-    # Rows that need no model, in the chosen tasks.
+    return rows
+
+
+def fixed_rows(options):
+    """The test set and the fillers, in the chosen tasks."""
+    rows = []
     for row in (TEST_SET, *FILLERS):
         chosen = tuple(task for task in row.tasks if task in options.tasks)
         if chosen:
@@ -1004,7 +1001,7 @@ FOR_MODEL = {"model": "latent", "checkpoint": None, "tasks": TASKS, "clips": CLI
 FOR_FILES = {"originals": None, "region": None}
 
 
-def make_parser():
+def make_parser(add_flags):
     """The parser, and the names of its options that are sample.Settings'."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1039,7 +1036,7 @@ def make_parser():
 
     def add_setting(*names, **kind):
         settings.append(add(*names, **kind).dest)
-    sample.Settings.add_flags(add_setting)
+    add_flags(add_setting)
 
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch", type=number, default=BATCH, help="clips at a time (%(default)s)")
@@ -1051,7 +1048,7 @@ def make_parser():
     return parser, settings
 
 
-def parse(argv):
+def parse(argv, add_flags=sample.Settings.add_flags):
     """The options; `given`: those of sample.Settings that the user gave, but sampler and steps.
 
     UserError for flags that are missing, or would do nothing.
@@ -1059,7 +1056,7 @@ def parse(argv):
     def refuse(message):
         raise UserError(f"{message} (all flags: --help)")
 
-    parser, settings = make_parser()
+    parser, settings = make_parser(add_flags)
     parser.error = refuse
     options = parser.parse_args(argv)
 
@@ -1090,8 +1087,9 @@ def parse(argv):
     return options
 
 
-def main(argv=None):
-    options = parse(argv)
+def main(argv=None, add_flags=sample.Settings.add_flags, open_model=None, rows_of=model_rows):
+    """An example brings its own model and rows, as with sample.main: see examples/cqtdiff.py."""
+    options = parse(argv, add_flags)
     device = sample.pick_device(options.device)
     sample.join_processes(device)
     judges = Judges(options, device)
@@ -1101,9 +1099,14 @@ def main(argv=None):
         name, digest = "files", None
         rows, clips = FILES, from_one_process(lambda: pair_files(options))
     else:
-        checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
-        name, digest = options.model, sample.file_digest(checkpoint.path)
-        rows = model_rows(checkpoint, judges, options)
+        if open_model:
+            checkpoint = open_model(options, device)
+            name = Path(checkpoint.path).stem
+        else:
+            checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
+            name = options.model
+        digest = sample.file_digest(checkpoint.path)
+        rows = rows_of(checkpoint, judges, options)
         clips = from_one_process(lambda: cut_clips(options, checkpoint))
     out = options.out or Path("runs") / f"evaluate-{name}"
 

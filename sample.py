@@ -1602,8 +1602,13 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     if classifier:
         sources.append(classifier.path)
     words = ["python", *sys.argv] if argv is None else ["python", "sample.py", *argv]
+    fade = SPLICE if o.splice is None else o.splice / 1000
     record = {
         "command": shlex.join(words),
+        "task": o.task, "input": o.input, "input2": o.input2,
+        "fade": (o.fade or FADE[o.task]) if o.task in FADE else None,
+        "start": edit.a, "end": edit.end,               # samples of the result
+        "context": 0 if fade else round(max(edit.C_L, edit.C_R) * edit.frame),
         "settings": asdict(settings),
         "sha256": {path: file_digest(path) for path in sources if path},
         "times": edit.times(),
@@ -1622,7 +1627,6 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     steps = len(time_steps(settings.steps, t_T, settings.t_end)) - 1
 
     # Make the variations, one after the other.
-    fade = SPLICE if o.splice is None else o.splice / 1000
     context = edit.context(whole=row in FROM_X_BAR).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))

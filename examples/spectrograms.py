@@ -4,9 +4,9 @@
     python examples/spectrograms.py before.wav after.wav infill.png --mark 3.2 5 --gap
 
 Frequency is logarithmic, 50 Hz to 16 kHz upwards; brightness is the level in dB, on one scale for
-all; time, from left to right, is that of the longer file. --mark draws vertical lines at these seconds.
---gap adds a picture between the two: before, without what lies between the marks. page.py takes its
-pictures from here too.
+all; time, from left to right, is that of the longer file. --mark draws vertical lines at these
+seconds. --gap adds a picture between the two: before, without what lies between the marks. page.py
+takes its pictures from here too.
 """
 import argparse
 import struct
