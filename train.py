@@ -36,10 +36,10 @@ import sample
 import vae as autoencoder
 from diffusion import add_noise, alpha_sigma, v_loss
 from guidance import frozen
-from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier,
+from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
                     join_processes, load_state, open_checkpoint, pick_device, progress,
-                    random_numbers, read_audio, reason, run, save_atomic, say, survey,
-                    to_stereo_44k, within, write_atomic)
+                    random_numbers, read_audio, reason, refuse_idle, run, save_atomic, say,
+                    survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
@@ -372,10 +372,12 @@ def make_optimizers(objective, o):
     """
     matrices, rest = [], []
     for name, p in objective.named_parameters():
+        if not p.requires_grad:
+            continue                                    # a frozen encoder's
         inside = any(part in name for part in ("blocks", "encoder", "decoder"))
         if o.muon and inside and p.dim() == 2 and name.endswith("weight"):
             matrices.append(p)
-        elif p.requires_grad:
+        else:
             rest.append(p)
     optimizers = [torch.optim.AdamW(rest, o.lr, betas=(0.9, o.beta2), weight_decay=0.0, fused=True)]
     if matrices:
@@ -482,7 +484,7 @@ def continued(checkpoint, audio, C_L):
     options = argparse.Namespace(steps=LISTEN_STEPS, as_printed=False)
     settings = sample.Settings.of(options, checkpoint)
     generator = torch.Generator().manual_seed(0)
-    return sample.fill(checkpoint, audio, C_L, 0, settings, generator)
+    return sample.fill(checkpoint, "continuation", audio, C_L, 0, settings, generator)
 
 
 def farewell(o, step, validation, broken):
@@ -718,11 +720,16 @@ def measure(o, net, vae, source):
 
 # ---- command line --------------------------------------------------------------------------------
 
-# Which models an option is for; the others take all.
-TAKEN_BY = {"vae": ("latent", "decoder"), "init": tuple(NETS), "cache": ("latent",),
-            "compile": ("latent",)}
+# Options that some models do not take, and those that do.
+TAKEN_BY = {
+    "vae": ("latent", "decoder"),
+    "init": tuple(NETS),
+    "cache": ("latent",),
+    "compile": ("latent",),
+}
 # Options that do something with --data only.
 OF_FILES = ("valid", "cache")
+DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
 # Options that may differ when a run is resumed.
 PER_CALL = ("resume", "save_every", "device", "workers", "out")
 
@@ -776,9 +783,6 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
-
-
 def recipes_in_words():
     """The table of recipes, for --help."""
     lines = ["recipes:", "  model      size     steps  batch       lr  seconds in a clip"]
@@ -813,13 +817,9 @@ def settle(o):
 
     # Options that would do nothing.
     if not state:
-        idle = [name for name, models in TAKEN_BY.items() if o.model not in models]
-        if not o.data:
-            idle += OF_FILES
-        for name in idle:
-            if getattr(o, name):
-                raise UserError(f"--{name} does nothing with this model, or without --data: "
-                                "leave it out")
+        refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
+    if not state and not o.data:
+        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
     start, settled = None, {}
@@ -832,7 +832,7 @@ def settle(o):
     o.windows = o.windows and [in_samples(window) for window in o.windows]
     for name, value in settled.items():
         if name != "steps" and getattr(o, name, None) not in (None, value):
-            raise UserError(f"{start.path} has another --{name}: leave it out, "
+            raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
                             "or begin another run")
 
     # Defaults.
