@@ -48,7 +48,7 @@ MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
 TRAIN, VALID = 0, 1                     # streams of random numbers
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
-LISTEN_SECONDS, LISTEN_STEPS = 2.0, 20  # of context, and as much that is new; of sampling
+PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
 
 
 # ---- recipes -------------------------------------------------------------------------------------
@@ -347,13 +347,13 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
                 write_log(out, entry)
             if due and step < o.steps:
                 save(o, header, step, seconds, objective, ema, optimizers)
-                listen(o, ema, averaged, held_out, step)
+                play(o, ema, averaged, held_out, step)
             bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.1e}", refresh=False)
             bar.update()
 
     batches.close()
     save(o, header, step, seconds, objective, ema, optimizers)
-    listen(o, ema, averaged, held_out, step)
+    play(o, ema, averaged, held_out, step)
     barrier()                           # rank 0 validates and saves; what comes next may read that
     farewell(o, step, validation, clips.source.broken)
 
@@ -441,12 +441,16 @@ def save(o, header, step, seconds, objective, ema, optimizers):
     """state.pt, for --resume; and model.pt, for all else: averaged weights in half precision."""
     if RANK > 0:
         return
+
+    # Settings are saved with the state, so that --resume needs no other option.
     save_atomic(Path(o.out) / "state.pt", {
         **header, "step": step, "seconds": seconds,
         "ema": ema.state_dict(),
         "objective": objective.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
+
+    # The steps of a model are all that its weights have had, in earlier runs too.
     model = {**header, "step": o.before + step, "ema": halved(ema.state_dict())}
     if header["vae"]:
         model["vae"] = {**header["vae"], "weights": halved(header["vae"]["weights"])}
@@ -458,7 +462,7 @@ def halved(weights):
     return {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
 
 
-def listen(o, ema, averaged, held_out, step):
+def play(o, ema, averaged, held_out, step):
     """Write runs/MODEL/listen-STEP.wav: what the model makes of the same held-out clip each time.
 
     A diffusion model continues the clip; a VAE decodes what it encodes of it. The random numbers of
@@ -466,9 +470,9 @@ def listen(o, ema, averaged, held_out, step):
     """
     if RANK > 0 or o.model == "classifier":
         return
-    n = round(LISTEN_SECONDS * SAMPLE_RATE / VAE.hop) * VAE.hop
+    n = in_samples(PLAYED)
     if o.model in ("latent", "waveform"):
-        # Half of what the model's window holds, at most, is context; the rest is made.
+        # Half of the model's window, at most, is context; the rest is made.
         checkpoint = Checkpoint(o.model, ema, averaged.space.vae, size=o.size)
         n = min(n, checkpoint.window * checkpoint.hop // (2 * VAE.hop) * VAE.hop)
         audio = continued(checkpoint, held_out.excerpt(2 * n).to(o.device), n // checkpoint.hop)
@@ -481,7 +485,7 @@ def listen(o, ema, averaged, held_out, step):
 
 def continued(checkpoint, audio, C_L):
     """Audio (1, 2, n), of which all that follows the first C_L frames is made by the model."""
-    options = argparse.Namespace(steps=LISTEN_STEPS, as_printed=False)
+    options = argparse.Namespace(steps=PLAY_STEPS, as_printed=False)
     settings = sample.Settings.of(options, checkpoint)
     generator = torch.Generator().manual_seed(0)
     return sample.fill(checkpoint, "continuation", audio, C_L, 0, settings, generator)
@@ -541,6 +545,8 @@ class AudioFiles:
 
     def read(self, i, start, n):
         """Samples [start, start + n) of file i, at 44.1 kHz: (2, n), or fewer at its end."""
+        # Read what the resampler needs for them, its margins included, from a place where both
+        # rates have a sample; then cut the margins off.
         rate = self.rates[i]
         begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
         begin = max(begin, 0)
@@ -639,6 +645,7 @@ class Clips:
 
     def clip(self, k):
         """One clip: {name: number or array}."""
+        # Where it is cut, and then what the objective draws: always in this order.
         rng = random_numbers(self.seed, self.stream, k)
         window = self.windows[k // self.most % len(self.windows)]
         place = (k + 0.5) / self.count if self.count else rng.random()
@@ -679,6 +686,8 @@ def music(o):
     """
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
+
+    # Files that are too short, or damaged, are named and left out.
     files = survey(o.data, max(o.windows), "--data")
     if o.valid:
         return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
@@ -686,6 +695,7 @@ def music(o):
     def digest(path):
         return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
 
+    # Few files are all trained on, also the one that is validated on.
     held_out = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
     trained = sorted(files.keys() - held_out) if len(files) >= 4 else files
     return (AudioFiles({path: files[path] for path in trained}),
@@ -699,6 +709,7 @@ def measure(o, net, vae, source):
     For a latent model these are the mean, deviation and spectra of its latents, for a waveform
     model the deviations of its coefficients.
     """
+    # Clips spread evenly over the music, each as long as whole spectra need.
     seen = []
     for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
         x = torch.from_numpy(source.crop((i + 0.5) / MEASURED, 2**15)[0])[None].to(o.device)
@@ -706,9 +717,12 @@ def measure(o, net, vae, source):
             seen.append(vae.posterior(x)[0].cpu())                          # (1, C, n)
         else:
             seen.append(net.coefficients(x).square().mean((0, 2)).cpu())    # (coefficients,)
+    # Of waveforms: powers, since the mean of music is zero.
     if not vae:
-        net.set_spectrum(torch.stack(seen).mean(0).sqrt())      # the mean of music is zero
+        net.set_spectrum(torch.stack(seen).mean(0).sqrt())
         return
+
+    # Of latents: what makes them mean 0 and variance 1, and then their spectra.
     latents = torch.cat(seen)                                               # (MEASURED, C, n)
     mean = latents.mean((0, 2))
     std = latents.std((0, 2)).clamp(min=1e-4)
@@ -804,7 +818,7 @@ def settle(o):
     o.out = o.out or f"runs/{o.model}"
     state_file = Path(o.out) / "state.pt"
 
-    # The run to resume; a new one never goes where a model is.
+    # The state of the run to resume; a new run never goes where a model is.
     state = None
     if o.resume and state_file.exists():
         state = load_state(state_file)

@@ -809,8 +809,8 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
                 "code.pt": "is damaged", "other.pt": "is damaged, or no checkpoint",
                 "missing.pt": "does not exist",
                 "later.pt": "holds a foreign model"}
-    for name, words in messages.items():
-        with pytest.raises(sample.UserError, match=f"{name} {words}"):
+    for name, says in messages.items():
+        with pytest.raises(sample.UserError, match=f"{name} {says}"):
             sample.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
@@ -1182,7 +1182,7 @@ def test_what_the_diffusion_sees_has_variance_one(model, vae_file, tmp_path, mon
 
 @pytest.mark.parametrize("model, steps, batch", [("latent", 300_000, 96),
                                                  ("waveform", 600_000, 384)])
-def test_the_papers_size_is_trained_as_in_the_paper(model, steps, batch, vae_file, tmp_path):
+def test_the_papers_size_is_trained_as_in_the_paper(model, steps, batch, tmp_path):
     """App. C.2: steps, batch sizes, warm-up."""
     options = train.parse(["--model", model, "--size", "paper", "--device", "cpu",
                            "--out", str(tmp_path / "run")])
