@@ -82,7 +82,7 @@ def fit(model, out, *more):
 def fit_in_parts(model, out, *more):
     """As fit, but stopped by a signal after the third step, and resumed."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)         # should it come too late
-    watcher = threading.Thread(target=terminate_after, args=(out / "log.csv", 3))
+    watcher = threading.Thread(target=terminate_after, args=(out / "log.csv", 3), daemon=True)
     watcher.start()
     stopped = fit(model, out, *more)["step"]
     watcher.join()
@@ -444,6 +444,7 @@ def test_interrupt_saves_and_ends_cleanly(tmp_path):
     process = start(*words("vae", tmp_path / "run", "--steps", 10000, *SHORT))
     log = tmp_path / "run" / "log.csv"
     while not log.exists() or len(log.read_bytes().splitlines()) < 4:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
