@@ -126,7 +126,7 @@ class Denoising(nn.Module):
         shape = (self.space.channels, n)
         drawn = {"t": np.float64(1 - rng.random())}                         # in (0, 1]
         drawn["eps"] = rng.standard_normal(shape, dtype=np.float32)
-        # A clip shorter than the model's window may stand anywhere in it. A U-Net has no positions.
+        # A clip shorter than the window may stand anywhere in it; what has no positions ignores it.
         if self.space.kind == "latent":
             drawn["start"] = np.int64(rng.integers(self.space.window - n + 1))
         if self.own_error:
@@ -143,7 +143,9 @@ class Denoising(nn.Module):
         if x.shape[1] == 2:
             with full_precision(x):
                 x_0 = self.space.encode(x)                                  # (B, C, n)
-        model = self.net if start is None else partial(self.net, start=start)
+        model = self.net
+        if isinstance(self.net, dit.DiT):
+            model = partial(self.net, start=start)
         if self.training and share is not None and share.any():
             eps = self.with_own_error(model, x_0, t, eps, fresh, share)
         return {"loss": self.loss(model, x_0, t, eps).mean()}
@@ -960,7 +962,7 @@ def main(argv=None):
     if o.compile:
         torch._dynamo.config.recompile_limit = 64       # one for each window and kind of block
         for module in net.modules():
-            if isinstance(module, dit.Block):
+            if isinstance(module, (dit.Block, dit.SpectralBlock)):
                 module.compile(dynamic=False)
 
     # Clips to train on, and the few that are always validated on.
