@@ -34,7 +34,7 @@ from torch import nn
 import dit
 import sample
 import vae as autoencoder
-from diffusion import add_noise, alpha_sigma, v_loss
+from diffusion import add_noise, alpha_sigma
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
                     join_processes, load_state, open_checkpoint, pick_device, progress,
@@ -148,7 +148,10 @@ class Denoising(nn.Module):
             model = partial(self.net, start=start)
         if self.training and share is not None and share.any():
             eps = self.with_own_error(model, x_0, t, eps, fresh, share)
-        return {"loss": self.loss(model, x_0, t, eps).mean()}
+        error = v_error(model, x_0, t, eps)
+        if self.space.kind == "waveform":                                   # the U-Net weighs it
+            error = self.net.weigh(error, t.to(error))
+        return {"loss": error.square().flatten(1).mean(1).mean()}
 
     def with_own_error(self, model, x_0, t, eps, fresh, share):
         """Noise such that x_t is built from x_0 moved by `share` towards the model's own estimate.
@@ -158,19 +161,15 @@ class Denoising(nn.Module):
         (0, 1], on the CPU; share broadcasts over x_0.
         """
         with torch.no_grad():
-            x_t, v = add_noise(x_0, eps, t)
-            error = v - model(x_t, t.to(x_t))                           # (x0_hat - x_0) / sigma_t
+            error = v_error(model, x_0, t, eps)                         # (x0_hat - x_0) / sigma_t
         alpha_t = alpha_sigma(t)[0].to(x_0)[:, None, None]
         return fresh + share * alpha_t * error
 
-    def loss(self, model, x_0, t, eps):
-        """The loss of each clip, (B,): v_loss, or its form with the U-Net's weighted error."""
-        if not hasattr(self.net, "weigh"):
-            return v_loss(model, x_0, t, eps)
-        x_t, v = add_noise(x_0, eps, t)
-        t = t.to(x_t)
-        error = self.net.weigh(v - model(x_t, t), t)
-        return error.square().flatten(1).mean(1)
+
+def v_error(model, x_0, t, eps):
+    """The error v_t - v_theta(x_t, t) that App. B.1 squares; x_0, eps (B, C, n); t (B,), CPU."""
+    x_t, v_t = add_noise(x_0, eps, t)
+    return v_t - model(x_t, t.to(x_t))
 
 
 class Autoencoding(nn.Module):
