@@ -8,7 +8,7 @@
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of
 (seed, k) alone, and a step's number says which clips it takes. So a resumed run needs no state of
 random numbers, and the numbers of threads and of processes do not change what is trained (except
-in the decoder's feature matching, a ratio of means over the clips of one process).
+in a VAE's noise and in feature matching, which take means over the clips of one process).
 """
 import argparse
 import copy
@@ -173,21 +173,23 @@ def v_error(model, x_0, t, eps):
 
 
 class Autoencoding(nn.Module):
-    """A VAE learns to reconstruct (App. C.1)."""
+    """A VAE learns to reconstruct (App. C.1).
+
+    In 70% of the clips its latents carry white noise besides the posterior's (ours): latents that a
+    diffusion model makes have errors.
+    """
 
     def __init__(self, net):
         super().__init__()
         self.net = net
 
     def draw(self, rng, window):
-        frames = math.ceil(window / VAE.hop)
-        shape = (self.net.config.latent_channels, frames)
-        return {"noise": rng.standard_normal(shape, dtype=np.float32)}
+        return noise_in_latents(rng, self.net.config.latent_channels, window)
 
-    def forward(self, x, noise, **_):
+    def forward(self, x, noise, share, **_):
         if not self.training:
             return {"loss": autoencoder.reconstruction_loss(self.net(x)[0], x)}
-        reconstruction, mean, logvar = self.net(x, noise)
+        reconstruction, mean, logvar = self.net(x, noise, share)
         loss = autoencoder.reconstruction_loss(reconstruction, x)
         return {"loss": loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)}
 
@@ -195,8 +197,7 @@ class Autoencoding(nn.Module):
 class Decoding(nn.Module):
     """A VAE's decoder learns against a discriminator; the encoder is frozen (App. C.1).
 
-    In 60% of the clips the decoder meets latents with white noise (ours), since latents that a
-    diffusion model makes have errors.
+    The decoder meets white noise as in Autoencoding, but not the posterior's.
     """
 
     def __init__(self, net):
@@ -206,15 +207,12 @@ class Decoding(nn.Module):
         self.discriminator = autoencoder.Discriminator(net.config)
 
     def draw(self, rng, window):
-        frames = math.ceil(window / VAE.hop)
-        shape = (self.net.config.latent_channels, frames)
-        noise = rng.standard_normal(shape, dtype=np.float32)
-        return {"noise": noise, "share": np.float32(max(0.0, rng.uniform(-0.2, 0.3)))}
+        return noise_in_latents(rng, self.net.config.latent_channels, window)
 
     def forward(self, x, noise, share, **_):
         if not self.training:
             return {"loss": autoencoder.reconstruction_loss(self.net(x)[0], x)}
-        reconstruction = self.net(x, noise, share)[0]
+        reconstruction = self.net(x, noise, share, posterior=False)[0]
 
         # The discriminator's side of the contest: the reconstruction is a constant.
         real = self.discriminator(x)
@@ -227,6 +225,12 @@ class Decoding(nn.Module):
         loss = loss + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(fake)
         loss = loss + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, fake)
         return {"loss": loss + autoencoder.reconstruction_loss(reconstruction, x)}
+
+
+def noise_in_latents(rng, channels, window):
+    """White noise for the latents of `window` samples, and its share: 0 in 30% of the clips."""
+    noise = rng.standard_normal((channels, math.ceil(window / VAE.hop)), dtype=np.float32)
+    return {"noise": noise, "share": np.float32(max(0.0, rng.uniform(-0.15, 0.35)))}
 
 
 class Classifying(nn.Module):
@@ -652,6 +656,9 @@ class Clips:
         place = (k + 0.5) / self.count if self.count else rng.random()
         x, i = self.source.crop(place, window)
         label = np.int64(self.labels[i])
+        # Audio is varied for training. Latents cannot be: their cache holds versions of each track.
+        if self.stream == TRAIN and self.source.unit == 1:
+            x = varied(x, rng)
         return {"k": np.int64(k), "x": x, "label": label, **self.draw(rng, window)}
 
     def excerpt(self, n):
@@ -662,6 +669,16 @@ class Clips:
         clips = [self.clip(k) for k in ks]
         return {name: torch.from_numpy(np.stack([clip[name] for clip in clips]))
                 for name in clips[0]}
+
+
+def varied(audio, rng):
+    """Audio (2, n) as another recording might have it: in half of the cases the sides are swapped,
+    and in half of them it is quieter, by up to 10 dB."""
+    if rng.random() < 0.5:
+        audio = audio[::-1]
+    if rng.random() < 0.5:
+        audio = audio * np.float32(10 ** (-rng.uniform(0, 10) / 20))
+    return np.ascontiguousarray(audio)
 
 
 def prefetch(load, schedule, workers):
