@@ -46,7 +46,8 @@ from vae import VAE
 MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE, of kind "vae"
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
-TRAIN, VALID = 0, 1                     # streams of random numbers
+TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
+VERSIONS = 4                            # of a track in the cache of latents
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
 PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
 
@@ -276,12 +277,12 @@ def make_objective(o, net, vae):
 def train(o, objective, averaged, clips, held_out, header, state=None):
     """Train to the last step, or to a signal; save, and say how it went.
 
-    o         the options, complete
-    objective of the network to train
-    averaged  the same objective of a copy of the network, which becomes the average of its weights
-    clips     Clips to train on, and held_out to validate on
-    header    what checkpoints hold besides weights and the state of training
-    state     of the run to resume, or None
+    o           the options, complete
+    objective   what the network minimises
+    averaged    the same of a copy of the network, which becomes the average of its weights
+    clips       Clips to train on; held_out: to validate on
+    header      what checkpoints hold besides weights and the state of training
+    state       of the run to resume, or None
     """
     net, ema, out = objective.net, averaged.net, Path(o.out)
     optimizers = make_optimizers(objective, o)
@@ -565,27 +566,33 @@ class AudioFiles:
 class Latents(AudioFiles):
     """Clips of what a VAE makes of audio files, each encoded whole into an array (frames, C).
 
-    The arrays are files in `folder`, named by the VAE's weights, the path and its time of change.
+    Each track is there in several versions, which count as tracks of their own: see encoded_as.
+    The arrays are files in `folder`, named by all that they depend on: the VAE's weights, the
+    audio's path and time of change, and seed and number of a version that is varied.
     UserError if none of the audio files can be decoded.
     """
     unit = VAE.hop
 
-    def __init__(self, tracks, folder, vae):
-        self.paths, self.names = tracks.paths, tracks.names
+    def __init__(self, tracks, folder, vae, seed, versions=VERSIONS):
+        self.vae, self.seed, self.versions = vae, seed, versions
+        self.paths = [path for path in tracks.paths for _ in range(versions)]
+        self.names = [name for name in tracks.names for _ in range(versions)]
         weights = b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())
         key = hashlib.sha256(weights).hexdigest()
         self.files = []
-        for path in self.paths:
-            name = f"{key} {path} {os.stat(path).st_mtime_ns}"
-            name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-            self.files.append(folder / f"{name}.npy")
+        for path in tracks.paths:
+            name = unvaried = f"{key} {path} {os.stat(path).st_mtime_ns}"
+            for version in range(versions):
+                if version > 0:
+                    name = f"{unvaried} {seed} {version}"
+                digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+                self.files.append(folder / f"{digest}.npy")
 
-        # Each process encodes its share of what is not there yet.
+        # Each process encodes its share of the tracks.
         folder.mkdir(parents=True, exist_ok=True)
-        share = list(zip(self.paths, self.files))[RANK::WORLD]
-        for path, file in progress(share, "cache", unit="track"):
-            if not file.exists():
-                self.encode(path, file, vae)
+        share = list(enumerate(tracks.paths))[RANK::WORLD]
+        for i, path in progress(share, "cache", unit="track"):
+            self.encode(path, self.files[i * versions:(i + 1) * versions])
         barrier()
 
         # A file that could not be decoded has no length, so no clip is taken from it.
@@ -596,22 +603,46 @@ class Latents(AudioFiles):
             else:
                 self.broken[self.paths[i]] = "damaged"
         if not self.lengths.any():
-            raise UserError(f"none of the {len(self.files)} files of --data can be decoded: "
+            raise UserError(f"none of the {len(tracks.paths)} files of --data can be decoded: "
                             "give others")
 
-    def encode(self, path, file, vae):
-        """Write the latents of the audio at path, unless it is damaged where no probe looked."""
+    def encode(self, path, files):
+        """Write those versions of the audio at path that are not there yet.
+
+        None, if it is damaged where no probe looked.
+        """
+        if all(file.exists() for file in files):
+            return
         try:
-            audio = to_stereo_44k(*read_audio(path))
+            audio = to_stereo_44k(*read_audio(path))                        # (2, n)
         except UserError:
             return
-        latents = vae.encode(audio[None].to(vae.latent_mean.device))[0]     # (C, frames)
-        array = np.ascontiguousarray(latents.T.cpu())
-        write_atomic(file, lambda out: np.save(out, array))
+        for version, file in enumerate(files):
+            if not file.exists():
+                x = encoded_as(audio, path, self.seed, version)
+                latents = self.vae.encode(x[None].to(self.vae.latent_mean.device))[0]
+                array = np.ascontiguousarray(latents.T.cpu())               # (frames, C)
+                write_atomic(file, partial(np.save, arr=array))
 
     def read(self, i, start, n):
         """Frames [start, start + n) of track i: (C, n), or fewer at its end."""
         return np.load(self.files[i], mmap_mode="r")[start:start + n].T
+
+
+def encoded_as(audio, path, seed, version):
+    """The audio (2, n) of a track as it is, for version 0; else at another speed, and `varied`.
+
+    All of it is a function of (seed, path, version). The speed is 5/6 to 6/5, in steps of 1/147:
+    the audio is resampled from a rate that is a multiple of 300 Hz, as 44.1 kHz is, so that the
+    resampler has few phases.
+    """
+    if version == 0:
+        return audio
+    number = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8])
+    rng = random_numbers(seed, ENCODED, number, version)
+    rate = 300 * int(rng.integers(123, 177))
+    audio = resample(audio, rate, SAMPLE_RATE)
+    return torch.from_numpy(varied(audio.numpy(), rng))
 
 
 class Synthetic:
@@ -659,7 +690,7 @@ class Clips:
         # Audio is varied for training. Latents cannot be: their cache holds versions of each track.
         if self.stream == TRAIN and self.source.unit == 1:
             x = varied(x, rng)
-        return {"k": np.int64(k), "x": x, "label": label, **self.draw(rng, window)}
+        return {"x": x, "label": label, **self.draw(rng, window)}
 
     def excerpt(self, n):
         """n samples of the music where the first of `count` clips is, (1, 2, n)."""
@@ -790,7 +821,7 @@ def parse(argv):
     data("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS",
          help="lengths of clips, in turns; default: the recipe's, below")
     data("--cache", action="store_true", default=None,
-         help="latent: encode all music once, into the run's folder")
+         help=f"latent: encode all music once, in {VERSIONS} versions, into the run's folder")
     data("--workers", type=count, default=workers,
          help="threads that prepare clips; here: %(default)s")
 
@@ -983,7 +1014,7 @@ def main(argv=None):
 
     # Clips to train on, and the few that are always validated on.
     if o.cache:
-        source = Latents(source, Path(o.out) / "cache", vae)
+        source = Latents(source, Path(o.out) / "cache", vae, o.seed)
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID,
                        VALIDATED)

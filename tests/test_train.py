@@ -242,9 +242,9 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     vae.latent_mean.normal_()
     vae.latent_std.uniform_(0.5, 2)
     tracks = SpiedFiles({path: sample.probe(path) for path in sample.find_files([music])})
-    cached = SpiedLatents(tracks, tmp_path / "cache", vae)
+    cached = SpiedLatents(tracks, tmp_path / "cache", vae, 0, versions=1)
     stamps = [file.stat().st_mtime_ns for file in cached.files]
-    again = train.Latents(tracks, tmp_path / "cache", vae)
+    again = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
     assert [file.stat().st_mtime_ns for file in again.files] == stamps
 
     edge = -(-vae.encoder_field // vae.hop)
@@ -269,11 +269,57 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
         assert a == b and abs(sample_number - frame * vae.hop) <= vae.hop
 
     os.utime(tracks.paths[1], ns=(0, 0))
-    changed = train.Latents(tracks, tmp_path / "cache", vae)
+    changed = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
     assert len(set(changed.files) - set(cached.files)) == 1
     vae.latent_mean.add_(1)
-    other = train.Latents(tracks, tmp_path / "cache", vae)
+    other = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
     assert not set(cached.files) & set(other.files)
+
+
+def test_the_cache_holds_versions_of_each_track(music, tmp_path):
+    """Four of each, that count as tracks of their own: the first as it is, the others at speeds of
+    5/6 to 6/5. They are made once, and those that are varied anew for another seed."""
+    vae, tracks = tiny("vae").eval(), files_of(music)
+
+    def latents(seed, **more):
+        return train.Latents(tracks, tmp_path / "cache", vae, seed, **more)
+
+    cached, plain = latents(0), latents(0, versions=1)
+    stamps = [file.stat().st_mtime_ns for file in cached.files]
+    assert cached.files[::4] == plain.files and len(cached.files) == 4 * len(tracks.paths)
+    assert cached.paths[::4] == cached.paths[3::4] == tracks.paths
+    assert cached.names[::4] == cached.names[3::4] == tracks.names
+    speeds = cached.lengths[::4, None] / cached.lengths.reshape(-1, 4)
+    assert (speeds[:, 0] == 1).all()
+    assert 0.83 < speeds.min() and speeds.max() < 1.21 and speeds[:, 1:].std() > 0.04
+    assert set(latents(1).files) & set(cached.files) == set(plain.files)
+    assert [file.stat().st_mtime_ns for file in latents(0).files] == stamps
+
+
+def test_a_version_is_faster_or_slower_swapped_and_quieter():
+    """Heard on a tone of 1000 Hz at the left: its pitch, its side and its level, by (seed, path,
+    version) alone. Version 0 is the track itself."""
+    tone = torch.zeros(2, RATE)
+    tone[0] = torch.sin(2000 * torch.pi * torch.arange(RATE) / RATE)
+    assert torch.equal(train.encoded_as(tone, "a.wav", 0, 0), tone)
+    pitches, sides, levels = [], [], []
+    for version in range(1, 61):
+        made = train.encoded_as(tone, "a.wav", 0, version)
+        side = int(made[1].abs().max() > made[0].abs().max())
+        assert made[1 - side].abs().max() < 1e-6
+        power = torch.fft.rfft(made[side] * torch.hann_window(made.shape[1])).abs()
+        pitch = power.argmax().item() * RATE / made.shape[1]
+        assert made.shape[1] == pytest.approx(RATE * 1000 / pitch, rel=2e-3)
+        pitches.append(pitch)
+        sides.append(side)
+        levels.append(made[side, 5000:-5000].abs().max().item())
+    assert 830 < min(pitches) < 870 and 1150 < max(pitches) < 1201
+    assert 0.3 < np.mean(sides) < 0.7 and 0.3 < np.mean(np.array(levels) < 0.98) < 0.7
+    assert 0.31 < min(levels) < 0.45
+    again = train.encoded_as(tone, "a.wav", 0, 5)
+    assert torch.equal(again, train.encoded_as(tone, "a.wav", 0, 5))
+    assert not torch.equal(again[:, :9], train.encoded_as(tone, "b.wav", 0, 5)[:, :9])
+    assert not torch.equal(again[:, :9], train.encoded_as(tone, "a.wav", 1, 5)[:, :9])
 
 
 def test_what_is_held_out_is_not_trained_on(music):
@@ -301,16 +347,16 @@ def test_a_damaged_file_is_left_out_of_the_cache(music, tmp_path):
     damaged = damaged_flac(music / "loud" / "1.5.flac")
     assert damaged == {str(music / "loud" / "1.5.flac"): [3 * RATE, RATE, 2]}
     vae = tiny("vae").eval().requires_grad_(False)
-    expected = train.Latents(train.AudioFiles(whole), tmp_path / "expected", vae)
+    expected = train.Latents(train.AudioFiles(whole), tmp_path / "expected", vae, 0, versions=2)
     both = train.AudioFiles(dict(sorted((whole | damaged).items())))
-    cached = train.Latents(both, tmp_path / "cache", vae)
+    cached = train.Latents(both, tmp_path / "cache", vae, 0, versions=2)
     assert cached.broken == dict.fromkeys(damaged, "damaged") and expected.broken == {}
     for place in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1 - 1e-9):
         (a, i), (b, j) = (source.crop(place, 4096) for source in (cached, expected))
         assert np.array_equal(a, b)
         assert cached.paths[i] == expected.paths[j] and cached.names[i] == expected.names[j]
     with pytest.raises(sample.UserError, match="none of the 1 files"):
-        train.Latents(train.AudioFiles(damaged), tmp_path / "cache", vae)
+        train.Latents(train.AudioFiles(damaged), tmp_path / "cache", vae, 0)
 
 
 def test_files_are_found_once_through_links_and_loops(music):
