@@ -37,9 +37,11 @@ SHORT = ("--windows", 0.2)
 
 @pytest.fixture(autouse=True)
 def few_statistics(monkeypatch):
-    """10 clips are measured, not 1000, and 4 validated, not 32, but where a test is about them."""
-    monkeypatch.setattr(train, "MEASURED", 10)
-    monkeypatch.setattr(train, "VALIDATED", 4)
+    """5 clips are measured, not 1000, and 2 validated, not 32, but where a test is about them; and
+    a model that is played takes 3 steps, not 20."""
+    monkeypatch.setattr(train, "MEASURED", 5)
+    monkeypatch.setattr(train, "VALIDATED", 2)
+    monkeypatch.setattr(train, "PLAY_STEPS", 3)
 
 
 @pytest.fixture
@@ -407,7 +409,8 @@ def test_synthetic_music_is_stereo_labelled_endless_and_cheap():
 # ---- resuming ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model, more", [
-    ("vae", ["--windows", 0.2, 0.4]), ("decoder", SHORT), ("waveform", SHORT),
+    ("vae", ["--windows", 0.2, 0.4]), ("decoder", SHORT),
+    pytest.param("waveform", SHORT, marks=pytest.mark.slow),
     pytest.param("latent", ["--windows", 0.2, 0.4], marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(model, more, music, vae_file, tmp_path):
     """Weights, averages, all optimizers and losses, bit for bit, with other workers; windows of two
@@ -458,8 +461,8 @@ def test_the_average_follows_the_weights_and_is_what_is_validated(tmp_path):
             torch.testing.assert_close(state["ema"][name], expected, rtol=0, atol=1e-6)
     averaged = train.Autoencoding(sample.rebuild("vae", state["config"], state["ema"])).eval()
     held_out = train.Clips(train.Synthetic(1), state["settings"]["windows"], averaged.draw, [], 0,
-                           train.VALID, count=4)
-    expected = np.mean([averaged(**held_out([k]))["loss"].item() for k in range(4)])
+                           train.VALID, count=2)
+    expected = np.mean([averaged(**held_out([k]))["loss"].item() for k in range(2)])
     assert float(column(out, "validation")[-1]) == pytest.approx(expected)
 
 
@@ -794,10 +797,11 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(tmp_path):
 def test_gradients_are_clipped(vae_file, tmp_path):
     """The log has their norm as it was; the optimizers get them with one of at most 1, a decoder's
     and its discriminator's each by itself."""
-    for model, more, norm in (("vae", [], 1.0), ("decoder", ["--vae", vae_file], 2**0.5)):
+    for model, more, least, most in (("vae", [], 0.999, 1.001),
+                                     ("decoder", ["--vae", vae_file], 1.001, 2**0.5 + 0.001)):
         state = fit(model, tmp_path / model, "--steps", 1, *SHORT, *more)
         assert float(column(tmp_path / model, "gradient_norm")[0]) > 2
-        assert 1 - 1e-3 < gradients(state).norm() < norm + 1e-3
+        assert least < gradients(state).norm() < most
 
 
 @pytest.mark.parametrize("given", ["--batch 0", "--workers 0", "--save-every 0", "--steps -1",
@@ -937,7 +941,7 @@ def test_each_save_plays_the_model(model, music, vae_file, tmp_path):
     assert len(first) == (4 * RATE // 128 * 128 if model == "vae" else 2**15)
     if model == "waveform":             # whose context is met, but for what the equaliser does
         held_out = train.music(Namespace(data=[str(music)], valid=None, windows=[2**13]))[1]
-        context = held_out.crop(0.5 / 4, 2**15)[0].T[:2**13]
+        context = held_out.crop(0.5 / 2, 2**15)[0].T[:2**13]
         assert np.corrcoef(second[:2**13].ravel(), context.ravel())[0, 1] > 0.9
 
 
