@@ -34,7 +34,7 @@ from torch import nn
 import dit
 import sample
 import vae as autoencoder
-from diffusion import add_noise, alpha_sigma
+from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
                     join_processes, load_state, open_checkpoint, pick_device, progress,
@@ -165,12 +165,6 @@ class Denoising(nn.Module):
             error = v_error(model, x_0, t, eps)                         # (x0_hat - x_0) / sigma_t
         alpha_t = alpha_sigma(t)[0].to(x_0)[:, None, None]
         return fresh + share * alpha_t * error
-
-
-def v_error(model, x_0, t, eps):
-    """The error v_t - v_theta(x_t, t) that App. B.1 squares; x_0, eps (B, C, n); t (B,), CPU."""
-    x_t, v_t = add_noise(x_0, eps, t)
-    return v_t - model(x_t, t.to(x_t))
 
 
 class Autoencoding(nn.Module):

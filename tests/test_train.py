@@ -25,7 +25,7 @@ import torch
 import sample
 import train
 from conftest import save_checkpoint
-from diffusion import add_noise, alpha_sigma
+from diffusion import add_noise, alpha_sigma, x0_from_v
 from examples import synthetic
 
 ROOT = Path(train.__file__).parent
@@ -1024,24 +1024,28 @@ def test_half_of_the_clips_meet_the_models_own_error():
 
 
 def test_the_share_of_its_own_error_goes_into_x_t_and_not_into_the_target():
-    """x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh; a model that is right has
-    none."""
-    x_0, eps, fresh = (torch.randn(2, 3, 16, dtype=torch.float64) for _ in range(3))
-    t, share = torch.tensor([0.2, 0.9], dtype=torch.float64), torch.rand(2, 1, 16).double()
-    alpha_t, sigma_t = (c[:, None, None] for c in alpha_sigma(t))
-    objective = train.Denoising(tiny("latent"), own_error=True)
+    """x_t is alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, for a model whose x0_hat has a
+    known error; v still leads to x_0. A share of zero, or a model without error, leaves the fresh
+    noise. No gradient leads through the estimate."""
+    g = torch.Generator().manual_seed(0)
+    x_0, eps, fresh, wrong = torch.randn(4, 3, 2, 16, generator=g, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    share = torch.tensor([0.0, 0.7]).repeat_interleave(8)
+    alpha_t, sigma_t = (c.reshape(-1, 1, 1) for c in alpha_sigma(t))
+    wrong.requires_grad_()
+    objective = train.Denoising(tiny("latent"))
 
-    def model(x_t, t):
-        return 0.3 * x_t
+    def right(x_t, t):
+        return alpha_t * eps - sigma_t * x_0
 
-    noise = objective.with_own_error(model, x_0, t, eps, fresh, share)
-    x_t = alpha_t * x_0 + sigma_t * eps
-    x0_hat = alpha_t * x_t - sigma_t * 0.3 * x_t
-    expected = alpha_t * (x_0 + share * (x0_hat - x_0)) + sigma_t * fresh
-    torch.testing.assert_close(alpha_t * x_0 + sigma_t * noise, expected)
-    right = objective.with_own_error(lambda x_t, t: alpha_t * eps - sigma_t * x_0, x_0, t, eps,
+    noise = objective.with_own_error(lambda x_t, t: right(x_t, t) - wrong / sigma_t, x_0, t, eps,
                                      fresh, share)
-    torch.testing.assert_close(right, fresh)
+    x_t, v = add_noise(x_0, noise, t)
+    assert not noise.requires_grad
+    torch.testing.assert_close(x_t, alpha_t * (x_0 + share * wrong) + sigma_t * fresh)
+    torch.testing.assert_close(x0_from_v(x_t, v, t), x_0)
+    noise = objective.with_own_error(right, x_0, t, eps, fresh, share)
+    torch.testing.assert_close(noise, fresh)
 
 
 def test_the_unet_weighs_its_error():
