@@ -1,14 +1,18 @@
 """Training (App. C.2, Sect. 4.2): from a folder of music to the checkpoint that sample.py takes.
 
-    python train.py --model latent                             # no data given: built-in synthetic music
-    python train.py --model latent --data path/to/music        # wav flac ogg mp3, at any depth; or --model vae ...
+    python train.py --model latent                              # built-in synthetic music
+    python train.py --model latent --data path/to/music         # wav flac ogg mp3, at any depth
+    python train.py --model vae --data path/to/music            # an autoencoder of your own, then:
+    python train.py --model decoder --vae runs/vae/model.pt --data path/to/music
 
-All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of (seed, k) alone, and the
-step says which clips it takes. So a resumed run needs no state of random numbers, and the numbers of threads and of
-processes do not change what is trained (but for the VAE's feature matching, a ratio of means over a process's clips).
+All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of
+(seed, k) alone, and a step's number says which clips it takes. So a resumed run needs no state of
+random numbers, and the numbers of threads and of processes do not change what is trained (except
+in a VAE's noise and in feature matching, which take means over the clips of one process).
 """
 import argparse
 import copy
+import csv
 import hashlib
 import math
 import os
@@ -28,31 +32,41 @@ import torch.distributed as dist
 from torch import nn
 
 import dit
+import sample
 import vae as autoencoder
 from diffusion import alpha_sigma, v_error
-from examples import synthetic
 from guidance import frozen
-from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, join_processes, load_state,
-                    open_checkpoint, pick_device, progress, random_numbers, read_audio, reason, run, save_atomic, say,
+from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
+                    join_processes, load_state, open_checkpoint, pick_device, progress,
+                    random_numbers, read_audio, reason, refuse_idle, run, save_atomic, say,
                     survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
-
+MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE, of kind "vae"
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
-TRAIN, VALID = range(2)                 # streams of random numbers
-MEASURED, VALIDATED = 1000, 32          # clips that statistics are taken of, and those of a validation
+MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
+TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
+VERSIONS = 4                            # of a track in the cache of latents
+LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
+PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
+
+
+# ---- recipes -------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one size of a model is trained. Steps, batch and warm-up of the two diffusion models in the paper's size are
-    App. C.2's; learning rates, the averages of the weights and all other sizes are ours."""
+    """How one size of a model is trained.
+
+    Steps, batch and warm-up of the two diffusion models in the paper's size are those of App. C.2;
+    learning rates, the averages of the weights and all other sizes are ours.
+    """
     steps: int
-    batch: int
+    batch: int                          # clips of the longest window in a step
     lr: float
     warmup: int                         # steps; never more than a tenth of them
     ema: float                          # decay of the moving average of the weights
-    finetune_steps: int = 0             # VAE: decoder against discriminator, after `steps`
-    windows: tuple = ()                 # samples in a clip, of one step after the other; (): the model's own window
+    windows: tuple = ()                 # samples in a clip, in turns; (): the model's own window
     cooldown: float = 0.35              # share of the steps over which the rate falls to zero
     muon: bool = False                  # see make_optimizers
     own_error: bool = False             # see Denoising
@@ -60,196 +74,83 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": {"tiny": Recipe(100, 4, 1e-3, 10, 0.95, 10, windows=(2**14,), muon=True),
-            "small": Recipe(20_000, 8, 2e-3, 500, 0.999, 4_000, windows=(2**15,), muon=True),
-            "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, 50_000, windows=(2**16,))},
-    "latent": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True, own_error=True),
-               "small": Recipe(20_000, 2, 2e-3, 200, 0.999, windows=(2**16, 2**17, 2**18), muon=True, own_error=True),
-               "paper": Recipe(300_000, 96, 1e-4, 5000, 0.9999)},
-    "waveform": {"tiny": Recipe(300, 8, 2e-3, 20, 0.98, beta2=0.99),
-                 "small": Recipe(20_000, 8, 1e-3, 200, 0.999, beta2=0.99),
-                 "paper": Recipe(600_000, 384, 1e-4, 5000, 0.9999)},
-    "classifier": {"tiny": Recipe(200, 8, 1e-3, 20, 0.98, windows=(2**16,)),
-                   "small": Recipe(4_000, 16, 1e-3, 100, 0.99, windows=(3 * SAMPLE_RATE,), muon=True),
-                   "paper": Recipe(100_000, 96, 1e-4, 5000, 0.999, windows=(10 * SAMPLE_RATE,))},
+    "vae": {
+        "tiny": Recipe(100, 4, 1e-3, 10, 0.95, (2**14,), muon=True),
+        "small": Recipe(20_000, 8, 2e-3, 500, 0.999, (2**15,), muon=True),
+        "paper": Recipe(400_000, 32, 2e-4, 5000, 0.9999, (2**16,)),
+    },
+    "decoder": {
+        "tiny": Recipe(10, 4, 1.5e-4, 10, 0.95, (2**14,)),
+        "small": Recipe(4_000, 8, 3e-4, 500, 0.999, (2**15,)),
+        "paper": Recipe(50_000, 32, 3e-5, 5000, 0.9999, (2**16,)),
+    },
+    "latent": {
+        "tiny": Recipe(300, 8, 2e-3, 20, 0.98, muon=True, own_error=True),
+        "small": Recipe(20_000, 2, 2e-3, 200, 0.999, (2**16, 2**17, 2**18),
+                        muon=True, own_error=True),
+        "paper": Recipe(300_000, 96, 1e-4, 5000, 0.9999),
+    },
+    "waveform": {
+        "tiny": Recipe(300, 8, 2e-3, 20, 0.98, beta2=0.99),
+        "small": Recipe(20_000, 8, 1e-3, 200, 0.999, beta2=0.99),
+        "paper": Recipe(600_000, 384, 1e-4, 5000, 0.9999),
+    },
+    "classifier": {
+        "tiny": Recipe(200, 8, 1e-3, 20, 0.98, (2**16,)),
+        "small": Recipe(4_000, 16, 1e-3, 100, 0.99, (3 * SAMPLE_RATE,), muon=True),
+        "paper": Recipe(100_000, 96, 1e-4, 5000, 0.999, (10 * SAMPLE_RATE,)),
+    },
 }
 
 
-# ---- clips ----------------------------------------------------------------------------------------------------------
-
-
-class AudioFiles:
-    """Clips of audio files, read by seeking. facts: {path: [frames, rate, channels]}."""
-    unit = 1                                    # samples at 44.1 kHz in a frame of `lengths`, and of a clip
-
-    def __init__(self, facts):
-        self.paths, self.rates = list(facts), [rate for _, rate, _ in facts.values()]
-        self.lengths = np.array([frames * SAMPLE_RATE // rate for frames, rate, _ in facts.values()], dtype=np.int64)
-        self.names = [Path(os.path.abspath(path)).parent.name for path in facts]
-        self.broken = {}                        # what could be opened when indexed, but not read
-
-    def crop(self, place, window):
-        """(clip (C, window / unit) float32, track number). place: where in all the music, 0 <= place < 1."""
-        n, ends = window // self.unit, np.cumsum(self.lengths)
-        for _ in range(10):
-            track = int(np.searchsorted(ends, place * ends[-1], side="right"))
-            into = 1 - (ends[track] - place * ends[-1]) / self.lengths[track]
-            start = int(into * max(self.lengths[track] - n + 1, 1))
-            try:
-                clip = self.read(track, start, n)
-                if not clip.size:
-                    raise ValueError("nothing is left of it")
-                return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), track     # a short file: in a loop
-            except (OSError, RuntimeError, ValueError) as error:
-                self.broken[self.paths[track]], place = reason(error), (place + 0.618) % 1
-        raise UserError(f"ten clips in a row could not be read, the last in {self.paths[track]}", status=1)
-
-    def read(self, track, start, n):
-        rate = self.rates[track]
-        begin, end = (max(edge, 0) for edge in to_resample(rate, SAMPLE_RATE, start, start + n))
-        with sf.SoundFile(self.paths[track]) as file:
-            file.seek(min(begin, file.frames))
-            audio = file.read(end - begin, dtype="float32", always_2d=True)
-        audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
-        return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
-
-
-class Latents(AudioFiles):
-    """Clips of tracks that a VAE has encoded, each whole, and kept as rows (frames, C) of a file in the folder."""
-    unit = VAE.hop
-
-    def __init__(self, tracks, folder, vae):
-        self.paths, self.names = tracks.paths, tracks.names
-        key = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())).hexdigest()
-        versions = [f"{key} {path} {os.stat(path).st_mtime_ns}" for path in self.paths]
-        self.files = [folder / f"{hashlib.sha256(os.fsencode(version)).hexdigest()[:32]}.npy" for version in versions]
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, file in progress(list(zip(self.paths, self.files))[RANK::WORLD], "cache", unit="track"):
-            if not file.exists():
-                try:
-                    audio = to_stereo_44k(*read_audio(path))
-                except UserError:
-                    continue                    # damaged in its middle, where `probe` did not look
-                rows = np.ascontiguousarray(vae.encode(audio[None].to(vae.latent_mean.device))[0].T.cpu())
-                write_atomic(file, lambda out: np.save(out, rows))
-        barrier()
-        self.broken = {path: "damaged" for path, file in zip(self.paths, self.files) if not file.exists()}
-        self.lengths = np.array([len(np.load(file, mmap_mode="r")) if file.exists() else 0 for file in self.files])
-        if not self.lengths.any():
-            raise UserError(f"none of the {len(self.files)} files of --data can be decoded: give others")
-
-    def read(self, track, start, n):
-        return np.load(self.files[track], mmap_mode="r")[start:start + n].T
-
-
-@dataclass
-class Synthetic:
-    """Clips of endless music made by a program."""
-    seed: int
-    names, broken = list(synthetic.STYLES), {}
-
-    def crop(self, place, window):
-        return synthetic.clip(self.seed, int(place * 2**40), window / SAMPLE_RATE)
-
-
-class Clips:
-    """clips(ks) -> batch of tensors: clip k and all that is random about it, a function of (seed, stream, k). Step i of
-    training takes clips of windows[i % len(windows)] samples: `batch` of the longest, and n times as many of one that
-    fits into it n times. With a count, that many clips spread evenly over the music; else endlessly many."""
-
-    def __init__(self, source, windows, draw, classes, seed, stream=TRAIN, count=None, batch=1):
-        self.source, self.windows, self.draw, self.batch = source, windows, draw, batch
-        self.seed, self.stream, self.count = seed, stream, count
-        self.labels = [classes.index(name) if name in classes else -1 for name in source.names]
-        self.most = batch * (max(windows) // min(windows))      # clips that a step may have
-
-    def of_step(self, step):
-        """The numbers of the clips of that step."""
-        first, window = step * self.most, self.windows[step % len(self.windows)]
-        return range(first, first + self.batch * (max(self.windows) // window))
-
-    def clip(self, k):
-        rng, window = random_numbers(self.seed, self.stream, k), self.windows[k // self.most % len(self.windows)]
-        x, track = self.source.crop((k + 0.5) / self.count if self.count else rng.random(), window)
-        return {"k": np.int64(k), "x": x, "label": np.int64(self.labels[track]), **self.draw(rng, window)}
-
-    def __call__(self, ks):
-        clips = [self.clip(k) for k in ks]
-        return {name: torch.from_numpy(np.stack([clip[name] for clip in clips])) for name in clips[0]}
-
-
-def prefetch(load, schedule, workers):
-    """load(ks) for each ks of the schedule, in order, prepared by threads (libsndfile and numpy let others run)."""
-    waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for ks in schedule:
-            waiting.append(pool.submit(load, ks))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        yield from (batch.result() for batch in waiting)
-
-
-# ---- objectives: forward(**batch) -> {"loss": what to minimise, and what else a validation shows} --------------------
-
-class Autoencoding(nn.Module):
-    """Reconstruction; then (`adversarial`) the decoder against a discriminator, with the encoder frozen (App. C.1). The
-    decoder then meets latents with white noise in 60% of the clips (ours): those that a diffusion makes have errors."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.critic, self.adversarial = net, autoencoder.Discriminator(net.config), False
-
-    def draw(self, rng, window):
-        noise = rng.standard_normal((self.net.config.latent_channels, -(-window // VAE.hop)), dtype=np.float32)
-        return {"noise": noise, "share": np.float32(max(0.0, rng.uniform(-0.2, 0.3)))}
-
-    def forward(self, x, noise, share, **_):
-        noise, share = noise if self.training else None, share if self.adversarial else None
-        reconstruction, mean, logvar = self.net(x, noise, share)
-        loss = autoencoder.reconstruction_loss(reconstruction, x)
-        if self.training:
-            loss = loss + (self.second_stage(reconstruction, x) if self.adversarial
-                           else autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar))
-        return {"loss": loss}
-
-    def second_stage(self, reconstruction, x):
-        """Both sides of a contest: a critic judges a constant, the decoder meets a frozen one."""
-        real, fake = self.critic(x), self.critic(reconstruction.detach())
-        with frozen(self.critic):
-            judged = self.critic(reconstruction)
-        return (autoencoder.discriminator_loss(real, fake)
-                + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(judged)
-                + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, judged))
-
+# ---- objectives ----------------------------------------------------------------------------------
+#
+# draw(rng, window) -> what is random about one clip of `window` samples, numpy numbers and arrays
+# forward(**batch)  -> {"loss": what training minimises, and what else a validation shows}
 
 class Denoising(nn.Module):
-    """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms; or that of with_own_error."""
+    """The v-objective of App. B.1, on latents of a frozen VAE or on waveforms.
+
+    With own_error (ours), a stretch of half of the clips is moved towards the model's own estimate,
+    so that training meets the errors that sampling makes.
+    """
 
     def __init__(self, net, vae=None, own_error=False):
         super().__init__()
-        self.net, self.own_error = net, own_error
-        self.space = Checkpoint("latent" if vae else "waveform", net, vae)      # a plain object: the VAE is not trained
+        self.net = net
+        self.own_error = own_error
+        # A plain object, no module: the VAE in it is neither trained nor saved with the weights.
+        self.space = Checkpoint("latent" if vae else "waveform", net, vae)
 
     def draw(self, rng, window):
         n = window // self.space.hop
-        normal = lambda: rng.standard_normal((self.space.channels, n), dtype=np.float32)
-        drawn = {"t": np.float64(1 - rng.random()), "noise": normal()}          # t in (0, 1]
-        if self.space.kind == "latent":                                         # a U-Net has no positions
+        shape = (self.space.channels, n)
+        drawn = {"t": np.float64(1 - rng.random())}                         # in (0, 1]
+        drawn["eps"] = rng.standard_normal(shape, dtype=np.float32)
+        # A clip shorter than the window may stand anywhere in it; what has no positions ignores it.
+        if self.space.kind == "latent":
             drawn["start"] = np.int64(rng.integers(self.space.window - n + 1))
-        if self.own_error:                                                      # in a stretch of every other clip
-            at, (first, last) = np.arange(n, dtype=np.float32) / n, np.sort(rng.uniform(-0.3, 1.3, 2))
-            own = max(0, rng.uniform(-1, 1)) * ((first < at) & (at < last))
-            drawn |= {"fresh": normal(), "own": own.astype(np.float32)[None]}
+        if self.own_error:
+            position = np.arange(n, dtype=np.float32) / n
+            first, last = np.sort(rng.uniform(-0.3, 1.3, 2))
+            share = max(0, rng.uniform(-1, 1)) * ((first < position) & (position < last))
+            drawn["fresh"] = rng.standard_normal(shape, dtype=np.float32)
+            drawn["share"] = share.astype(np.float32)[None]                 # (1, n)
         return drawn
 
-    def forward(self, x, t, noise, fresh=None, own=None, start=None, **_):
-        with full_precision(x):
-            x_0 = self.space.encode(x) if x.shape[1] == 2 else x                # latents, from the cache
-        net = partial(self.net, start=start) if isinstance(self.net, dit.DiT) else self.net
-        if self.training and own is not None and own.any():
-            noise = self.with_own_error(net, x_0, t, noise, fresh, own)
-        error = v_error(net, x_0, t, noise)
-        if self.space.kind == "waveform":                                       # the U-Net weighs
+    def forward(self, x, t, eps, start=None, fresh=None, share=None, **_):
+        # Into model space, where the clips are not yet latents from the cache.
+        x_0 = x
+        if x.shape[1] == 2:
+            with full_precision(x):
+                x_0 = self.space.encode(x)                                  # (B, C, n)
+        model = self.net
+        if isinstance(self.net, dit.DiT):
+            model = partial(self.net, start=start)
+        if self.training and share is not None and share.any():
+            eps = self.with_own_error(model, x_0, t, eps, fresh, share)
+        error = v_error(model, x_0, t, eps)
+        if self.space.kind == "waveform":                                   # the U-Net weighs it
             error = self.net.weigh(error, t.to(error))
         return {"loss": error.square().flatten(1).mean(1).mean()}
 
@@ -257,18 +158,78 @@ class Denoising(nn.Module):
         """Noise such that x_t is built from x_0 moved by `share` towards the model's own estimate.
 
         With it, x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, where x0_hat is the
-        estimate from x_0 noised by eps. The target stays x_0. Sampling continues from such
-        estimates, and training on them prepares for that (ours). x_0, eps, fresh (B, C, n);
-        t (B,) in (0, 1], on the CPU; share broadcasts over x_0.
+        estimate from x_0 noised by eps. The target stays x_0. x_0, eps, fresh (B, C, n); t (B,) in
+        (0, 1], on the CPU; share broadcasts over x_0.
         """
         with torch.no_grad():
-            error = v_error(model, x_0, t, eps)                             # (x0_hat - x_0) / sigma_t
+            error = v_error(model, x_0, t, eps)                         # (x0_hat - x_0) / sigma_t
         alpha_t = alpha_sigma(t)[0].to(x_0)[:, None, None]
         return fresh + share * alpha_t * error
 
 
+class Autoencoding(nn.Module):
+    """A VAE learns to reconstruct (App. C.1).
+
+    In 70% of the clips its latents carry white noise besides the posterior's (ours): latents that a
+    diffusion model makes have errors.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def draw(self, rng, window):
+        return noise_in_latents(rng, self.net.config.latent_channels, window)
+
+    def forward(self, x, noise, share, **_):
+        if not self.training:
+            return {"loss": autoencoder.reconstruction_loss(self.net(x)[0], x)}
+        reconstruction, mean, logvar = self.net(x, noise, share)
+        loss = autoencoder.reconstruction_loss(reconstruction, x)
+        return {"loss": loss + autoencoder.KL_WEIGHT * autoencoder.kl(mean, logvar)}
+
+
+class Decoding(nn.Module):
+    """A VAE's decoder learns against a discriminator; the encoder is frozen (App. C.1).
+
+    The decoder meets white noise as in Autoencoding, but not the posterior's.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.net.encoder.requires_grad_(False)
+        self.discriminator = autoencoder.Discriminator(net.config)
+
+    def draw(self, rng, window):
+        return noise_in_latents(rng, self.net.config.latent_channels, window)
+
+    def forward(self, x, noise, share, **_):
+        if not self.training:
+            return {"loss": autoencoder.reconstruction_loss(self.net(x)[0], x)}
+        reconstruction = self.net(x, noise, share, posterior=False)[0]
+
+        # The discriminator's side of the contest: the reconstruction is a constant.
+        real = self.discriminator(x)
+        fake = self.discriminator(reconstruction.detach())
+        loss = autoencoder.discriminator_loss(real, fake)
+
+        # The decoder's side: the discriminator is frozen.
+        with frozen(self.discriminator):
+            fake = self.discriminator(reconstruction)
+        loss = loss + autoencoder.ADVERSARIAL_WEIGHT * autoencoder.adversarial_loss(fake)
+        loss = loss + autoencoder.FEATURE_WEIGHT * autoencoder.feature_matching(real, fake)
+        return {"loss": loss + autoencoder.reconstruction_loss(reconstruction, x)}
+
+
+def noise_in_latents(rng, channels, window):
+    """White noise for the latents of `window` samples, and its share: 0 in 30% of the clips."""
+    noise = rng.standard_normal((channels, math.ceil(window / VAE.hop)), dtype=np.float32)
+    return {"noise": noise, "share": np.float32(max(0.0, rng.uniform(-0.15, 0.35)))}
+
+
 class Classifying(nn.Module):
-    """Binary cross-entropy of each class, with structured patchout [30]."""
+    """Binary cross-entropy of each class, with structured patchout [30]; label -1 is no class."""
 
     def __init__(self, net):
         super().__init__()
@@ -278,328 +239,786 @@ class Classifying(nn.Module):
         return {"patchout": np.int64(rng.integers(2**62))}
 
     def forward(self, x, label, patchout, **_):
-        mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))                    # (B, 128, frames)
+        mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))    # (B, 128, frames)
+        # Training drops a quarter of the columns of patches, and two rows, of each clip's own.
+        dropped = (0, 0)
+        if self.training:
+            dropped = (mel.shape[-1] // self.net.config.stride // 4, 2)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
-        dropped = (mel.shape[-1] // self.net.config.stride // 4, 2) if self.training else (0, 0)
-        logits, label = self.net(mel, generators, dropped)[0].float(), label.to(x.device)
-        truth = (label[:, None] == torch.arange(logits.shape[1], device=label.device)).float()     # label -1: no class
-        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, truth),
-                "accuracy": (logits.argmax(1) == label).float().mean()}
+        logits = self.net(mel, generators, dropped)[0].float()              # (B, classes)
+        label = label.to(x.device)
+        classes = torch.arange(logits.shape[1], device=label.device)
+        truth = (label[:, None] == classes).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, truth)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == label).float().mean()}
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+def make_objective(o, net, vae):
+    """The objective of --model around a network; vae: of a latent model."""
+    if o.model == "vae":
+        objective = Autoencoding(net)
+    elif o.model == "decoder":
+        objective = Decoding(net)
+    elif o.model == "classifier":
+        objective = Classifying(net)
+    else:
+        objective = Denoising(net, vae, o.own_error)
+    return objective.to(o.device)
 
-def make_optimizers(objective, o, muon):
-    """AdamW (App. C.2). With `muon`, the weight matrices of transformer blocks and of the VAE get Muon (Jordan et al.,
-    2024) instead, with steps of the size of AdamW's: our small models learn in two thirds of the time, or less."""
-    wanted = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in wanted.items() if muon and p.dim() == 2 and name.endswith("weight")
-                and any(part in name for part in ("blocks", "encoder", "decoder"))}
-    rest = [p for name, p in wanted.items() if name not in matrices]
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+def train(o, objective, averaged, clips, held_out, header, state=None):
+    """Train to the last step, or to a signal; save, and say how it went.
+
+    o           the options, complete
+    objective   what the network minimises
+    averaged    the same of a copy of the network, which becomes the average of its weights
+    clips       Clips to train on; held_out: to validate on
+    header      what checkpoints hold besides weights and the state of training
+    state       of the run to resume, or None
+    """
+    net, ema, out = objective.net, averaged.net, Path(o.out)
+    optimizers = make_optimizers(objective, o)
+    step, seconds, validation, bad_in_a_row = 0, 0.0, {}, 0
+    if state:
+        step, seconds = state["step"], state["seconds"]
+        objective.load_state_dict(state["objective"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
+    began = time.monotonic() - seconds
+
+    # Several processes share each step's clips and average their gradients in backward().
+    model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
+    autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
+    schedule = (clips.of_step(i)[RANK::WORLD] for i in range(step, o.steps))
+    batches = prefetch(clips, schedule, o.workers)
+    bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
+    stop = Stop(o.device)
+
+    with bar:
+        while step < o.steps and not stop():
+            # The clips of this step, with all that is random about them.
+            batch = to_device(next(batches), o.device)
+
+            # The loss, and its gradient.
+            with autocast:
+                loss = model(**batch)["loss"]
+            loss.backward()
+
+            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself.
+            norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item()
+                     for part in objective.children()]
+            norm = math.hypot(*norms)
+            finite = math.isfinite(norm)                # the same in all processes
+
+            # Set the rate and take the step, but not along a gradient that is not finite.
+            lr = learning_rate(o, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            # Move the average of the weights: by much at first, then by less and less.
+            if finite:
+                decay = min(o.ema, (1 + step) / (10 + step))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+            # Ten bad gradients in a row will not be followed by a good one.
+            bad_in_a_row = 0 if finite else bad_in_a_row + 1
+            if bad_in_a_row == 10:
+                raise UserError(f"ten steps up to {step} were not finite: "
+                                "lower --lr, or use --precision fp32", status=1)
+
+            # Log every step; validate, save and play the model every so many.
+            step += 1
+            seconds = time.monotonic() - began
+            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss.item(), "lr": lr,
+                     "gradient_norm": norm}
+            due = step % o.save_every == 0
+            if RANK == 0:
+                if due or step == o.steps:
+                    validation = validate(averaged, held_out, autocast, o.device)
+                    entry["validation"] = validation["loss"]
+                write_log(out, entry)
+            if due and step < o.steps:
+                save(o, header, step, seconds, objective, ema, optimizers)
+                play(o, ema, averaged, held_out, step)
+            bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.1e}", refresh=False)
+            bar.update()
+
+    batches.close()
+    save(o, header, step, seconds, objective, ema, optimizers)
+    play(o, ema, averaged, held_out, step)
+    barrier()                           # rank 0 validates and saves; what comes next may read that
+    farewell(o, step, validation, clips.source.broken)
+
+
+def learning_rate(o, step):
+    """Warm-up, a constant, then linearly to zero over the last --cooldown share of the steps."""
+    warmup = max(1, min(o.warmup, o.steps // 10))
+    return o.lr * min(1, (step + 1) / warmup, (1 - step / o.steps) / o.cooldown)
+
+
+def make_optimizers(objective, o):
+    """AdamW (App. C.2), and for recipes with muon, Muon (Jordan et al., 2024) for some weights.
+
+    Muon takes the weight matrices of transformer blocks and of a VAE, with steps of the size of
+    AdamW's: our small models learn in two thirds of the time, or less.
+    """
+    matrices, rest = [], []
+    for name, p in objective.named_parameters():
+        if not p.requires_grad:
+            continue                                    # a frozen encoder's
+        inside = any(part in name for part in ("blocks", "encoder", "decoder"))
+        if o.muon and inside and p.dim() == 2 and name.endswith("weight"):
+            matrices.append(p)
+        else:
+            rest.append(p)
     optimizers = [torch.optim.AdamW(rest, o.lr, betas=(0.9, o.beta2), weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), o.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, o.lr, weight_decay=0.0,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-class Trainer:
-    """Trains an objective. header: what a checkpoint holds beside training state; state: a resumed run's, or None."""
+def to_device(batch, device):
+    """Moves what is float32. Times (float64), seeds and labels stay on the CPU."""
+    return {name: x.to(device) if x.dtype == torch.float32 else x for name, x in batch.items()}
 
-    def __init__(self, options, objective, clips, held_out, header, state=None):
-        self.options, self.objective, self.clips, self.held_out = options, objective, clips, held_out
-        self.header, self.out, self.total = header, Path(options.out), options.steps + options.finetune_steps
-        self.averaged = copy.deepcopy(objective).requires_grad_(False).eval()
-        self.ema, self.bad_in_a_row, self.stop, self.found = self.averaged.net, 0, False, {}
-        self.step, self.spent = (state["step"], state["core_hours"]) if state else (0, 0.0)
-        self.core_hours = self.spent
-        if state:
-            self.objective.load_state_dict(state["objective"])
-            self.ema.load_state_dict(state["ema"])
-        self.begin_stage(adversarial=bool(state) and state["adversarial"])
-        for optimizer, known in zip(self.optimizers, state["optimizers"] if state else ()):
-            optimizer.load_state_dict(known)
 
-    def begin_stage(self, adversarial):
-        """Freeze what this stage does not train, and make an optimizer for the rest."""
-        o, objective, self.adversarial = self.options, self.objective, adversarial
-        if o.model == "vae":
-            objective.adversarial = adversarial
-            objective.net.encoder.requires_grad_(not adversarial)
-            objective.critic.requires_grad_(adversarial)
-        self.optimizers = make_optimizers(objective, o, o.muon and not adversarial)
-        self.model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
 
-    def learning_rate(self):
-        """Warm-up, a constant, then linearly to zero over the last --cooldown share; in a VAE's second stage, lower."""
-        o = self.options
-        done, steps = (self.step - o.steps, o.finetune_steps) if self.adversarial else (self.step, o.steps)
-        warmup = max(1, min(o.warmup, steps // 10))
-        return o.lr * (0.15 if self.adversarial else 1) * min(1, (done + 1) / warmup, (1 - done / steps) / o.cooldown)
-
-    def values(self, model, batch):
-        """What the objective says of a batch. Float32 alone moves to the device: not times (float64), seeds, labels."""
-        o = self.options
-        with torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
-            return model(**{name: x.to(o.device) if x.dtype == torch.float32 else x for name, x in batch.items()})
-
-    def gradients(self, stream):
-        """Gradient of the mean loss over the step's clips, all processes together. Returns the loss of this one's."""
-        loss = self.values(self.model, next(stream))["loss"]
-        loss.backward()
-        return loss.item()
-
-    def update(self, stream):
-        """One step; returns its row of the log."""
-        loss, lr = self.gradients(stream), self.learning_rate()
-        norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item() for part in self.objective.children()]
-        norm = math.hypot(*norms)               # of a VAE and its discriminator, which do not weaken each other
-        usable = math.isfinite(norm)            # which is the same in all processes
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if usable:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if usable:
-            decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.objective.net.parameters()), 1 - decay)
-        self.bad_in_a_row = 0 if usable else self.bad_in_a_row + 1
-        if self.bad_in_a_row == 10:
-            raise UserError(f"ten steps up to {self.step} were not finite: lower --lr, or use --precision fp32", 1)
-        self.step += 1
-        self.core_hours = round(self.spent + WORLD * time.process_time() / 3600, 4)     # of all, each as busy as this
-        return {"step": self.step, "core_hours": self.core_hours, "loss": loss, "lr": lr, "gradient_norm": norm}
-
-    def fit(self):
-        """Train to the end, or a signal; save, and say how it went."""
-        o, first = self.options, self.step
-        mine = (self.clips.of_step(step)[RANK::WORLD] for step in range(first, self.total))
-        stream = prefetch(self.clips, mine, o.workers)
+    def __init__(self, device):
+        self.asked, self.device = False, device
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        bar = progress(total=self.total, initial=first, desc=o.model, unit="step")
-        with bar, open(os.devnull if RANK else self.out / "log.csv", "a" if first else "w", buffering=1) as log:
-            while self.step < self.total and not self.stopping():
-                if self.step >= o.steps and not self.adversarial:
-                    self.objective.net.load_state_dict(self.ema.state_dict())       # whose encoder is final
-                    self.begin_stage(adversarial=True)
-                row = self.update(stream)
-                due, last = self.step % o.save_every == 0, self.step == self.total
-                row["validation"] = self.validate() if (due or last) and RANK == 0 else ""
-                if self.step == 1:
-                    print(*row, sep=",", file=log)
-                print(*row.values(), sep=",", file=log)
-                if due and not last:
-                    self.save()
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}", False)
-                bar.update()
-        stream.close()
-        self.save()
-        barrier()                           # rank 0 validates and saves; what comes next may read that
-        self.farewell()
+            signal.signal(number, self.ask)
 
-    def on_signal(self, *_):
-        """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
-        self.stop = True
+    def ask(self, *_):
+        self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def stopping(self):
-        """Whether to end now, because of a signal; all processes agree."""
-        stop = torch.tensor(float(self.stop), device=self.options.device)
+    def __call__(self):
+        """Whether to end now; all processes agree."""
+        asked = torch.tensor(float(self.asked), device=self.device)
         if WORLD > 1:
-            dist.all_reduce(stop)
-        return stop.item() > 0
-
-    @torch.no_grad()
-    def validate(self):
-        """Loss (more in `found`) on held-out clips, by the averaged weights; always the same clips, noise and times."""
-        t = torch.arange(0.5, self.held_out.count, dtype=torch.float64) / self.held_out.count  # evenly spaced: steadier
-        found = [self.values(self.averaged, {**self.held_out([i]), "t": t[[i]]}) for i in range(len(t))]
-        self.found = {name: torch.stack([values[name] for values in found]).mean().item() for name in found[0]}
-        return self.found["loss"]
-
-    def save(self):
-        """state.pt, for --resume; and model.pt, for all else: averaged weights in half precision, no optimizer."""
-        o, vae = self.options, self.header["vae"]
-        halve = lambda weights: {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
-        if RANK == 0:
-            save_atomic(self.out / "state.pt", {
-                **self.header, "step": self.step, "core_hours": self.core_hours, "adversarial": self.adversarial,
-                "ema": self.ema.state_dict(), "objective": self.objective.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
-            save_atomic(self.out / "model.pt", {
-                **self.header, "step": o.before + self.step, "ema": halve(self.ema.state_dict()),
-                "vae": vae and {**vae, "weights": halve(vae["weights"])}})
-
-    def farewell(self):
-        o, found = self.options, "".join(f"; validation {name} {value:.4g}" for name, value in self.found.items())
-        file = shlex.quote(str(self.out / "model.pt"))
-        say(f"{o.model}: step {self.step} of {self.total} in {file}{found}")
-        for path, why in self.clips.source.broken.items():
-            say(f"  could not be read: {path} ({why})")
-        if self.step < self.total:
-            say(f"stopped; to go on: python train.py --model {o.model} --out {shlex.quote(o.out)} --resume")
-        elif o.model in ("latent", "waveform"):
-            say(f"to use it: python sample.py --model {o.model} --checkpoint {file} --task infill --input clip.wav")
+            dist.all_reduce(asked)
+        return asked.item() > 0
 
 
 @torch.no_grad()
-def measure(o, objective, source):
-    """What a new network keeps of the training set: a latent model its latents' mean, deviation and cross-spectra, a
-    waveform model the deviations of its coefficients."""
-    net, vae, seen = objective.net, objective.space.vae, []
+def validate(averaged, held_out, autocast, device):
+    """What the objective shows of the held-out clips, on average: {"loss": float, ...}.
+
+    Always the same clips and noise. Times are spread evenly over (0, 1): steadier than random ones.
+    """
+    shown = []
+    for k in range(held_out.count):
+        batch = to_device(held_out([k]), device)
+        batch["t"] = torch.tensor([(k + 0.5) / held_out.count], dtype=torch.float64)
+        with autocast:
+            shown.append(averaged(**batch))
+    return {name: torch.stack([values[name] for values in shown]).mean().item()
+            for name in shown[0]}
+
+
+def write_log(folder, entry):
+    """Append a line to log.csv; the first step of a run begins the file with the columns' names."""
+    first = entry["step"] == 1
+    with open(folder / "log.csv", "w" if first else "a", newline="") as file:
+        log = csv.DictWriter(file, LOG, restval="", lineterminator="\n")
+        if first:
+            log.writeheader()
+        log.writerow(entry)
+
+
+def save(o, header, step, seconds, objective, ema, optimizers):
+    """state.pt, for --resume; and model.pt, for all else: averaged weights in half precision."""
+    if RANK > 0:
+        return
+
+    # Settings are saved with the state, so that --resume needs no other option.
+    save_atomic(Path(o.out) / "state.pt", {
+        **header, "step": step, "seconds": seconds,
+        "ema": ema.state_dict(),
+        "objective": objective.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
+
+    # The steps of a model are all that its weights have had, in earlier runs too.
+    model = {**header, "step": o.before + step, "ema": halved(ema.state_dict())}
+    if header["vae"]:
+        model["vae"] = {**header["vae"], "weights": halved(header["vae"]["weights"])}
+    save_atomic(Path(o.out) / "model.pt", model)
+
+
+def halved(weights):
+    """The state of a network with its matrices and kernels in half precision."""
+    return {name: w.half() if w.dim() > 1 else w for name, w in weights.items()}
+
+
+def play(o, ema, averaged, held_out, step):
+    """Write runs/MODEL/listen-STEP.wav: what the model makes of the same held-out clip each time.
+
+    A diffusion model continues the clip; a VAE decodes what it encodes of it. The random numbers of
+    training are not touched.
+    """
+    if RANK > 0 or o.model == "classifier":
+        return
+    n = in_samples(PLAYED)
+    if o.model in ("latent", "waveform"):
+        # Half of the model's window, at most, is context; the rest is made.
+        checkpoint = Checkpoint(o.model, ema, averaged.space.vae, size=o.size)
+        n = min(n, checkpoint.window * checkpoint.hop // (2 * VAE.hop) * VAE.hop)
+        audio = continued(checkpoint, held_out.excerpt(2 * n).to(o.device), n // checkpoint.hop)
+    else:
+        audio = ema.decode(ema.encode(held_out.excerpt(2 * n).to(o.device)))
+    samples = audio[0].T.float().cpu().numpy()                              # (2 n, 2)
+    write_atomic(Path(o.out) / f"listen-{step:06d}.wav", lambda file: sf.write(
+        file, samples, SAMPLE_RATE, "PCM_16", format="WAV"))
+
+
+def continued(checkpoint, audio, C_L):
+    """Audio (1, 2, n), of which all that follows the first C_L frames is made by the model."""
+    options = argparse.Namespace(steps=PLAY_STEPS, as_printed=False)
+    settings = sample.Settings.of(options, checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    return sample.fill(checkpoint, "continuation", audio, C_L, 0, settings, generator)
+
+
+def farewell(o, step, validation, broken):
+    """Say where the model is, what could not be read, and the command that comes next."""
+    file = shlex.quote(f"{o.out}/model.pt")
+    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
+    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
+    for path, why in broken.items():
+        say(f"  could not be read: {path} ({why})")
+    if step < o.steps:
+        again = f"python train.py --model {o.model} --out {shlex.quote(o.out)} --resume"
+        say(f"stopped; to go on: {again}")
+    elif o.model in ("latent", "waveform"):
+        use = f"python sample.py --model {o.model} --checkpoint {file}"
+        say(f"to use it: {use} --task infill --input clip.wav")
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+class AudioFiles:
+    """Clips of audio files, read by seeking. files: {path: [frames, rate, channels]}."""
+    unit = 1                            # samples at 44.1 kHz in a frame of `lengths`, and of a clip
+
+    def __init__(self, files):
+        self.paths = list(files)
+        self.rates = [rate for _, rate, _ in files.values()]
+        lengths = [frames * SAMPLE_RATE // rate for frames, rate, _ in files.values()]
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.names = [Path(os.path.abspath(path)).parent.name for path in files]
+        self.broken = {}                # {path: why} of what could be opened before, but not read
+
+    def crop(self, place, window):
+        """(clip (C, window / unit) float32, number of its file); UserError if ten in a row fail.
+
+        place: where in all the music, 0 <= place < 1. A file shorter than the clip is repeated.
+        """
+        n = window // self.unit
+        ends = np.cumsum(self.lengths)
+        for _ in range(10):
+            i = int(np.searchsorted(ends, place * ends[-1], side="right"))
+            into = 1 - (ends[i] - place * ends[-1]) / self.lengths[i]       # a share of the file
+            start = int(into * max(self.lengths[i] - n + 1, 1))
+            try:
+                clip = self.read(i, start, n)
+                if not clip.size:
+                    raise ValueError("nothing is left of it")
+                return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), i
+            except (OSError, RuntimeError, ValueError) as error:
+                # Damaged, or gone: note it, and look elsewhere.
+                self.broken[self.paths[i]] = reason(error)
+                place = (place + 0.618) % 1
+        raise UserError(f"ten clips in a row could not be read, the last in {self.paths[i]}",
+                        status=1)
+
+    def read(self, i, start, n):
+        """Samples [start, start + n) of file i, at 44.1 kHz: (2, n), or fewer at its end."""
+        # Read what the resampler needs for them, its margins included, from a place where both
+        # rates have a sample; then cut the margins off.
+        rate = self.rates[i]
+        begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
+        begin = max(begin, 0)
+        with sf.SoundFile(self.paths[i]) as file:
+            file.seek(min(begin, file.frames))
+            audio = file.read(max(end, 0) - begin, dtype="float32", always_2d=True)
+        audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
+        return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
+
+
+class Latents(AudioFiles):
+    """Clips of what a VAE makes of audio files, each encoded whole into an array (frames, C).
+
+    Each track is there in several versions, which count as tracks of their own: see encoded_as.
+    The arrays are files in `folder`, named by all that they depend on: the VAE's weights, the
+    audio's path and time of change, and seed and number of a version that is varied.
+    UserError if none of the audio files can be decoded.
+    """
+    unit = VAE.hop
+
+    def __init__(self, tracks, folder, vae, seed, versions=VERSIONS):
+        self.vae, self.seed, self.versions = vae, seed, versions
+        self.paths = [path for path in tracks.paths for _ in range(versions)]
+        self.names = [name for name in tracks.names for _ in range(versions)]
+        weights = b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())
+        key = hashlib.sha256(weights).hexdigest()
+        self.files = []
+        for path in tracks.paths:
+            name = unvaried = f"{key} {path} {os.stat(path).st_mtime_ns}"
+            for version in range(versions):
+                if version > 0:
+                    name = f"{unvaried} {seed} {version}"
+                digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+                self.files.append(folder / f"{digest}.npy")
+
+        # Each process encodes its share of the tracks.
+        folder.mkdir(parents=True, exist_ok=True)
+        share = list(enumerate(tracks.paths))[RANK::WORLD]
+        for i, path in progress(share, "cache", unit="track"):
+            self.encode(path, self.files[i * versions:(i + 1) * versions])
+        barrier()
+
+        # A file that could not be decoded has no length, so no clip is taken from it.
+        self.broken, self.lengths = {}, np.zeros(len(self.files), dtype=np.int64)
+        for i, file in enumerate(self.files):
+            if file.exists():
+                self.lengths[i] = len(np.load(file, mmap_mode="r"))
+            else:
+                self.broken[self.paths[i]] = "damaged"
+        if not self.lengths.any():
+            raise UserError(f"none of the {len(tracks.paths)} files of --data can be decoded: "
+                            "give others")
+
+    def encode(self, path, files):
+        """Write those versions of the audio at path that are not there yet.
+
+        None, if it is damaged where no probe looked.
+        """
+        if all(file.exists() for file in files):
+            return
+        try:
+            audio = to_stereo_44k(*read_audio(path))                        # (2, n)
+        except UserError:
+            return
+        for version, file in enumerate(files):
+            if not file.exists():
+                x = encoded_as(audio, path, self.seed, version)
+                latents = self.vae.encode(x[None].to(self.vae.latent_mean.device))[0]
+                array = np.ascontiguousarray(latents.T.cpu())               # (frames, C)
+                write_atomic(file, partial(np.save, arr=array))
+
+    def read(self, i, start, n):
+        """Frames [start, start + n) of track i: (C, n), or fewer at its end."""
+        return np.load(self.files[i], mmap_mode="r")[start:start + n].T
+
+
+def encoded_as(audio, path, seed, version):
+    """The audio (2, n) of a track as it is, for version 0; else at another speed, and `varied`.
+
+    All of it is a function of (seed, path, version). The speed is 5/6 to 6/5, in steps of 1/147:
+    the audio is resampled from a rate that is a multiple of 300 Hz, as 44.1 kHz is, so that the
+    resampler has few phases.
+    """
+    if version == 0:
+        return audio
+    number = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8])
+    rng = random_numbers(seed, ENCODED, number, version)
+    rate = 300 * int(rng.integers(123, 177))
+    audio = resample(audio, rate, SAMPLE_RATE)
+    return torch.from_numpy(varied(audio.numpy(), rng))
+
+
+class Synthetic:
+    """Clips of endless music made by a program."""
+    unit = 1
+
+    def __init__(self, seed):
+        from examples import synthetic      # here: the examples import this module's neighbours
+        self.seed, self.music = seed, synthetic
+        self.names, self.broken = list(synthetic.STYLES), {}
+
+    def crop(self, place, window):
+        """(clip (2, window) float32, number of its style)."""
+        return self.music.clip(self.seed, int(place * 2**40), window / SAMPLE_RATE)
+
+
+class Clips:
+    """clips(ks) -> batch of tensors: clip k and all that is random about it, by (seed, stream, k).
+
+    Step i of training takes clips of windows[i % len(windows)] samples: `batch` of the longest;
+    shorter windows get proportionally more clips. With a count, there are that many clips, spread
+    evenly over the music; else endlessly many.
+    """
+
+    def __init__(self, source, windows, draw, classes, seed, stream=TRAIN, count=None, batch=1):
+        self.source, self.windows, self.draw = source, windows, draw
+        self.seed, self.stream, self.count, self.batch = seed, stream, count, batch
+        self.labels = [classes.index(name) if name in classes else -1 for name in source.names]
+        self.most = batch * (max(windows) // min(windows))          # clips that a step may have
+
+    def of_step(self, step):
+        """The numbers of the clips of that step."""
+        window = self.windows[step % len(self.windows)]
+        first = step * self.most
+        return range(first, first + self.batch * (max(self.windows) // window))
+
+    def clip(self, k):
+        """One clip: {name: number or array}."""
+        # Where it is cut, and then what the objective draws: always in this order.
+        rng = random_numbers(self.seed, self.stream, k)
+        window = self.windows[k // self.most % len(self.windows)]
+        place = (k + 0.5) / self.count if self.count else rng.random()
+        x, i = self.source.crop(place, window)
+        label = np.int64(self.labels[i])
+        # Audio is varied for training. Latents cannot be: their cache holds versions of each track.
+        if self.stream == TRAIN and self.source.unit == 1:
+            x = varied(x, rng)
+        return {"x": x, "label": label, **self.draw(rng, window)}
+
+    def excerpt(self, n):
+        """n samples of the music where the first of `count` clips is, (1, 2, n)."""
+        return torch.from_numpy(self.source.crop(0.5 / self.count, n)[0])[None]
+
+    def __call__(self, ks):
+        clips = [self.clip(k) for k in ks]
+        return {name: torch.from_numpy(np.stack([clip[name] for clip in clips]))
+                for name in clips[0]}
+
+
+def varied(audio, rng):
+    """Audio (2, n) as another recording might have it: in half of the cases the sides are swapped,
+    and in half of them it is quieter, by up to 10 dB."""
+    if rng.random() < 0.5:
+        audio = audio[::-1]
+    if rng.random() < 0.5:
+        audio = audio * np.float32(10 ** (-rng.uniform(0, 10) / 20))
+    return np.ascontiguousarray(audio)
+
+
+def prefetch(load, schedule, workers):
+    """load(ks) for each ks of the schedule, in order, prepared by threads.
+
+    Threads are enough: libsndfile and numpy let others run.
+    """
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for ks in schedule:
+            waiting.append(pool.submit(load, ks))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        for batch in waiting:
+            yield batch.result()
+
+
+def music(o):
+    """Where clips come from, for training and for validation.
+
+    Held out are the files of --valid, else one file in twenty of --data, which training leaves out
+    if there are four or more. The choice depends on the names of file and folder alone.
+    """
+    if not o.data:
+        return Synthetic(o.seed), Synthetic(o.seed + 1)
+
+    # Files that are too short, or damaged, are named and left out.
+    files = survey(o.data, max(o.windows), "--data")
+    if o.valid:
+        return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
+
+    def digest(path):
+        return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
+
+    # Few files are all trained on, also the one that is validated on.
+    held_out = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
+    trained = sorted(files.keys() - held_out) if len(files) >= 4 else files
+    return (AudioFiles({path: files[path] for path in trained}),
+            AudioFiles({path: files[path] for path in held_out}))
+
+
+@torch.no_grad()
+def measure(o, net, vae, source):
+    """Set what a new network keeps of the training set.
+
+    For a latent model these are the mean, deviation and spectra of its latents, for a waveform
+    model the deviations of its coefficients.
+    """
+    # Clips spread evenly over the music, each as long as whole spectra need.
+    seen = []
     for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
         x = torch.from_numpy(source.crop((i + 0.5) / MEASURED, 2**15)[0])[None].to(o.device)
-        seen.append(vae.posterior(x)[0].cpu() if vae else net.coefficients(x).square().mean((0, 2)).cpu())
-    seen = torch.cat(seen) if vae else torch.stack(seen)        # (MEASURED, C, n), (MEASURED, coefficients)
-    if o.model == "waveform":
-        return net.set_spectrum(seen.mean(0).sqrt())            # the mean of music is zero
-    mean, std = seen.mean((0, 2)), seen.std((0, 2)).clamp(min=1e-4)
-    vae.latent_mean.copy_(mean), vae.latent_std.copy_(std)
+        if vae:
+            seen.append(vae.posterior(x)[0].cpu())                          # (1, C, n)
+        else:
+            seen.append(net.coefficients(x).square().mean((0, 2)).cpu())    # (coefficients,)
+    # Of waveforms: powers, since the mean of music is zero.
+    if not vae:
+        net.set_spectrum(torch.stack(seen).mean(0).sqrt())
+        return
+
+    # Of latents: what makes them mean 0 and variance 1, and then their spectra.
+    latents = torch.cat(seen)                                               # (MEASURED, C, n)
+    mean = latents.mean((0, 2))
+    std = latents.std((0, 2)).clamp(min=1e-4)
+    vae.latent_mean.copy_(mean)
+    vae.latent_std.copy_(std)
     if net.config.hops:
-        net.set_spectrum([(seen - mean[:, None]) / std[:, None]])
+        net.set_spectrum([(latents - mean[:, None]) / std[:, None]])
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
-ONLY = {"vae": "latent", "cache": "latent", "compile": "latent", "finetune_steps": "vae"}      # flags of one model
-PER_CALL = ("resume", "save_every", "device", "workers", "out")     # options that say not what a run is
+# Options that some models do not take, and those that do.
+TAKEN_BY = {
+    "vae": ("latent", "decoder"),
+    "init": tuple(NETS),
+    "cache": ("latent",),
+    "compile": ("latent",),
+}
+# Options that do something with --data only.
+OF_FILES = ("valid", "cache")
+DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
+# Options that may differ when a run is resumed.
+PER_CALL = ("resume", "save_every", "device", "workers", "out")
 
 
 def parse(argv):
     """All options; None where nothing was given, for `settle` to fill."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add, flag = parser.add_argument, {"action": "store_true", "default": None}
-    add("--model", choices=NETS, default="latent", help="what to train (latent)")
-    add("--size", choices=("tiny", "small", "paper"), help="default: small, or that of --init")
-    count, steps, file = within(1, 10**9, int), within(0, 10**9, int), {"metavar": "FILE", "type": os.path.abspath}
-    folders = file | {"nargs": "+", "metavar": "FOLDER"}
-    add("--data", **folders, help="music to train on; without it, synthetic music")
-    add("--valid", **folders, help="held-out music; without it, one file in twenty is held out")
-    add("--out", help="folder of the run; default: runs/MODEL")
-    add("--vae", **file, help="latent: a checkpoint with a VAE; beside --init, another one than it has")
-    add("--init", **file, help="begin with the weights, and the VAE, of this checkpoint")
-    add("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS", help="lengths of clips, in turns")
-    add("--steps", type=steps, help="by default, as --batch, --lr and --windows: those of the --size")
-    add("--finetune-steps", type=steps, help="vae: steps of the second stage")
-    add("--batch", type=count, help="clips of the longest window in a step, all processes together")
-    add("--lr", type=within(1e-9, 1))
-    add("--cooldown", type=within(0.01, 1), help="share of the steps, at the end, over which the rate falls to zero")
-    add("--seed", type=within(0, 2**63, int))
-    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
-    add("--compile", **flag, help="compile the transformer's blocks: faster after a minute or two")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--workers", type=count, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="threads that prepare clips")
-    add("--cache", **flag, help="latent: encode all music once, into the run's folder")
-    add("--save-every", type=count, metavar="STEPS", help="save, and validate, every so many steps")
-    add("--resume", **flag, help="go on with the run in --out, with its own settings; --steps may prolong it")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=recipes_in_words(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, steps = within(1, 10**9, int), within(0, 10**9, int)
+    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+
+    what = parser.add_argument_group("what to train").add_argument
+    what("--model", choices=MODELS, default="latent", help="default: %(default)s")
+    what("--size", choices=tuple(RECIPES["vae"]), help="default: small, or the starting model's")
+    what("--vae", type=os.path.abspath, metavar="FILE", help="latent, decoder: a checkpoint with "
+         "a VAE, instead of the shipped one, or of the one that --init has")
+    what("--init", type=os.path.abspath, metavar="FILE",
+         help="begin with the weights, and the VAE, of this checkpoint")
+
+    data = parser.add_argument_group("data").add_argument
+    data("--data", nargs="+", type=os.path.abspath, metavar="FOLDER",
+         help="music to train on; without it, synthetic music")
+    data("--valid", nargs="+", type=os.path.abspath, metavar="FOLDER",
+         help="held-out music; without it, one file in twenty is held out")
+    data("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS",
+         help="lengths of clips, in turns; default: the recipe's, below")
+    data("--cache", action="store_true", default=None,
+         help=f"latent: encode all music once, in {VERSIONS} versions, into the run's folder")
+    data("--workers", type=count, default=workers,
+         help="threads that prepare clips; here: %(default)s")
+
+    how = parser.add_argument_group("how (by default as in the recipe, below)").add_argument
+    how("--steps", type=steps)
+    how("--batch", type=count, help="clips of the longest window in a step, of all processes")
+    how("--lr", type=within(1e-9, 1))
+    how("--cooldown", type=within(0.01, 1),
+        help="share of the steps, at the end, over which the rate falls to zero")
+    how("--seed", type=within(0, 2**63, int), help=f"default: {DEFAULTS['seed']}")
+    how("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
+    how("--compile", action="store_true", default=None,
+        help="latent: compile the transformer's blocks, faster after a minute or two")
+    how("--device", default="auto", help="auto, cpu, cuda, mps; default: %(default)s")
+
+    output = parser.add_argument_group("output").add_argument
+    output("--out", metavar="FOLDER", help="of the run; default: runs/MODEL")
+    output("--save-every", type=count, metavar="STEPS",
+           help="save, validate and play the model; default: a tenth of the steps, 50 to 1000")
+    output("--resume", action="store_true", default=None,
+           help="go on with the run in --out, with its own settings; --steps may prolong it")
     return parser.parse_args(argv)
 
 
+def recipes_in_words():
+    """The table of recipes, for --help."""
+    lines = ["recipes:", "  model      size     steps  batch       lr  seconds in a clip"]
+    for model, sizes in RECIPES.items():
+        for size, r in sizes.items():
+            windows = " ".join(f"{window / SAMPLE_RATE:.2f}" for window in r.windows)
+            lines.append(f"  {model:10} {size:6} {r.steps:7} {r.batch:6} {r.lr:8.2g}  "
+                         f"{windows or 'what the model holds'}")
+    return "\n".join(lines)
+
+
 def settle(o):
-    """Fill the options that were not given, with those of the run to go on with, else the recipe's. Returns that run's
-    state, or None; and the Checkpoint that the network is taken from, the run's own or that of --init, or None."""
+    """Fill in the options that were not given.
+
+    Defaults come from the resumed run, then from the recipe. Returns (resumed state, starting
+    checkpoint); either may be None. UserError for options that contradict each other.
+    """
+    kind = kind_of(o)
     o.out = o.out or f"runs/{o.model}"
-    o.windows = o.windows and [round(seconds * SAMPLE_RATE / VAE.hop) * VAE.hop for seconds in o.windows]    # samples
-    file = Path(o.out) / "state.pt"
-    state = load_state(file) if o.resume and file.exists() else None
-    if not state and any(file.parent.glob("*.pt")):
-        raise UserError(f"{o.out} holds a model: choose another --out; or --resume goes on, if state.pt is there")
-    path = file if state else o.init
-    known = open_checkpoint(o.model, path) if path else None
-    fixed = state["settings"] if state else {"size": known.size} if known else {}
-    longer = ("finetune_steps",) if state and state["adversarial"] else ("steps", "finetune_steps")
-    for name, value in fixed.items():
-        if name not in longer and getattr(o, name, None) not in (None, value):
-            raise UserError(f"{path} has another --{name}: leave it out, or begin another run")
-    idle = [name for name, model in ONLY.items() if o.model != model] + ["valid", "cache"] * (not o.data)
-    for name in [] if state else idle:
-        if getattr(o, name):
-            raise UserError(f"--{name.replace('_', '-')} does nothing with this model, or without --data: leave it out")
-    recipe = asdict(RECIPES[o.model][o.size or fixed.get("size", "small")])
-    if o.steps is not None:
-        recipe["finetune_steps"] = o.steps * recipe["finetune_steps"] // recipe["steps"]
-    for name, value in {"size": "small", "seed": 0, "before": known and known.step or 0, **recipe, **fixed}.items():
+    state_file = Path(o.out) / "state.pt"
+
+    # The state of the run to resume; a new run never goes where a model is.
+    state = None
+    if o.resume and state_file.exists():
+        state = load_state(state_file)
+        if "seconds" not in state:
+            raise UserError(f"{state_file} is of another version of this program: "
+                            "begin another run, with --init and its model.pt")
+    elif any(Path(o.out).glob("*.pt")):
+        raise UserError(f"{o.out} holds a model: choose another --out; "
+                        "or --resume goes on, if state.pt is there")
+
+    # Options that would do nothing.
+    if not state:
+        refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
+    if not state and not o.data:
+        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
+
+    # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
+    start, settled = None, {}
+    if state:
+        start = open_checkpoint(kind, state_file)
+        settled = state["settings"]
+    elif o.init or o.model == "decoder":
+        start = open_checkpoint(kind, o.init or o.vae)
+        settled = {"size": start.size}
+    o.windows = o.windows and [in_samples(window) for window in o.windows]
+    for name, value in settled.items():
+        if name != "steps" and getattr(o, name, None) not in (None, value):
+            raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
+                            "or begin another run")
+
+    # Defaults.
+    size = o.size or settled.get("size", DEFAULTS["size"])
+    before = start.step or 0 if start else 0                # steps that the weights have had
+    defaults = {**DEFAULTS, "before": before, **asdict(RECIPES[o.model][size]), **settled}
+    for name, value in defaults.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
-    o.save_every = o.save_every or max(50, min(1000, (o.steps + o.finetune_steps) // 10))
+    o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
-    o.precision = o.precision or ("bf16" if o.device.type == "cuda" else "fp32")
+    if o.precision is None:
+        o.precision = "bf16" if o.device.type == "cuda" else "fp32"
     if o.batch % WORLD:
         raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
-    return state, known
+    return state, start
 
 
-def music(o):
-    """Where clips come from, for training and for validation: the files of --valid, else one file in twenty of --data,
-    which training leaves out if there are four or more."""
-    if not o.data:
-        return Synthetic(o.seed), Synthetic(o.seed + 1)
-    files = survey(o.data, max(o.windows), "--data")
-    if o.valid:
-        return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
-    digest = lambda path: hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
-    valid = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
-    train = sorted(files.keys() - valid) if len(files) >= 4 else files
-    return tuple(AudioFiles({path: files[path] for path in paths}) for paths in (train, valid))
+def kind_of(o):
+    """The kind of checkpoint that --model makes."""
+    return "vae" if o.model == "decoder" else o.model
 
 
-def vae_for(o, state, known):
-    """The VAE of a latent run, and whether its latents have yet to be measured: that of the run to go on with, else of
-    --vae (a latent model's will do), else of --init, else the shipped one."""
-    if state or known and not o.vae:
-        return known.vae, False
-    found = open_checkpoint("vae", o.vae)
-    if not o.vae and found.size != o.size:
-        raise UserError(f"the shipped VAE is not of size {o.size}: first train one, with --model vae, then give --vae")
-    if known and found.net.config.latent_channels != known.channels:
-        raise UserError(f"--vae: {o.init} has latents of {known.channels} channels, not this VAE's: leave out --init")
-    meaning = lambda vae: [vae.latent_mean, vae.latent_std, *vae.encoder.parameters()]      # of the latents
-    return found.net, not known or not all(map(torch.equal, meaning(found.net), meaning(known.vae)))
+def in_samples(seconds):
+    """Seconds -> samples at 44.1 kHz, a whole number of latent frames."""
+    return round(seconds * SAMPLE_RATE / VAE.hop) * VAE.hop
+
+
+def fit_windows(o, config):
+    """Let a clip be as long as the model's window if no recipe says otherwise, and never longer."""
+    longest = None                                          # samples; a VAE takes any number
+    if o.model == "waveform":
+        longest = config.samples
+    elif o.model == "latent":
+        longest = config.frames * VAE.hop
+    elif o.model == "classifier":
+        longest = 10 * SAMPLE_RATE                          # see PaSST
+    o.windows = o.windows or [longest]
+    if longest and max(o.windows) > longest:
+        raise UserError("--windows: a clip of this model has at most "
+                        f"{longest / SAMPLE_RATE:.2f} s")
+
+
+def vae_for(o, state, start):
+    """The VAE of a latent run, and whether its latents have been measured.
+
+    It is that of the run to resume, else of --vae (a latent model's will do), else of --init, else
+    the shipped one. With --init and --vae, latents that differ are measured anew.
+    """
+    if state or (start and not o.vae):
+        return start.vae, True
+    chosen = open_checkpoint("vae", o.vae)
+    if not o.vae and chosen.size != o.size:
+        raise UserError(f"the shipped VAE is not of size {o.size}: first train one, with "
+                        "--model vae, then give --vae")
+    if not start:
+        return chosen.net, False
+    if chosen.net.config.latent_channels != start.channels:
+        raise UserError(f"--vae: {o.init} has latents of {start.channels} channels, not this "
+                        "VAE's: leave out --init")
+    return chosen.net, same_latents(chosen.net, start.vae)
+
+
+def same_latents(one, two):
+    """Whether two VAEs encode alike. Their decoders may differ."""
+    a = [one.latent_mean, one.latent_std, *one.encoder.parameters()]
+    b = [two.latent_mean, two.latent_std, *two.encoder.parameters()]
+    return all(map(torch.equal, a, b))
 
 
 def main(argv=None):
+    # Options: those given, then those of the run to resume, then the recipe's.
     o = parse(argv)
-    state, known = settle(o)
+    state, start = settle(o)
     join_processes(o.device)
-    make, _, presets = NETS[o.model]
-    config = known.net.config if known else presets[o.size]
-    longest = getattr(config, "samples", 0) or getattr(config, "frames", 0) * VAE.hop
-    longest = 10 * SAMPLE_RATE if o.model == "classifier" else longest          # see PaSST
-    o.windows = o.windows or [longest]
-    if longest and max(o.windows) > longest:
-        raise UserError(f"--windows: a clip of this model has at most {longest / SAMPLE_RATE:.2f} s")
+    kind = kind_of(o)
+    make, _, presets = NETS[kind]
+    config = start.net.config if start else presets[o.size]
+    fit_windows(o, config)
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    vae, unmeasured, classes = None, not known and o.model == "waveform", []
+
+    # A latent model diffuses the latents of a VAE, which stays as it is.
+    vae, measured = None, bool(start)
     if o.model == "latent":
-        vae, unmeasured = vae_for(o, state, known)
-        vae, config = vae.to(o.device), replace(config, channels=vae.config.latent_channels)
+        vae, measured = vae_for(o, state, start)
+        vae = vae.to(o.device)
+        config = replace(config, channels=vae.config.latent_channels)
+
+    # Music, and the classes that it is labelled with: the names of its folders.
     source, held_out = music(o)
+    classes = []
     if o.model == "classifier":
-        classes = known.classes if known else sorted(set(source.names))
+        classes = start.classes if start else sorted(set(source.names))
         if not set(classes) & set(source.names):
-            raise UserError(f"--init: no folder has the name of one of its classes, {', '.join(classes)}: rename one")
+            raise UserError("--init: no folder has the name of one of its classes, "
+                            f"{', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
+
+    # The network: a new one, or the starting checkpoint's.
     torch.manual_seed(o.seed)
-    denoising = partial(Denoising, vae=vae, own_error=o.own_error)
-    objective = {"vae": Autoencoding, "classifier": Classifying}.get(o.model, denoising)(make(config)).to(o.device)
-    if known:
-        objective.net.load_state_dict(known.net.state_dict())
-    if unmeasured:
-        measure(o, objective, source)
-    if o.cache and vae and o.data:
-        source = Latents(source, Path(o.out) / "cache", vae)
+    net = make(config).to(o.device)
+    if start:
+        net.load_state_dict(start.net.state_dict())
+    if o.model in ("latent", "waveform") and not measured:
+        measure(o, net, vae, source)
+
+    # What is minimised, once for the network and once for the average of its weights.
+    ema = copy.deepcopy(net)
+    objective = make_objective(o, net, vae)
+    averaged = make_objective(o, ema, vae).requires_grad_(False).eval()
     if o.compile:
-        torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
-        blocks = (dit.Block, dit.SpectralBlock)
-        objective.net.apply(lambda module: isinstance(module, blocks) and module.compile(dynamic=False))
+        torch._dynamo.config.recompile_limit = 64       # one for each window and kind of block
+        for module in net.modules():
+            if isinstance(module, (dit.Block, dit.SpectralBlock)):
+                module.compile(dynamic=False)
+
+    # Clips to train on, and the few that are always validated on.
+    if o.cache:
+        source = Latents(source, Path(o.out) / "cache", vae, o.seed)
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
-    validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
-    header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,
-              "vae": {"config": asdict(vae.config), "weights": vae.state_dict()} if vae else None}
-    Trainer(o, objective, clips, validation, header, state).fit()
+    validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID,
+                       VALIDATED)
+
+    # What a checkpoint says of its model; from here on the loop has all it needs.
+    header = {"format": 1, "kind": kind, "size": o.size, "config": asdict(config),
+              "classes": classes or None, "vae": None}
+    if vae:
+        header["vae"] = {"config": asdict(vae.config), "weights": vae.state_dict()}
+    train(o, objective, averaged, clips, validation, header, state)
 
 
 if __name__ == "__main__":
