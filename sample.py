@@ -466,8 +466,11 @@ def survey(folders, samples, flag, remedy="give others, or shorter --windows"):
     """
     paths = find_files(folders)
     with ThreadPoolExecutor(8) as pool:
-        probed = progress(pool.map(probe, paths), flag, len(paths), unit="file", leave=False)
-        headers = dict(zip(paths, probed))
+        with progress(total=len(paths), desc=flag, unit="file", leave=False) as bar:
+            headers = {}
+            for path, header in zip(paths, pool.map(probe, paths)):
+                headers[path] = header
+                bar.update()
 
     needed = samples / SAMPLE_RATE
     usable = {}

@@ -372,6 +372,8 @@ def table_rows(checkpoint, judges, o):
     """CQTDiff, and its ceiling: real audio through encode and decode, mono and below 10 kHz."""
     facts = {"code": sample.file_digest(__file__), "level": o.level}
     rows = []
+    named = (*sample.Settings.FLAGS, "as_printed", "level")             # what a row's name says
+    o.given = {name: value for name, value in o.given.items() if name in named}
     for row in evaluate.sampled_rows(checkpoint, judges, o):
         name = f"{NAME}, {row.name.removeprefix('Latent ')}"
         rows.append(replace(row, name=name, make=spliced(row.make), facts=row.facts | facts))
