@@ -929,7 +929,7 @@ def row_for(task, left, right):
 
     A long infill begins with continuations; the window that reaches its right context is an infill.
     """
-    if task in FROM_X_BAR:
+    if task in TABLE_2 and task not in ("continuation", "infill"):
         return task
     if right:
         return "infill"

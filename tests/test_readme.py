@@ -1,7 +1,7 @@
-"""README.md and the model card: their commands, flags and Python are the code's own, so that neither text can rot.
+"""README.md and the model card: their commands, flags, links and line counts are the code's own.
 
-Edits run for real, in the README's order, with the shipped models, but one step; of training and evaluation the
-arguments are parsed. A command without a rule below fails: give it one.
+Edits run for real, in the README's order, with the shipped models, but one step; of training and
+evaluation the arguments are parsed. A command without a rule below fails: give it one.
 """
 import argparse
 import importlib
@@ -15,28 +15,42 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-import conftest                         # puts the root on the path, also without pytest
-import guidance
+import conftest                         # puts the root on the path, also when this file is run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(conftest.__file__).resolve().parents[1]
 TEXTS = ("README.md", "checkpoints/README.md")
-CODE = re.compile(r"^```(\w*)\n(.*?)^```$|`(python [^`]+)`", re.MULTILINE | re.DOTALL)       # fenced, or in a sentence
-RUN = {"sample.py": ["--steps", "1", "--num", "1"], "examples/synthetic.py": []}             # with these arguments more
-PARSED = ("train.py", "evaluate.py", "examples/stable_audio_open.py", "tests/sanity.py", "tests/benchmark.py")
-ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest -q")                       # .ci/ runs these
+CODE = re.compile(r"^```(\w*)\n(.*?)^```$|`(python [^`]+)`", re.MULTILINE | re.DOTALL)
+
+COMMAND = re.compile(r"(python|torchrun|pip|git|\$[A-Z]) |[A-Z]=")
+
+# Scripts that run, with these arguments more; scripts whose arguments are parsed; and the commands
+# that .ci/run calls, or that need what is not here.
+RUN = {"sample.py": ["--steps", "1", "--num", "1"], "examples/synthetic.py": []}
+PARSED = ("train.py", "evaluate.py", "examples/stable_audio_open.py", "examples/cqtdiff.py",
+          "examples/figure2.py", "examples/page.py", "examples/render.py",
+          "examples/spectrograms.py", "tests/sanity.py", "tests/benchmark.py")
+ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest -q",
+             "git clone --depth 1 https://github.com/MutopiaProject/MutopiaProject")
 
 
 def commands(text):
-    """The commands of a text, in order, without comments; T="torchrun ..." is put where $T stands."""
+    """The commands of a text, in order, without comments; T="torchrun ..." replaces $T."""
     found, variables = [], {}
-    for language, block, inline in CODE.findall((ROOT / text).read_text()):
-        lines = block.replace("\\\n", " ").splitlines() if block else [inline.replace("\n", " ")]
-        for command in [part for line in lines for part in line.split("&&") if not language]:
-            words = shlex.split(string.Template(command).safe_substitute(variables), comments=True)
-            if len(words) == 1 and "=" in words[0]:
-                variables.update([words[0].split("=", 1)])
-            elif words:
-                found.append(shlex.join(words))
+    for _, block, inline in CODE.findall((ROOT / text).read_text()):
+        lines = [inline.replace("\n", " ")]
+        if block:
+            lines = block.replace("\\\n", " ").splitlines()
+        for line in lines:
+            for command in line.split("&&"):
+                # Only what looks like a command: a block may also be a diagram, or Python.
+                if not COMMAND.match(command.strip()):
+                    continue
+                command = string.Template(command).safe_substitute(variables)
+                words = shlex.split(command, comments=True)
+                if len(words) == 1 and "=" in words[0]:
+                    variables.update([words[0].split("=", 1)])
+                else:
+                    found.append(shlex.join(words))
     return found
 
 
@@ -63,11 +77,14 @@ def parser_of(script):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the tracked files, or where there is no git, of what lies about; checkpoints as links."""
+    """A copy of the tracked files, or without git of what lies there; checkpoints as links."""
     tree = tmp_path_factory.mktemp("readme")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
-    found = [path.relative_to(ROOT) for pattern in ("*", "*/*") for path in ROOT.glob(pattern)]
-    for name in [name for name in listed if name] or found:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in listed.stdout.split("\0") if name]
+    if not names:
+        paths = [*ROOT.glob("*"), *ROOT.glob("*/*")]
+        names = [str(path.relative_to(ROOT)) for path in paths]
+    for name in names:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).suffix == ".pt":
             (tree / name).symlink_to(ROOT / name)
@@ -76,63 +93,85 @@ def tree(tmp_path_factory):
     return tree
 
 
-@pytest.mark.parametrize("command", [words for text in TEXTS for words in commands(text) if words not in ELSEWHERE])
+ALL = [command for text in TEXTS for command in commands(text) if command not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("command", ALL)
 def test_commands_run_or_have_good_arguments(command, tree, monkeypatch):
     """Every script is there and knows its flags; what edits or makes audio does so."""
     monkeypatch.chdir(tree)
     words = shlex.split(command)
-    at = next((i for i, word in enumerate(words) if word in (*RUN, *PARSED)), None)
-    assert at and words[0] in ("python", "torchrun"), f"no rule for {command}: give it one at the top of this file"
-    script, arguments = words[at], words[at + 1:]
+    places = [i for i, word in enumerate(words) if word in (*RUN, *PARSED)]
+    assert places, f"no rule for {command}: give it one at the top of this file"
+    script, arguments = words[places[0]], words[places[0] + 1:]
     assert Path(script).exists()
     if words[0] == "torchrun":
         get_args_parser().parse_args(words[1:])
+    if arguments[:1] == ["evaluate"]:                   # the door of an example: evaluate.py's flags
+        arguments = arguments[1:]
+        script = "evaluate.py"
+        arguments = [word for word in arguments if word not in ("--window", "5.944")]
     parser_of(script).parse_args(arguments)
-    module, before = module_of(script), set(tree.rglob("*.json"))
+    module = module_of(script)
+    before = set(tree.rglob("*.json"))
     if script in RUN:
         module.main(arguments + RUN[script])
         assert script != "sample.py" or set(tree.rglob("*.json")) > before, "nothing was written"
     elif hasattr(module, "parse"):
-        module.parse(arguments)                             # it may check more than single flags
+        module.parse(arguments)                         # it may check more than single flags
 
 
-def test_python_of_the_readme_runs(tree, monkeypatch):
-    """As printed, but for the number of steps."""
+def test_the_infill_from_python_runs(tree, monkeypatch):
+    """examples/from_python.py as it stands, in fewer steps."""
     monkeypatch.chdir(tree)
-    sample = guidance.sample
-    monkeypatch.setattr(guidance, "sample", lambda *args, **how: sample(*args, **how | {"steps": 1}))
-    block, = (block for language, block, _ in CODE.findall(Path("README.md").read_text()) if language == "python")
-    exec(compile(block, "README.md", "exec"), {})
-    assert Path("infill.wav").exists()
+    module_of("examples/from_python.py").infill("examples/clip.wav", "infill.wav", steps=1)
+    assert Path("infill.wav").stat().st_size > 10**6
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_flags_in_sentences_exist(text):
     """Each --flag that a text names belongs to some script."""
     parsers = [get_args_parser(), *map(parser_of, (*RUN, *PARSED))]
-    known = {flag for parser in parsers for flag in parser._option_string_actions}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / text).read_text())) <= known
+    flags = {"--depth"} | {flag for parser in parsers for flag in parser._option_string_actions}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / text).read_text())) <= flags
 
 
-LINK = re.compile(r"\[([\w.]+): `([^`]+)`\]\(\1#L\d+\)")       # [file.py: `code`](file.py#L12)
+LINK = re.compile(r"\[([\w.]+): `([^`]+)`\]\(\1#L\d+\)")        # [file.py: `code`](file.py#L12)
+COUNT = re.compile(r"^(\S+\.py) +(\d+) ", re.MULTILINE)         # file.py   120 ...
 
 
-def with_right_lines(text):
-    """The text, with each link to a line leading to the one line in which its code stands."""
+def lines_of(name):
+    return (ROOT / name).read_text().splitlines()
+
+
+def with_right_numbers(text):
+    """The text, with links to the lines in which their code stands, and with counts of lines."""
     def link(match):
         name, code = match.groups()
-        places = [i for i, line in enumerate((ROOT / name).read_text().splitlines(), 1) if code in line]
-        assert len(places) == 1, f"`{code}` stands in {len(places)} lines of {name}: name what stands in one"
+        places = [i for i, line in enumerate(lines_of(name), 1) if code in line]
+        assert len(places) == 1, f"`{code}` stands in {len(places)} lines of {name}"
         return f"[{name}: `{code}`]({name}#L{places[0]})"
-    return LINK.sub(link, text)
+
+    def count(match):
+        name, number = match.groups()
+        right = str(round(len(lines_of(name)), -1))
+        return match[0].replace(f" {number} ", f" {right.rjust(len(number))} ")
+    return COUNT.sub(count, LINK.sub(link, text))
 
 
-def test_links_lead_to_the_lines_that_they_name():
-    """Every link to a line names code that stands in that line of that file, and nowhere else in it."""
+def test_links_and_counts_of_lines_are_right():
+    """Every link to a line names code that stands in that line, and nowhere else in its file."""
     text = (ROOT / "README.md").read_text()
-    assert len(LINK.findall(text)) == text.count(".py#L") > 10
-    assert text == with_right_lines(text), "lines have moved: `python tests/test_readme.py` corrects the numbers"
+    assert len(LINK.findall(text)) == text.count(".py#L") > 10 and len(COUNT.findall(text)) > 10
+    assert text == with_right_numbers(text), "`python tests/test_readme.py` corrects the numbers"
+
+
+def test_local_links_lead_to_files():
+    """Every link to a file of the repository, in both texts."""
+    for text in TEXTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / text).read_text()):
+            assert (ROOT / text).parent.joinpath(target).exists(), f"{text}: {target}"
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(with_right_lines((ROOT / "README.md").read_text()))
+    (ROOT / "README.md").write_text(with_right_numbers((ROOT / "README.md").read_text()))
