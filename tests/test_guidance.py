@@ -102,18 +102,6 @@ def test_gradient_agrees_with_finite_differences(d, on):
         assert abs(gradient[0, 0, i].item() - finite) < 1e-6
 
 
-def test_a_term_guides_only_above_its_time():
-    """Each clip by its own time; where no clip is guided, the model runs without autograd."""
-    x_t, t, seen = noise(2, 1, 6, seed=6), torch.tensor([0.4, 0.6]), []
-    always = tasks.embedder_guidance(lambda x: x, noise(2, 1, 6, seed=7), x_t, 0.7)
-    late = tasks.embedder_guidance(lambda x: x, always.terms[0].y, x_t, 0.7, above=0.5)
-    one, other = (guided_estimate(flat_model, x_t, t, task.terms)[1] for task in (always, late))
-    assert one[0].any() and not other[0].any() and other[1].any() and torch.equal(one[1], other[1])
-    model = lambda x_t, t: seen.append(torch.is_grad_enabled()) or flat_model(x_t, t)
-    with torch.no_grad():
-        assert not guided_estimate(model, x_t, torch.tensor(0.5), late.terms)[1].any() and seen == [False]
-
-
 @pytest.mark.parametrize("d", [tasks.l1, tasks.l2])
 def test_gradient_is_finite_where_the_measurement_is_met(d):
     """At y = A(x) the kinks of L1 and of the unsquared L2 give 0, not NaN."""
@@ -282,53 +270,3 @@ def test_bad_arguments_are_named():
         Term(lambda x: x, tasks.l1, z, project=True)
     with pytest.raises(ValueError, match="on must"):
         Term(lambda x: x, tasks.l1, z, on="x_s")
-
-
-def test_the_level_is_kept_between_what_is_known():
-    """x0_hat there, times one gain per clip, has the power beside it, or `most` of its own amplitude; known positions,
-    and times up to `above`, are left alone; gradients are those of x0_hat times the gain. Silence stays silent."""
-    x = torch.randn(4, 3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x[..., 8:15] *= torch.tensor([2.0, 2.0, 3.0, 100.0], dtype=x.dtype)[:, None, None]
-    x, t = x.requires_grad_(), torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
-    model = lambda x, t: 0.3 * x * t[:, None, None]
-    kept = sample.level_kept(model, 8, 5, reach=7, above=0.5, most=4.0)
-    before, after = (x0_from_v(x, m(x, t), t) for m in (model, kept))
-    gain = (after / before).detach()
-    power = lambda x_0, part: x_0[..., part].square().mean((1, 2))
-    known = [*range(8), *range(15, 20)]
-    assert (gain[..., known] - 1).abs().max() < 1e-6 and (gain[1] - 1).abs().max() < 1e-6
-    assert torch.allclose(power(after, slice(8, 15))[[0, 2]], power(before, known)[[0, 2]])
-    assert (gain[3, :, 8:15] - 0.25).abs().max() < 1e-6 and (gain[[0, 2], :, 8:15] < 0.9).all()
-    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (after, before * gain)]
-    torch.testing.assert_close(*slopes)
-    assert not kept(0 * x, t).any()
-
-
-def test_a_level_is_kept_all_along_the_gap():
-    """A gap of 200 positions that fades away gets the level beside it everywhere, by gains that change slowly."""
-    x, t = torch.ones(1, 2, 300, dtype=torch.float64), torch.tensor([0.9], dtype=torch.float64)
-    x[..., 50:250] = torch.linspace(3, 0.3, 200)
-    model = lambda x_t, t: x_t
-    before, after = (x0_from_v(x, m(x, t), t) for m in (model, sample.level_kept(model, 50, 50, reach=20)))
-    for t in (0.25, 0.26):
-        late = torch.tensor([t], dtype=torch.float64)
-        assert torch.equal(sample.level_kept(model, 50, 50, reach=20)(x, late), model(x, late)) == (t == 0.25)
-    along = after[..., 50:250].unfold(-1, 40, 20).square().mean((0, 1, 3)).sqrt() / after[0, 0, 0].abs()
-    assert (along - 1).abs().max() < 0.15 and (after / before).log().diff(dim=-1)[..., 51:248].abs().max() < 0.1
-
-
-def test_windows_fill_the_gap_and_hear_what_is_before_them():
-    """For any lengths: equal shares of the gap, in windows that fit, behind the overlap if so much is known; the last
-    one hears what is behind the gap. From the right where more is known there, as in a mirror."""
-    g = torch.Generator().manual_seed(0)
-    for C_L, gap, C_R, window, overlap in torch.randint(1, 100, (500, 5), generator=g).tolist():
-        window, C_R = window + 100, min(C_R, 50)
-        spans, n = sample.windows(C_L, gap * 5, C_R, window, overlap), C_L + gap * 5 + C_R
-        if C_L < min(overlap, C_R) and n > window:
-            spans, C_L, C_R = [(n - last, n - first) for first, last in spans], C_R, C_L
-        known, shares = C_L, []
-        for first, last in spans:
-            assert 0 <= first and last - first <= window and known - first >= min(known, overlap, (window - C_R) // 2)
-            shares.append((last if last < n else n - C_R) - known)
-            known = last
-        assert known == n and max(shares) - min(shares) <= 1

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     """Tiny checkpoints of three kinds, and three clips: long (3 s), other (2 s), mono at 48 kHz."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sample")
-    vae = wake(VAE(VAES["tiny"]))
+    vae = VAE(VAES["tiny"])
     vae.latent_std.fill_(0.3)
     unet = wake(UNet1D(UNET["tiny"]))
     unet.scale.fill_(0.15)
@@ -527,6 +527,7 @@ def mirrored(audio):
 def test_a_context_is_encoded_as_if_it_went_on_as_its_mirror_image(folder):
     """Each side by itself, at both of its ends; between them are zeros."""
     latent = load_checkpoint(folder / "latent.pt")
+    wake(latent.vae)                                # as initialised, an encoder sees no neighbours
     n, C = 2**14, 32
     audio = 0.1 * noise(2, 2, n, dtype=torch.float32)
     x = sample.encode_context(latent, audio, C, C)
@@ -719,12 +720,15 @@ def test_xi_is_the_step_towards_the_context_alone(folder):
 
 def test_a_reference_gives_its_spectrum(folder):
     """From the command line; not with --no-equalise."""
-    wanted = torch.from_numpy(read(folder / "other.wav").T[None].copy()).float()
+    def shape(audio):
+        audio = torch.from_numpy(audio.T[None].copy()).float()
+        return sample.spectrum(audio, torch.ones(audio.shape[-1]))[:, 5:].log10()
+    wanted = shape(read(folder / "other.wav"))
 
     def distance(*flags):
-        audio = call(folder, "--task", "embedding", "--reference", folder / "other.wav",
-                     "--length", 0.5, *flags)
-        return decibels_between(torch.from_numpy(audio.T[None].copy()).float(), wanted).abs().mean()
+        made = call(folder, "--task", "embedding", "--reference", folder / "other.wav",
+                    "--length", 0.5, *flags)
+        return (shape(made) - wanted).abs().mean()
     assert distance() < 0.5 * distance("--no-equalise")
 
 
@@ -915,7 +919,9 @@ def test_continuation_has_the_requested_length(folder, model):
 @pytest.mark.parametrize("name", ["long", "mono"])
 def test_the_region_to_be_generated_does_not_leak(folder, model, task, name):
     """Noise in the place of the region changes nothing of the result, bit for bit."""
-    flags = ("--start", 1, "--length", 0.3) if task == "continuation" else ("--start", 1, "--end", 1.3)
+    flags = ("--start", 1, "--end", 1.3)
+    if task == "continuation":
+        flags = ("--start", 1, "--length", 0.3)
     audio = read(folder / f"{name}.wav")
     rate = sf.info(folder / f"{name}.wav").samplerate
     made = []
@@ -950,8 +956,8 @@ def test_little_noise_leaves_what_stood_there(folder):
     light = call(folder, "--task", "regenerate", *region, "--k", 0.01, model=toy(), steps=1)
     new = call(folder, "--task", "infill", *region, model=toy(), steps=1)
     inside = slice(44100, round(1.2 * 44100))
-    assert np.abs(light - track)[inside].std() < 0.1 * track[inside].std()
-    assert np.abs(new - track)[inside].std() > track[inside].std()
+    assert (light - track)[inside].std() < 0.1 * track[inside].std()
+    assert (new - track)[inside].std() > track[inside].std()
 
 
 def test_variations_and_seeds(folder):
@@ -1045,7 +1051,7 @@ def test_peaks_of_what_is_replaced_do_not_count(folder):
 def test_little_context_is_said_and_none_refused(folder, capsys):
     """130 samples hold a frame, so the music goes on; 100 do not."""
     for n in (130, 100):
-        sf.write(folder / f"n{n}.wav", 0.1 * np.random.default_rng(0).standard_normal((n, 2)), 44100)
+        sf.write(folder / f"n{n}.wav", np.random.default_rng(0).uniform(-0.1, 0.1, (n, 2)), 44100)
     after = call(folder, "--task", "continuation", "--input", folder / "n130.wav",
                  "--length", 0.2, model=toy())
     assert len(after) == 130 + 8820 and "context 0.00 s before" in capsys.readouterr().out
@@ -1069,7 +1075,12 @@ def test_silence_and_short_clips_work(folder, name, audio, flags):
 
 ENDINGS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "W64": "w64", "AIFF": "aiff", "AU": "au",
            "CAF": "caf", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
-FORMATS = [(kind, subtype) for kind in ENDINGS for subtype in sf.available_subtypes(kind)]
+FORMATS = []
+for kind in ENDINGS:
+    for subtype in sf.available_subtypes(kind):
+        if not subtype.startswith("DWVW"):              # soundfile cannot read what it wrote
+            FORMATS.append((kind, subtype))
+TOO_LONG = pytest.mark.xfail(reason="its 32 bits are read as float32, which holds 24", strict=True)
 RATES = (44100, 48000, 22050, 96000, 11025, 8000)
 
 
@@ -1088,7 +1099,8 @@ def write_as(path, kind, subtype, turn):
     pytest.skip(f"this libsndfile writes no {kind} of {subtype}")
 
 
-@pytest.mark.parametrize("kind, subtype", FORMATS, ids="-".join if False else str)
+@pytest.mark.parametrize("kind, subtype", [
+    pytest.param(*format, marks=TOO_LONG if "ALAC_32" in format else ()) for format in FORMATS])
 def test_every_format_keeps_its_samples_outside_the_region(folder, kind, subtype):
     """Bit for bit what libsndfile reads, in full length, whatever it was written as."""
     path = folder / f"{kind}.{ENDINGS[kind]}"
@@ -1097,8 +1109,9 @@ def test_every_format_keeps_its_samples_outside_the_region(folder, kind, subtype
     after = call(folder, "--task", "infill", "--input", path, "--start", 0.5, "--end", 0.7,
                  model=toy())
     rate = info.samplerate
-    a = round((0.5 - sample.SPLICE) * rate)
-    b = round((0.7 + sample.SPLICE) * rate) + math.ceil(128 * rate / 44100)
+    fade = round(sample.SPLICE * rate)
+    a = round(0.5 * rate) - fade
+    b = round(0.7 * rate) + math.ceil(128 * rate / 44100) + fade
     assert after.shape == before.shape and len(after) >= n
     assert sf.info(folder / "out.wav").samplerate == rate
     assert np.array_equal(after[:a], before[:a]) and np.array_equal(after[b:], before[b:])
@@ -1261,8 +1274,15 @@ def test_shipped_checkpoints_load_and_work(path, folder):
     assert np.isfinite(read(folder / "out.wav")).all()
 
 
-# 64 samples, left and right in turn, spread over what the README's first command makes in two steps.
-FIRST_COMMAND = [0.0]
+# 64 samples, left and right in turn, spread over what two steps of the README's first command make.
+FIRST_COMMAND = [
+    -0.1645, 0.1143, 0.0766, 0.0428, 0.1372, -0.1279, 0.0556, -0.0681, -0.0264, 0.0634, 0.078,
+    0.0068, 0.0785, -0.007, -0.0734, 0.0315, -0.0375, 0.0667, -0.0291, -0.0198, 0.0276, 0.1141,
+    -0.0847, -0.0661, 0.0425, -0.0301, 0.0617, -0.0154, 0.0895, -0.0727, -0.0574, 0.0369, 0.1163,
+    0.0761, 0.1127, -0.0003, 0.0276, 0.0022, 0.0118, -0.0561, -0.0396, -0.0523, -0.0571, 0.0751,
+    0.0394, -0.0703, -0.0134, 0.0225, 0.0886, -0.0612, 0.0217, -0.011, -0.0032, 0.0369, -0.0303,
+    0.0824, 0.1027, -0.0367, -0.0886, 0.0494, -0.0045, -0.0193, -0.0144, 0.0443
+]
 
 
 def test_the_first_command_sounds_as_it_did(tmp_path):
@@ -1272,4 +1292,4 @@ def test_the_first_command_sounds_as_it_did(tmp_path):
     new = read(tmp_path / "out.wav")[len(read(ROOT / "examples" / "clip.wav")):]
     at = np.linspace(100, len(new) - 100, 64).astype(int)
     got = new[at, np.arange(64) % 2]
-    assert np.abs(got - FIRST_COMMAND).max() < 1e-3, [round(x, 4) for x in got.tolist()]
+    assert np.abs(got - FIRST_COMMAND).max() < 1e-3

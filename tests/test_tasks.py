@@ -76,19 +76,6 @@ def test_crossfade_has_constant_power_and_keeps_both_sides():
     assert torch.allclose(turned, tasks.crossfade(x, y, C_L, C_R), atol=1e-12)
 
 
-def test_an_excerpt_is_mirrored_beyond_its_ends():
-    """Back and forth, as far as it is asked for, with each end twice; nothing outside [lo, hi) is read."""
-    assert sample.excerpt(torch.arange(10), -1, 12, lo=2, hi=6).tolist() == [4, 3, 2, 2, 3, 4, 5, 5, 4, 3, 2, 2, 3]
-
-
-def test_a_blend_is_level_but_of_opposite_signals():
-    """One with itself stays as it is, unrelated ones keep their power, and one turns into its opposite through 0."""
-    one, other = torch.tensor([[3.0], [0.0]]).expand(-1, 25), torch.tensor([[0.0], [3.0]]).expand(-1, 25)
-    torch.testing.assert_close(sample.blend(one, one), one)
-    torch.testing.assert_close(sample.blend(one, other).square().sum(0), torch.full((25,), 9.0))
-    assert sample.blend(one, -one)[0, 12].abs() < 1e-5 and (sample.blend(one, -one)[0].diff() < 0).all()
-
-
 def test_transition_regenerates_the_crossfade():
     """Table 2, Transition: contexts from either track, the middle from the fade."""
     (left, right), z = signals(2), signals(1, seed=1)[0]
