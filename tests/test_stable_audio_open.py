@@ -1,4 +1,5 @@
-"""examples/stable_audio_open.py with a tiny random pipeline of the same make; skipped where diffusers is missing."""
+"""examples/stable_audio_open.py with a tiny random pipeline of the same make; skipped where
+diffusers is missing."""
 import json
 import math
 import sys
@@ -27,7 +28,8 @@ PROMPT = ("--prompt", "warm pads", "--scale", "3")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A StableAudioPipeline with random weights and a tokenizer of four words, as save_pretrained writes it."""
+    """A StableAudioPipeline with random weights and a tokenizer of four words, as save_pretrained
+    writes it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pipeline")
     vae = diffusers.AutoencoderOobleck(
@@ -78,8 +80,10 @@ def edit(folder, tmp_path, track, *arguments):
     (("--task", "infill", "--start", "3.2", "--end", "4", *PROMPT), 3.2, 4, 8),
     (("--task", "continuation", "--start", "5", "--length", "4"), 5, 8, 9)], ids=["infill", "continuation"])
 def test_an_edit_is_new_inside_and_the_inputs_own_outside(folder, tmp_path, capsys, flags, a, b, length):
-    """The length is right; outside the region (in whole frames) and its fades all bits are the input's; nothing leaks:
-    noise in the place of the region changes nothing. The licence is said once; the json has the example's command."""
+    """The length is right; outside the region (in whole frames) and its fades all bits are the
+    input's; nothing leaks: noise in the place of the region changes nothing. The licence is said
+    once; the json has the example's command.
+    """
     track = sf.read(ROOT / "examples" / "clip.wav", always_2d=True)[0]
     after = edit(folder, tmp_path, track, *flags)
     printed, stored = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
@@ -97,7 +101,8 @@ def test_an_edit_is_new_inside_and_the_inputs_own_outside(folder, tmp_path, caps
 
 @pytest.mark.parametrize("sigma", [0.3, 2.0, 80.0])
 def test_x0_hat_is_that_of_the_pipeline(folder, sigma):
-    """One step of the whole pipeline, from sigma to 0 with a prompt, ends at the x0_hat that guidance.py computes."""
+    """One step of the whole pipeline, from sigma to 0 with a prompt, ends at the x0_hat that
+    guidance.py computes."""
     pytest.importorskip("torchsde")                     # the scheduler wants it
     pipe = diffusers.StableAudioPipeline.from_pretrained(folder, scheduler=None)
     pipe.register_modules(scheduler=diffusers.CosineDPMSolverMultistepScheduler(sigma_min=sigma))
@@ -112,7 +117,8 @@ def test_x0_hat_is_that_of_the_pipeline(folder, sigma):
 
 
 def test_without_a_prompt_the_model_is_the_unconditional_half_of_its_guidance(folder):
-    """One zero token says what zeros in the place of the whole prompt say; an empty prompt says something else."""
+    """One zero token says what zeros in the place of the whole prompt say; an empty prompt says
+    something else."""
     x_t, t = torch.randn(2, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
     null, half, empty = (open_tiny(folder, **given).net(x_t, t) for given in (
         {}, {"prompt": "warm pads", "scale": 0.0}, {"prompt": "", "scale": 1.0}))
@@ -121,7 +127,8 @@ def test_without_a_prompt_the_model_is_the_unconditional_half_of_its_guidance(fo
 
 
 def test_behind_a_short_window_the_model_hears_silence(folder):
-    """A window of n frames is a full one that goes on with silence, at the noise level of t, and lasts as long as n."""
+    """A window of n frames is a full one that goes on with silence, at the noise level of t, and
+    lasts as long as n."""
     checkpoint, n, t = open_tiny(folder), 40, torch.tensor([0.4])
     noise = torch.randn(1, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(0))
     silence = checkpoint.encode(torch.zeros(1, 2, FRAMES * HOP))[..., 30:31].expand(-1, -1, FRAMES)
@@ -132,7 +139,8 @@ def test_behind_a_short_window_the_model_hears_silence(folder):
 
 
 def test_chunks_change_neither_the_audio_nor_a_gradient(folder):
-    """Encoding and decoding in chunks, computed again for a gradient, give what the whole autoencoder gives."""
+    """Encoding and decoding in chunks, computed again for a gradient, give what the whole
+    autoencoder gives."""
     vae, g = open_tiny(folder).vae, torch.Generator().manual_seed(0)
     audio = torch.randn(1, 2, 150 * HOP, generator=g)
     torch.testing.assert_close(vae.encode(audio), vae.vae.encode(audio).latent_dist.mode(), atol=1e-5, rtol=1e-5)
@@ -156,7 +164,8 @@ def test_the_autoencoder_reaches_no_further_than_is_said(folder):
 
 
 def test_guidance_by_example_and_recomputed_blocks(folder, tmp_path):
-    """--reference joins an infill; with --recompute each block runs twice, and the edit is the same."""
+    """--reference joins an infill; with --recompute each block runs twice, and the edit is the
+    same."""
     save_checkpoint(tmp_path / "classifier.pt", "classifier", tasks.PaSST(tasks.PASST_PRESETS["tiny"]), classes=["a"])
     track = sf.read(ROOT / "examples" / "clip.wav", always_2d=True)[0][:3 * 44100]
     flags = ("--task", "infill", "--start", "1", "--end", "1.5")

@@ -1,4 +1,5 @@
-"""The autoencoder: rate, locality, chunking, normalisation, losses on extreme signals, and that it learns."""
+"""The autoencoder: rate, locality, chunking, normalisation, losses on extreme signals, and that it
+learns."""
 import math
 
 import pytest
@@ -15,7 +16,8 @@ NOISE = torch.rand(1, 2, 6000, generator=torch.Generator().manual_seed(1)) * 2 -
 
 
 def narrow_vae(config=NARROW):
-    """An autoencoder with random weights everywhere: the layers that start as the identity would hide their reach."""
+    """An autoencoder with random weights everywhere: the layers that start as the identity would
+    hide their reach."""
     torch.manual_seed(0)
     net = VAE(config)
     for name, p in net.named_parameters():
@@ -53,7 +55,8 @@ def overfit(audio, steps, lr=5e-3):
 
 @pytest.mark.parametrize("samples, frames", [(128, 1), (1280, 10), (1281, 11), (1407, 11), (1, 1)])
 def test_one_latent_frame_for_128_samples(samples, frames):
-    """Lengths that are no multiple of 128 are filled up with zeros; forward gives the length that it was given."""
+    """Lengths that are no multiple of 128 are filled up with zeros; forward gives the length that
+    it was given."""
     net, audio = narrow_vae(), torch.randn(2, 2, samples)
     latents = net.encode(audio)
     assert latents.shape == (2, 4, frames)
@@ -74,7 +77,8 @@ def test_audio_of_another_shape_is_refused(shape):
 
 @pytest.mark.parametrize("samples", [128 * 60, 128 * 64, 128 * 64 + 5])
 def test_chunks_leave_no_trace(monkeypatch, samples):
-    """Encoding and decoding in chunks of 16 frames equals one piece to 1e-5, also where the last chunk is short."""
+    """Encoding and decoding in chunks of 16 frames equals one piece to 1e-5, also where the last
+    chunk is short."""
     net, audio = narrow_vae(), torch.randn(2, 2, samples)
     latents = net.encode(audio)
     whole = net.decode(latents)
@@ -84,7 +88,8 @@ def test_chunks_leave_no_trace(monkeypatch, samples):
 
 
 def test_the_first_half_alone_gives_the_first_half_of_the_latents():
-    """Except for the frames whose stated receptive field reaches beyond the cut; those do change."""
+    """Except for the frames whose stated receptive field reaches beyond the cut; those do change.
+    """
     net, audio = narrow_vae(), torch.randn(1, 2, 128 * 64)
     difference = (net.encode(audio)[..., :32] - net.encode(audio[..., :128 * 32])).abs().amax((0, 1))
     blind = -(-net.encoder_field // net.hop)
@@ -94,7 +99,8 @@ def test_the_first_half_alone_gives_the_first_half_of_the_latents():
 
 @pytest.mark.parametrize("kernel", [3, 7])
 def test_the_receptive_fields_are_those_stated(kernel):
-    """Measured by gradients: how far one latent frame sees in samples, and a frame of samples in latent frames."""
+    """Measured by gradients: how far one latent frame sees in samples, and a frame of samples in
+    latent frames."""
     net = narrow_vae(VAEConfig(NARROW.encoder, NARROW.decoder, 4, kernel))
     audio, at = torch.randn(1, 2, 128 * 41, requires_grad=True), 20
     net.posterior(audio)[0][..., at].sum().backward()
@@ -107,7 +113,8 @@ def test_the_receptive_fields_are_those_stated(kernel):
 
 
 def test_encode_and_decode_normalise_with_the_buffers():
-    """encode gives (mean - latent_mean) / latent_std, decode takes it back, and a checkpoint carries both."""
+    """encode gives (mean - latent_mean) / latent_std, decode takes it back, and a checkpoint
+    carries both."""
     net, audio = narrow_vae(), torch.randn(1, 2, 1280)
     plain = net.decode(net.encode(audio))
     mean, _ = net.posterior(audio)
@@ -120,7 +127,8 @@ def test_encode_and_decode_normalise_with_the_buffers():
 
 
 def test_decode_keeps_a_graph_only_for_latents_that_ask():
-    """The gradient reaches the latents through chunks; without one wanted, even trainable weights keep no graph."""
+    """The gradient reaches the latents through chunks; without one wanted, even trainable weights
+    keep no graph."""
     net, latents = narrow_vae(), torch.randn(1, 4, 8)
     assert not net.decode(latents).requires_grad
     latents.requires_grad_()
@@ -132,7 +140,8 @@ def test_decode_keeps_a_graph_only_for_latents_that_ask():
 
 
 def test_what_is_decoded_while_training():
-    """z = mean + exp(logvar / 2) * noise; with a share, that much noise, of the deviation of each clip and channel."""
+    """z = mean + exp(logvar / 2) * noise; with a share, that much noise, of the deviation of each
+    clip and channel."""
     net, audio, noise = narrow_vae(), torch.randn(2, 2, 1280), torch.randn(2, 4, 10)
     reconstruction, mean, logvar = net(audio, noise)
     torch.testing.assert_close(reconstruction, net.decode(mean + (logvar / 2).exp() * noise))
@@ -143,7 +152,8 @@ def test_what_is_decoded_while_training():
 
 @pytest.mark.parametrize("audio", [SILENCE, NOISE, SQUARE], ids=["silence", "noise", "square"])
 def test_nothing_is_nan_for_extreme_audio(audio):
-    """Digital silence and full scale: outputs, all losses and every gradient of both networks are finite."""
+    """Digital silence and full scale: outputs, all losses and every gradient of both networks are
+    finite."""
     net, judge = narrow_vae(), Discriminator(NARROW)
     reconstruction, mean, logvar = net(audio, torch.randn(1, 4, 47))
     real, fake = judge(audio), judge(reconstruction)
@@ -157,16 +167,20 @@ def test_nothing_is_nan_for_extreme_audio(audio):
 
 
 def test_the_band_loss_hears_levels_and_no_phases():
-    """Twice the amplitude is log 4 in every band; other noise of the same level is nearer than by stft_loss; a flutter
-    about the right level is nearly as far as a wrong level; band_powers can tell thirds of an octave."""
+    """Twice the amplitude is log 4 in every band; other noise of the same level is nearer than by
+    stft_loss; a flutter about the right level is nearly as far as a wrong level; band_powers can
+    tell thirds of an octave.
+    """
     noise = 0.1 * torch.randn(2, 2, 2, 2**15, generator=torch.Generator().manual_seed(0))
     assert vae.band_loss(2 * noise[0], noise[0]) == pytest.approx(math.log(4), rel=1e-3)
     assert vae.band_loss(*noise) < 0.7 * vae.stft_loss(*noise)
     flutter = torch.tensor([1.5, 1 / 1.5]).repeat_interleave(512).repeat(32)
     assert vae.band_loss(flutter * noise[0], noise[0]) > 0.8 * vae.band_loss(1.5 * noise[0], noise[0])
-    tone = 0.1 * torch.sin(2 * torch.pi * 72 / 2048 * torch.arange(2**15)).expand(1, 2, -1)     # bin 72 of 64 to 80
+    # bin 72 of 64 to 80
+    tone = 0.1 * torch.sin(2 * torch.pi * 72 / 2048 * torch.arange(2**15)).expand(1, 2, -1)
     bands = vae.band_powers(tone, 2048, 3, 4)[0, 0, :, 5:-5].mean(1)
-    assert bands.argmax() == 18 - 3 and bands.sort().values[-2] < bands.max() - 5        # bins 1 to 3 leave three empty
+    # bins 1 to 3 leave three empty
+    assert bands.argmax() == 18 - 3 and bands.sort().values[-2] < bands.max() - 5
 
 
 @pytest.mark.parametrize("name, part", [("SPECTRAL", vae.stft_loss), ("BAND", vae.band_loss), ("L1", F.l1_loss),
@@ -188,7 +202,8 @@ def test_the_spectral_loss_of_silence_against_silence_is_zero():
 
 
 def test_the_spectral_loss_hears_the_side():
-    """Swapping the sign of the right channel changes mid and side only, left and right spectra not at all."""
+    """Swapping the sign of the right channel changes mid and side only, left and right spectra not
+    at all."""
     audio = music(8192)
     flipped = audio * torch.tensor([1.0, -1.0])[:, None]
     assert vae.stft_loss(flipped, audio) > 0.5
@@ -214,7 +229,8 @@ def test_kl_is_zero_for_a_standard_normal_and_matches_torch():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), (torch.float16, 6e-3)])
 def test_half_precision_agrees_with_float32(dtype, tolerance):
-    """Under autocast the reconstruction stays within the rounding of the type, and losses are float32."""
+    """Under autocast the reconstruction stays within the rounding of the type, and losses are
+    float32."""
     net, audio = narrow_vae(), music(12800)
     reference, _, _ = net(audio)
     with torch.autocast("cpu", dtype):
@@ -225,7 +241,8 @@ def test_half_precision_agrees_with_float32(dtype, tolerance):
 
 
 def test_discriminator_losses_at_known_logits():
-    """The hinge is 0 beyond the margin and 2 at logits of 0; features that match cost 0; gradients spare `real`."""
+    """The hinge is 0 beyond the margin and 2 at logits of 0; features that match cost 0; gradients
+    spare `real`."""
     def outputs(logit, feature):
         return [(torch.full((1, 1, 2, 2), logit), [torch.full((1, 3, 2, 2), feature)]) for _ in range(2)]
     assert vae.discriminator_loss(outputs(2.0, 0.0), outputs(-2.0, 0.0)) == 0
@@ -241,7 +258,8 @@ def test_discriminator_losses_at_known_logits():
 
 
 def test_the_discriminator_learns_to_tell_music_from_noise():
-    """A few steps of the hinge loss bring it below its value for undecided logits, at every scale."""
+    """A few steps of the hinge loss bring it below its value for undecided logits, at every scale.
+    """
     torch.manual_seed(0)
     judge, real = Discriminator(NARROW), music(8192)
     fake = torch.randn_like(real) * real.std()
@@ -254,6 +272,7 @@ def test_the_discriminator_learns_to_tell_music_from_noise():
 
 
 def test_it_learns_one_clip():
-    """60 steps on a fifth of a second pass 4 dB; silence would give 0, a network without its layers 1."""
+    """60 steps on a fifth of a second pass 4 dB; silence would give 0, a network without its layers
+    1."""
     hiss = 2e-3 * torch.randn(1, 2, 2**13, generator=torch.Generator().manual_seed(0))
     assert overfit(music(2**13) + hiss, steps=60) > 4
