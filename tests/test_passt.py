@@ -20,7 +20,8 @@ def tiny(seed=0):
     return net
 
 
-@pytest.mark.parametrize("rates", [(44100, 32000), (44100, 16000), (48000, 44100), (22050, 44100), (11127, 44100)])
+@pytest.mark.parametrize("rates", [
+    (44100, 32000), (44100, 16000), (48000, 44100), (22050, 44100), (11127, 44100)])
 def test_resampled_tone_is_the_tone_at_the_new_rate(rates):
     """A 1 kHz sine sampled at one rate becomes the same sine sampled at the other, in place and to
     -100 dB."""
@@ -55,7 +56,8 @@ def test_blocks_of_phases_join_without_a_seam():
     y = resample(x, 3, 1000)
     at = torch.arange(0, len(y), 37)                       # no divisor of 160 or 1000
     d = 0.945 * (at[:, None].double() * 3 / 1000 - torch.arange(400))
-    window = torch.i0(12 * (1 - (d / 48) ** 2).clamp(min=0).sqrt()) / torch.i0(torch.tensor(12.0, dtype=torch.float64))
+    window = torch.i0(12 * (1 - (d / 48) ** 2).clamp(min=0).sqrt())
+    window = window / torch.i0(torch.tensor(12.0, dtype=torch.float64))
     expected = (0.945 * torch.sinc(d) * window * (d.abs() < 48)) @ x
     torch.testing.assert_close(y[at], expected, atol=1e-9, rtol=0)
 
@@ -77,10 +79,17 @@ def test_paper_preset_has_the_official_tensors():
     with torch.device("meta"):
         state = PaSST(PASST_PRESETS["paper"]).state_dict()
     assert len(state) == 159 and sum(tensor.numel() for tensor in state.values()) == 86_153_758
-    expected = {"time_new_pos_embed": (1, 768, 1, 99), "freq_new_pos_embed": (1, 768, 12, 1),
-                "new_pos_embed": (1, 2, 768), "patch_embed.proj.weight": (768, 1, 16, 16),
-                "blocks.11.attn.qkv.weight": (2304, 768), "blocks.0.mlp.fc2.bias": (768,), "head.0.weight": (768,),
-                "head.1.weight": (527, 768), "head_dist.bias": (527,)}
+    expected = {
+        "time_new_pos_embed": (1, 768, 1, 99),
+        "freq_new_pos_embed": (1, 768, 12, 1),
+        "new_pos_embed": (1, 2, 768),
+        "patch_embed.proj.weight": (768, 1, 16, 16),
+        "blocks.11.attn.qkv.weight": (2304, 768),
+        "blocks.0.mlp.fc2.bias": (768,),
+        "head.0.weight": (768,),
+        "head.1.weight": (527, 768),
+        "head_dist.bias": (527,),
+    }
     assert {key: tuple(state[key].shape) for key in expected} == expected
 
 
@@ -100,8 +109,8 @@ def test_official_file_loads_flat_or_nested(tmp_path, wrap):
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "list", "one tensor less", "one tensor more",
-                                    "other size"])
+@pytest.mark.parametrize("damage", [
+    "missing", "truncated", "text", "list", "one tensor less", "one tensor more", "other size"])
 def test_unusable_official_file_ends_in_a_sentence(tmp_path, damage):
     """The sentence names the file, and where the right one is published."""
     path, state = tmp_path / "passt.pt", tiny().state_dict()
@@ -117,7 +126,8 @@ def test_unusable_official_file_ends_in_a_sentence(tmp_path, damage):
         torch.save([1, 2] if damage == "list" else state, path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r"passt\.pt .*passt-s-f128-p16-s10-ap\.476-swa\.pt.*v0\.0\.1-audioset"):
+    wanted = r"passt\.pt .*passt-s-f128-p16-s10-ap\.476-swa\.pt.*v0\.0\.1-audioset"
+    with pytest.raises(ValueError, match=wanted):
         load_official(PaSST(PASST_PRESETS["tiny"]), path, PASST_FILE)
 
 
@@ -168,7 +178,8 @@ def test_patchout_of_a_clip_does_not_depend_on_its_batch():
 
 def test_listening_beyond_ten_seconds_is_the_mean_of_its_windows():
     """12 s are heard as two windows of 6 s."""
-    net, audio = tiny(), torch.randn(1, 2, 12 * 32000, generator=torch.Generator().manual_seed(4)) / 10
+    net = tiny()
+    audio = torch.randn(1, 2, 12 * 32000, generator=torch.Generator().manual_seed(4)) / 10
     mel = net.mel(audio.mean(1))
     halves = [net(half)[1] for half in mel.chunk(2, -1)]
     torch.testing.assert_close(net.listen(audio, 32000)[1], sum(halves) / 2)
@@ -178,7 +189,8 @@ def test_listening_to_mono_stereo_short_and_silent_audio():
     """Mono equals two equal channels; half a tenth of a second and digital silence give finite
     embeddings."""
     net, audio = tiny(), torch.randn(1, 1, 22050, generator=torch.Generator().manual_seed(5)) / 10
-    torch.testing.assert_close(net.listen(audio, 44100)[1], net.listen(audio.expand(-1, 2, -1), 44100)[1])
+    stereo = audio.expand(-1, 2, -1)
+    torch.testing.assert_close(net.listen(audio, 44100)[1], net.listen(stereo, 44100)[1])
     assert net.listen(audio[..., :2205], 44100)[1].isfinite().all()
     assert net.listen(torch.zeros(1, 2, 44100), 44100)[1].isfinite().all()
 

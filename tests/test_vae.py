@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import vae
 from vae import VAE, Discriminator, VAEConfig
 
-NARROW = VAEConfig((4, 4, 8, 8, 8, 16, 16, 16), (16, 16, 16, 8, 8, 8, 8, 4), 4, discriminator_width=4)
+NARROW = VAEConfig(
+    (4, 4, 8, 8, 8, 16, 16, 16), (16, 16, 16, 8, 8, 8, 8, 4), 4, discriminator_width=4)
 SILENCE = torch.zeros(1, 2, 6000)
 SQUARE = torch.tensor([1.0, -1.0]).repeat(1, 2, 3000)
 NOISE = torch.rand(1, 2, 6000, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -29,8 +30,10 @@ def narrow_vae(config=NARROW):
 def music(samples):
     """A chord with vibrato and a decaying beat, louder on the left; (1, 2, samples)."""
     t = torch.arange(samples) / 44100
-    chord = sum(torch.sin(2 * torch.pi * f * t + 0.5 * torch.sin(30 * t)) for f in (220, 277.2, 329.6, 880)) / 12
-    beat = torch.randn(samples, generator=torch.Generator().manual_seed(0)) * torch.exp(-30 * (t % 0.25)) / 30
+    vibrato = 0.5 * torch.sin(30 * t)
+    chord = sum(torch.sin(2 * torch.pi * f * t + vibrato) for f in (220, 277.2, 329.6, 880)) / 12
+    hiss = torch.randn(samples, generator=torch.Generator().manual_seed(0))
+    beat = hiss * torch.exp(-30 * (t % 0.25)) / 30
     return torch.stack([chord + beat, 0.7 * chord - beat])[None]
 
 
@@ -91,7 +94,8 @@ def test_the_first_half_alone_gives_the_first_half_of_the_latents():
     """Except for the frames whose stated receptive field reaches beyond the cut; those do change.
     """
     net, audio = narrow_vae(), torch.randn(1, 2, 128 * 64)
-    difference = (net.encode(audio)[..., :32] - net.encode(audio[..., :128 * 32])).abs().amax((0, 1))
+    whole, half = net.encode(audio)[..., :32], net.encode(audio[..., :128 * 32])
+    difference = (whole - half).abs().amax((0, 1))
     blind = -(-net.encoder_field // net.hop)
     assert difference[:-blind].max() < 1e-5
     assert difference[-blind:].min() > 1e-4
@@ -105,7 +109,8 @@ def test_the_receptive_fields_are_those_stated(kernel):
     audio, at = torch.randn(1, 2, 128 * 41, requires_grad=True), 20
     net.posterior(audio)[0][..., at].sum().backward()
     seen = audio.grad.abs().sum((0, 1)).nonzero()
-    assert (at * 128 - seen.min(), seen.max() - at * 128 - 127) == (net.encoder_field, net.encoder_field)
+    assert at * 128 - seen.min() == net.encoder_field
+    assert seen.max() - at * 128 - 127 == net.encoder_field
     latents = torch.randn(1, 4, 41, requires_grad=True)
     net.decode(latents)[..., at * 128:(at + 1) * 128].sum().backward()
     seen = latents.grad.abs().sum((0, 1)).nonzero()
@@ -118,7 +123,8 @@ def test_encode_and_decode_normalise_with_the_buffers():
     net, audio = narrow_vae(), torch.randn(1, 2, 1280)
     plain = net.decode(net.encode(audio))
     mean, _ = net.posterior(audio)
-    net.latent_mean.copy_(torch.tensor([0.5, -1, 2, 0])), net.latent_std.copy_(torch.tensor([0.1, 1, 3, 20]))
+    net.latent_mean.copy_(torch.tensor([0.5, -1, 2, 0]))
+    net.latent_std.copy_(torch.tensor([0.1, 1, 3, 20]))
     expected = (mean - net.latent_mean[:, None]) / net.latent_std[:, None]
     torch.testing.assert_close(net.encode(audio), expected)
     torch.testing.assert_close(net.decode(expected), plain)
@@ -135,7 +141,8 @@ def test_decode_keeps_a_graph_only_for_latents_that_ask():
     net.decode(latents).square().sum().backward()
     step = torch.randn_like(latents) * 1e-3
     with torch.no_grad():
-        change = net.decode(latents + step).square().sum() - net.decode(latents - step).square().sum()
+        above, below = net.decode(latents + step), net.decode(latents - step)
+        change = above.square().sum() - below.square().sum()
     torch.testing.assert_close(change / 2, (latents.grad * step).sum(), rtol=1e-2, atol=1e-4)
 
 
@@ -157,9 +164,10 @@ def test_nothing_is_nan_for_extreme_audio(audio):
     net, judge = narrow_vae(), Discriminator(NARROW)
     reconstruction, mean, logvar = net(audio, torch.randn(1, 4, 47))
     real, fake = judge(audio), judge(reconstruction)
-    loss = (vae.reconstruction_loss(reconstruction, audio) + vae.reconstruction_loss(reconstruction * 0, audio)
-            + vae.kl(mean, logvar) + vae.discriminator_loss(real, fake) + vae.adversarial_loss(fake)
-            + vae.feature_matching(real, fake))
+    loss = vae.reconstruction_loss(reconstruction, audio)
+    loss = loss + vae.reconstruction_loss(reconstruction * 0, audio) + vae.kl(mean, logvar)
+    loss = loss + vae.discriminator_loss(real, fake) + vae.adversarial_loss(fake)
+    loss = loss + vae.feature_matching(real, fake)
     loss.backward()
     assert reconstruction.isfinite().all() and loss.isfinite()
     for p in [*net.parameters(), *judge.parameters()]:
@@ -175,7 +183,8 @@ def test_the_band_loss_hears_levels_and_no_phases():
     assert vae.band_loss(2 * noise[0], noise[0]) == pytest.approx(math.log(4), rel=1e-3)
     assert vae.band_loss(*noise) < 0.7 * vae.stft_loss(*noise)
     flutter = torch.tensor([1.5, 1 / 1.5]).repeat_interleave(512).repeat(32)
-    assert vae.band_loss(flutter * noise[0], noise[0]) > 0.8 * vae.band_loss(1.5 * noise[0], noise[0])
+    too_loud = vae.band_loss(1.5 * noise[0], noise[0])
+    assert vae.band_loss(flutter * noise[0], noise[0]) > 0.8 * too_loud
     # bin 72 of 64 to 80
     tone = 0.1 * torch.sin(2 * torch.pi * 72 / 2048 * torch.arange(2**15)).expand(1, 2, -1)
     bands = vae.band_powers(tone, 2048, 3, 4)[0, 0, :, 5:-5].mean(1)
@@ -183,11 +192,12 @@ def test_the_band_loss_hears_levels_and_no_phases():
     assert bands.argmax() == 18 - 3 and bands.sort().values[-2] < bands.max() - 5
 
 
-@pytest.mark.parametrize("name, part", [("SPECTRAL", vae.stft_loss), ("BAND", vae.band_loss), ("L1", F.l1_loss),
-                                        ("L2", F.mse_loss)])
+@pytest.mark.parametrize("name, part", [
+    ("SPECTRAL", vae.stft_loss), ("BAND", vae.band_loss), ("L1", F.l1_loss), ("L2", F.mse_loss)])
 def test_each_part_of_the_reconstruction_loss_counts(name, part, monkeypatch):
     """With its weight: at weight 0 the loss is less by that much."""
-    whole, counted = vae.reconstruction_loss(NOISE, SQUARE), getattr(vae, f"{name}_WEIGHT") * part(NOISE, SQUARE)
+    whole = vae.reconstruction_loss(NOISE, SQUARE)
+    counted = getattr(vae, f"{name}_WEIGHT") * part(NOISE, SQUARE)
     monkeypatch.setattr(vae, f"{name}_WEIGHT", 0)
     torch.testing.assert_close(vae.reconstruction_loss(NOISE, SQUARE), whole - counted)
     assert counted > 0.01 * whole
@@ -221,8 +231,9 @@ def test_white_noise_of_power_one_has_spectra_of_power_one():
 def test_kl_is_zero_for_a_standard_normal_and_matches_torch():
     """KL(N(mean, exp(logvar)) || N(0, I)), averaged over latent numbers."""
     mean, logvar = torch.randn(2, 4, 10), torch.randn(2, 4, 10)
-    reference = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()),
-                                                  torch.distributions.Normal(0.0, 1.0)).mean()
+    posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
+    normal = torch.distributions.Normal(0.0, 1.0)
+    reference = torch.distributions.kl_divergence(posterior, normal).mean()
     torch.testing.assert_close(vae.kl(mean, logvar), reference)
     assert vae.kl(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)) == 0
 
@@ -244,7 +255,8 @@ def test_discriminator_losses_at_known_logits():
     """The hinge is 0 beyond the margin and 2 at logits of 0; features that match cost 0; gradients
     spare `real`."""
     def outputs(logit, feature):
-        return [(torch.full((1, 1, 2, 2), logit), [torch.full((1, 3, 2, 2), feature)]) for _ in range(2)]
+        scale = torch.full((1, 1, 2, 2), logit), [torch.full((1, 3, 2, 2), feature)]
+        return [scale, (scale[0].clone(), [scale[1][0].clone()])]
     assert vae.discriminator_loss(outputs(2.0, 0.0), outputs(-2.0, 0.0)) == 0
     assert vae.discriminator_loss(outputs(0.0, 0.0), outputs(0.0, 0.0)) == 2
     assert vae.adversarial_loss(outputs(3.0, 0.0)) == -3
