@@ -1,46 +1,75 @@
-"""Gaussian diffusion as in App. B.1: cosine schedule, v-parameterisation, training loss, and one DDPM or DDIM step.
+"""Gaussian diffusion, App. B.1: cosine schedule, v-parameterisation, loss, one DDPM or DDIM step.
 
     x_t = alpha_t * x_0 + sigma_t * eps                    # alpha_t, sigma_t = alpha_sigma(t)
     x0_hat = x0_from_v(x_t, model(x_t, t), t)
     x_s = ddpm_step(x_t, x0_hat, t, s, noise)              # or ddim_step(x_t, x0_hat, t, s)
 
-A time is a float, or a (B,) tensor with one time per clip. The schedule is computed in float64 on the CPU and only the
-final coefficients are cast: in float32 the x0_hat coefficient of the last of 500 steps would be 1.0025 instead of 1.
+A time is a float, or a (B,) tensor with one time per clip. The schedule is computed in float64 on
+the CPU and only the final coefficients are cast: in float32 the x0_hat coefficient of the last of
+500 steps would be 1.0025 instead of 1.
 """
 import math
 
 import torch
 
 
-def alpha_sigma(t):
-    """Signal and noise level (alpha_t, sigma_t) at time t in [0, 1], float64, in the shape of t (App. B.1).
+# ---- The schedule -------------------------------------------------------------------------------
 
-    alpha_t = cos(pi t / 2), written as a sine so that alpha(1) and sigma(0) are exactly 0.
+def cosine_schedule(t):
+    """Signal and noise level (alpha_t, sigma_t) at times t in [0, 1] (App. B.1).
+
+    t: a tensor; alpha_t and sigma_t have its shape, its type and its device. Networks call this
+    function, so that they need not wait for a GPU. Samplers call alpha_sigma.
     """
-    t = _on_cpu(t)
-    return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+    # alpha_t = cos(pi t / 2), written as a sine so that alpha(1) is exactly 0.
+    alpha_t = torch.sin(math.pi / 2 * (1 - t))
+    sigma_t = torch.sin(math.pi / 2 * t)
+    return alpha_t, sigma_t
 
 
-def time_steps(steps, t_T=1.0):
-    """The steps + 1 times t_N = t_T > ... > t_0 = 0, equally spaced: (steps + 1,), or (steps + 1, B) if t_T is (B,)."""
+def alpha_sigma(t):
+    """The cosine_schedule in float64 on the CPU, for a float or a tensor t, in the shape of t."""
+    return cosine_schedule(_on_cpu(t))
+
+
+def time_steps(steps, t_T=1.0, t_end=0.0):
+    """The times t_N = t_T > ... > t_0 = 0 of `steps` equal steps, in float64.
+
+    t_end: the times below it are left out, so that the last step goes from there straight to 0.
+    Returns (steps + 1,), or (steps + 1, B) if t_T is (B,); fewer with t_end. ValueError unless
+    steps >= 1 and 0 < t_T <= 1.
+    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     t_T = _on_cpu(t_T)
     if not ((t_T > 0) & (t_T <= 1)).all():
         raise ValueError(f"t_T must lie in (0, 1], not {t_T.tolist()}")
-    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return grid.reshape(-1, *[1] * t_T.ndim) * t_T
+    fractions = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if t_T.ndim == 1:
+        fractions = fractions[:, None]
+    times = fractions * t_T
+    kept = times >= t_end - 1e-9
+    if t_T.ndim == 1:
+        kept = kept.any(1)
+    kept[0] = kept[-1] = True
+    return times[kept]
 
 
 def _on_cpu(t):
-    """A time in float64, on the CPU; a tensor is moved first, since some devices have no float64."""
-    return t.cpu().double() if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
+    """A time in float64, on the CPU. A tensor is moved first: some devices have no float64."""
+    if torch.is_tensor(t):
+        return t.cpu().double()
+    return torch.tensor(t, dtype=torch.float64)
 
 
 def _for_clips(c, x):
-    """A coefficient c, () or (B,), in a form that multiplies x (B, ...) without changing its dtype."""
-    return c.item() if c.ndim == 0 else c.to(x).reshape(-1, *[1] * (x.ndim - 1))
+    """A coefficient c, () or (B,), as a factor of x (B, ...) that does not change its type."""
+    if c.ndim == 0:
+        return c.item()
+    return c.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
+
+# ---- The v-parameterisation and its loss --------------------------------------------------------
 
 def x0_from_v(x_t, v, t):
     """x0_hat = alpha_t x_t - sigma_t v (Algorithms 1 and 2)."""
@@ -49,52 +78,65 @@ def x0_from_v(x_t, v, t):
 
 
 def add_noise(x_0, eps, t):
-    """The forward process x_t = alpha_t x_0 + sigma_t eps, and the network's target v_t = alpha_t eps - sigma_t x_0."""
-    alpha_t, sigma_t = (_for_clips(c, x_0) for c in alpha_sigma(t))
+    """The forward process x_t and the network's target v_t at time t, like x_0 (B, C, n) each.
+
+    x_t = alpha_t x_0 + sigma_t eps
+    v_t = alpha_t eps - sigma_t x_0
+    """
+    alpha_t, sigma_t = alpha_sigma(t)
+    alpha_t, sigma_t = _for_clips(alpha_t, x_0), _for_clips(sigma_t, x_0)
     return alpha_t * x_0 + sigma_t * eps, alpha_t * eps - sigma_t * x_0
 
 
-def v_loss(model, x_0, t, eps, weigh=None):
+def v_loss(model, x_0, t, eps):
     """L(theta) of App. B.1 for each clip: ||v_t - v_theta(x_t, t)||^2 per element, (B,).
 
-    x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the clip's length.
-    weigh(error, t), linear in the error, goes before the square.
+    x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the
+    clip's length.
     """
-    x_t, v = add_noise(x_0, eps, t)
-    t = t.to(x_t)
-    error = v - model(x_t, t)
-    return (weigh(error, t) if weigh else error).square().flatten(1).mean(1)
+    error = v_error(model, x_0, t, eps)
+    return error.square().flatten(1).mean(1)
 
 
-def with_own_error(model, x_0, t, eps, fresh, share):
-    """Noise for v_loss under which x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, where x0_hat is what the
-    model makes of x_0 noised by eps. Sampling goes on from such guesses; training on them prepares for that (ours).
-    x_0, eps, fresh (B, C, n); t (B,) in (0, 1], on the CPU; share broadcasts over x_0."""
-    with torch.no_grad():
-        x_t, v = add_noise(x_0, eps, t)
-        error = v - model(x_t, t.to(x_t))                               # (x0_hat - x_0) / sigma_t
-    return fresh + share * _for_clips(alpha_sigma(t)[0], x_0) * error
+def v_error(model, x_0, t, eps):
+    """The error v_t - v_theta(x_t, t) of a model at time t, (B, C, n). Arguments as in v_loss."""
+    x_t, v_t = add_noise(x_0, eps, t)
+    return v_t - model(x_t, t.to(x_t))
 
+
+# ---- The samplers' steps ------------------------------------------------------------------------
 
 def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):
-    """Algorithm 1, one update t -> s: a draw from p(x_s | x_t), moved against the guidance gradient.
+    """Algorithm 1, one update t -> s: a draw from p(x_s | x_t), moved by guidance.
 
-    x_t, x0_hat, noise (B, C, n); 0 <= s < t <= 1; xi_gradient is xi times the gradient of d, 0 without guidance.
+    x_t, x0_hat, noise (B, C, n); 0 <= s < t <= 1; xi_gradient is xi times the gradient of d, 0
+    without guidance. Returns x_s (B, C, n).
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
-    fresh = 1 - (alpha_t / alpha_s) ** 2
+    alpha_t, sigma_t = alpha_sigma(t)
+    alpha_s, sigma_s = alpha_sigma(s)
+    fresh = 1 - (alpha_t / alpha_s) ** 2          # share of the signal that this step supplies anew
+
+    # The mean of p(x_s | x_t), between x0_hat and x_t.
+    c_x0 = alpha_s / sigma_t**2 * fresh
+    c_xt = alpha_t * sigma_s**2 / (alpha_s * sigma_t**2)
+    mean = _for_clips(c_x0, x_t) * x0_hat + _for_clips(c_xt, x_t) * x_t
+
     # App. B.1 prints sigma_{t->s} as the variance; Algorithm 1 multiplies eps by it. Take the root.
     sigma_ts = sigma_s / sigma_t * fresh.sqrt()
-    x_s = (_for_clips(alpha_s / sigma_t**2 * fresh, x_t) * x0_hat
-           + _for_clips(alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), x_t) * x_t
-           + _for_clips(sigma_ts, x_t) * noise)
+    x_s = mean + _for_clips(sigma_ts, x_t) * noise
     return x_s - xi_gradient
 
 
 def ddim_step(x_t, x0_hat, t, s, xi_gradient=0.0):
-    """Algorithm 2, one update t -> s: deterministic, the guidance gradient moves eps_hat. Arguments as in ddpm_step."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    """Algorithm 2, one update t -> s: deterministic, the guidance gradient moves eps_hat.
+
+    Arguments and result as in ddpm_step.
+    """
+    alpha_t, sigma_t = alpha_sigma(t)
+    alpha_s, sigma_s = alpha_sigma(s)
     eps_hat = (x_t - _for_clips(alpha_t, x_t) * x0_hat) / _for_clips(sigma_t, x_t)
-    # The paper prints d(y - A(x_t)); read d(y, A(x_t)). The sign holds because x0_hat is not recomputed from eps_hat.
+
+    # The paper prints d(y - A(x_t)); read d(y, A(x_t)). The sign holds because x0_hat is not
+    # recomputed from eps_hat.
     eps_hat = eps_hat - _for_clips(sigma_t, x_t) * xi_gradient
     return _for_clips(alpha_s, x_t) * x0_hat + _for_clips(sigma_s, x_t) * eps_hat

@@ -1,87 +1,53 @@
-"""Table 1 and Figures 1 and 2 for any model, and the metrics behind them: Sect. 4.2 to 4.4.
+"""Sect. 4: the metrics, and Table 1 and Figure 1 for any model.
 
     python evaluate.py --model latent --data path/to/test --reference path/to/train
-    python evaluate.py --generated edited/ --originals test/ --reference path/to/train     # any other system's files
-    python evaluate.py --figure2 ours=edited/ original=test/                # Figure 2: examples/figure2.py
+    python evaluate.py --generated edited/ --originals test/ --reference path/to/train
 
-Each clip's measurements are a small file under --out: an interrupted run goes on where it stopped, processes share the
-work, and neither the order of clips nor the size of batches enters a figure. A run measures one sampler; runs of one
-checkpoint with the same --out add up to one table.
+The second command evaluates any other system: its files are named like the originals.
+Figure 2, the blind test, is examples/figure2.py.
+
+All measurements are kept under --out, batch by batch: an interrupted run goes on where it stopped.
+Under torchrun the processes share the clips. Neither the order of the clips, nor the size of the
+batches, nor the number of processes, changes a number.
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
 import statistics
-from collections import namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
+import soundfile as sf
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import sample
 import tasks
-from examples import figure2
-from tasks import PASST_FILE, PASST_PRESETS, PaSST, full_precision, load_official, mel_triangles, resample
 from sample import SAMPLE_RATE, UserError
+from tasks import PASST_FILE, PASST_PRESETS, PaSST
+from tasks import full_precision, load_official, mel_triangles, resample, to_resample
 
 VGGISH_FILE = "vggish-10086976.pth, published on GitHub by harritaylor/torchvggish, release v0.1"
-say_once = functools.cache(sample.say)
+TASKS = ("unconditional", "infill", "regenerate", "continuation", "transition", "embedding")
+CLIPS, REFERENCE_CLIPS, BATCH = 100, 10_000, 8
+NEIGHBOUR = 3                                       # k of the realism score [32]
+RECORDS = 1                                         # to be raised when other things are measured
 
 
-# ---- VGGish [27], the listener of FAD -------------------------------------------------------------------------------
-
-class VGGish(nn.Module):
-    """VGGish with the official state dict's keys: load_official(VGGish(), path, VGGISH_FILE). A patch is 0.96 s."""
-    rate, shortest = 16000, 15600                          # Hz, samples that give one patch
-
-    def __init__(self):
-        super().__init__()
-        layers, channels = [], 1
-        for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"):
-            if width == "pool":
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-                channels = width
-        self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(nn.Linear(12288, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
-                                        nn.Linear(4096, 128))
-        self.register_buffer("window", torch.hann_window(400), persistent=False)
-        self.register_buffer("triangles", mel_triangles(64, 125, 7500, 257), persistent=False)
-
-    def patches(self, mono):
-        """mono (B, n) at 16 kHz -> log-mel (B, P, 96, 64); what is left after the last whole patch is dropped."""
-        mono = F.pad(mono, (0, max(0, 400 - mono.shape[-1])))
-        frames = mono.unfold(-1, 400, 160) * self.window                                        # (B, frames, 400)
-        mel = torch.fft.rfft(frames, 512).abs() @ self.triangles.T                              # (B, frames, 64)
-        whole = mel.shape[1] // 96
-        return (mel[:, :96 * whole] + 0.01).log().unflatten(1, (whole, 96))
-
-    def forward(self, patches):
-        """patches (P, 96, 64) -> (P, 128), the value before the last ReLU that some ports have: FAD wants that one."""
-        x = self.features(patches[:, None])                                                     # (P, 512, 6, 4)
-        return self.embeddings(x.permute(0, 2, 3, 1).flatten(1))
-
-    def listen(self, audio, rate):
-        """audio (B, channels, n) at rate Hz -> embeddings (B, P, 128), differentiable. UserError below 0.975 s."""
-        mono = resample(audio.mean(1), rate, self.rate)
-        if mono.shape[-1] < self.shortest:
-            raise UserError(f"audio of {audio.shape[-1] / rate:.3f} s is too short for VGGish, which needs 0.975 s")
-        with full_precision(audio):
-            patches = self.patches(mono)
-            return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-
-
-# ---- metrics --------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 def gaussian(embeddings):
-    """Mean (d,) and covariance (d, d), over n - 1, of embeddings (n, d), float64. ValueError for fewer than two."""
+    """Mean (d,) and covariance (d, d) of embeddings (n, d), float64, divided by n - 1.
+
+    ValueError for fewer than two.
+    """
     if len(embeddings) < 2:
         raise ValueError(f"a covariance needs at least 2 embeddings, not {len(embeddings)}")
     embeddings = embeddings.cpu().double()
@@ -89,368 +55,769 @@ def gaussian(embeddings):
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), a float; float64 tensors (d,) and (d, d).
+    """FAD [26]: |mu1 - mu2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), a float.
 
-    The trace of the root is the sum of the singular values of cov1^(1/2) cov2^(1/2): exact and real for any rank,
-    without the epsilon and the complex roots of the usual code [26].
+    float64 tensors (d,) and (d, d). The trace of the root is the sum of the singular values of
+    cov1^(1/2) cov2^(1/2): exact and real for any rank, without the usual code's epsilon and complex
+    roots.
     """
     def root(cov):
         values, vectors = torch.linalg.eigh(cov)
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
     cross = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
-    return max(0.0, ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item())
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return max(0.0, distance.item())
 
 
 def kl_divergence(p, q):
-    """KL(p || q) in nats along the last axis, with 1e-6 inside the logarithm of q; p, q (..., classes) sum to 1.
+    """KLD [28]: KL(p || q) in nats along the last axis; p, q (..., classes) sum to 1.
 
-    p is the reference. Table 1's is of the mean class posteriors (softmax) of two sets of clips.
+    p is the reference; 1e-6 is added to q in the logarithm. Table 1 compares the mean class
+    posteriors (softmax) of two sets of clips.
     """
     return (torch.special.xlogy(p, p) - p * (q + 1e-6).log()).sum(-1)
 
 
 @functools.lru_cache(maxsize=8)
-def _slaney_filters(rate, n_fft, bands):
-    """(bands, n_fft / 2 + 1): Slaney's mel, linear up to 1 kHz, then 27 to a factor of 6.4; triangles of equal area."""
+def slaney_filters(rate, n_fft, bands):
+    """Mel filters (bands, n_fft / 2 + 1) of Slaney: triangles of equal area.
+
+    The scale is linear up to 1 kHz; from there on 27 bands are a factor of 6.4.
+    """
     def to_hz(mel):
-        return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+        above = 1000 * torch.exp((mel - 15) * math.log(6.4) / 27)
+        return torch.where(mel < 15, mel * 200 / 3, above)
+
     top = 15 + 27 * math.log(rate / 2000) / math.log(6.4)
     edges = to_hz(torch.linspace(0, top, bands + 2, dtype=torch.float64))[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     f = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-    triangles = torch.minimum((f - left) / (centre - left), (right - f) / (right - centre)).clamp(min=0)
+    rising = (f - left) / (centre - left)
+    falling = (right - f) / (right - centre)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
     return (triangles * 2 / (right - left)).float()
 
 
-def mel_distance(x, y, rate):
-    """MR, the mel-reconstruction distance of VampNet [31]: x, y (..., C, n) at rate Hz -> (...), means over the rest.
+def mel_magnitudes(x, rate, n_fft, bands):
+    """Audio x (..., C, n) at rate Hz -> mel magnitudes (..., C, bands, frames)."""
+    filters = slaney_filters(rate, n_fft, bands).to(x.device)
+    window = torch.hann_window(n_fft, device=x.device)
+    # The STFT mirrors the audio at its ends, for which it must have more than half a window.
+    x = F.pad(x, (0, max(0, n_fft // 2 + 1 - x.shape[-1])))
+    rows = x.reshape(-1, x.shape[-1])
+    X = torch.stft(rows, n_fft, n_fft // 4, window=window, return_complex=True)
+    return (filters @ X.abs()).unflatten(0, x.shape[:-1])
 
-    Windows of 2048 and 512 samples (150 and 80 bands): |difference| of log10 mel power + |difference| of mel magnitude.
+
+def mel_distance(x, y, rate):
+    """MR, the mel-reconstruction distance [31]: x, y (..., C, n) at rate Hz -> (...).
+
+    For windows of 2048 and 512 samples (150 and 80 bands): the mean |difference| of log10 mel power
+    plus the mean |difference| of mel magnitudes, over channels, bands and frames.
     """
     total = 0
     for n_fft, bands in ((2048, 150), (512, 80)):
-        filters, window = _slaney_filters(rate, n_fft, bands).to(x.device), torch.hann_window(n_fft, device=x.device)
-        def mel(z):
-            z = F.pad(z, (0, max(0, n_fft // 2 + 1 - z.shape[-1])))                             # reflection needs that
-            Z = torch.stft(z.reshape(-1, z.shape[-1]), n_fft, n_fft // 4, window=window, return_complex=True)
-            return (filters @ Z.abs()).unflatten(0, z.shape[:-1])                           # (..., C, bands, frames)
-        M_x, M_y = mel(x), mel(y)
+        M_x = mel_magnitudes(x, rate, n_fft, bands)
+        M_y = mel_magnitudes(y, rate, n_fft, bands)
         log_part = (M_x.clamp(min=1e-5).log10() - M_y.clamp(min=1e-5).log10()).abs() * 2
         total = total + (log_part + (M_x - M_y).abs()).mean((-3, -2, -1))
     return total
 
 
-def realism(reference, generated, k=3, prune=True):
-    """Realism score [32] of each generated embedding, (n_generated,) float64: above 1 is inside the reference manifold.
+def distances(points, reference):
+    """Yield Euclidean distances (up to 512, n) of points (m, d) to reference points (n, d)."""
+    for some in points.split(512):
+        # Matrix products would be faster, but inexact for near points, which matter most here.
+        yield torch.cdist(some, reference, compute_mode="donot_use_mm_for_euclid_dist")
 
-    max over reference points r of radius_r / |g - r|, where radius_r is r's distance to its k-th nearest neighbour;
-    with prune, only over the half with the smaller radii. Plain distances, as in the formula; the code of [32] squares.
+
+def neighbour_radii(reference, k=NEIGHBOUR):
+    """Distance of each reference point (n, d) to its k-th nearest neighbour, (n,) float64.
+
+    ValueError unless n > k.
     """
-    reference, generated = reference.cpu().double(), generated.cpu().double()
     if not 0 < k < len(reference):
         raise ValueError(f"realism needs more than k = {k} reference points, not {len(reference)}")
-    def distances(points):                                 # exact ones: near points are what matters
-        for some in points.split(512):
-            yield torch.cdist(some, reference, compute_mode="donot_use_mm_for_euclid_dist")         # (512, n_reference)
-    radius = torch.cat([d.kthvalue(k + 1).values for d in distances(reference)])           # the nearest is r itself
-    kept = radius <= radius.quantile(0.5) if prune else radius >= 0
-    return torch.cat([(radius / d.clamp(min=1e-12))[:, kept].amax(1) for d in distances(generated)])
+    reference = reference.cpu().double()
+    # The nearest point of all is the point itself.
+    radii = [d.kthvalue(k + 1).values for d in distances(reference, reference)]
+    return torch.cat(radii)
 
 
-# ---- listeners, and the training set as they hear it ----------------------------------------------------------------
+def realism(reference, generated, k=NEIGHBOUR, prune=True, radii=None):
+    """Realism score [32] of generated embeddings (m, d): (m,) float64; above 1: in the manifold.
 
-class Listeners:
-    """Who judges: `fad` gives the embeddings of FAD, `passt` the classes of KLD and the embeddings of realism. Official
-    networks, where their files are given; else the small PaSST of train.py --model classifier is both."""
+    The maximum over reference points r (n, d) of radius_r / |g - r|; with prune, only over the half
+    with the smaller radii. Plain distances, as in the formula; the code of [32] squares them.
+    radii: neighbour_radii(reference, k), where they are known already.
+    """
+    if radii is None:
+        radii = neighbour_radii(reference, k)
+    reference, generated = reference.cpu().double(), generated.cpu().double()
+    if prune:
+        kept = radii <= radii.quantile(0.5)
+        reference, radii = reference[kept], radii[kept]
+    scores = [(radii / d.clamp(min=1e-12)).amax(1) for d in distances(generated, reference)]
+    return torch.cat(scores)
+
+
+# ---- VGGish [27], the embedding of FAD -----------------------------------------------------------
+
+class VGGish(nn.Module):
+    """VGGish with the official state dict's keys: load_official(VGGish(), path, VGGISH_FILE)."""
+    rate = 16000                                    # Hz
+    shortest = 15600                                # samples that give one patch, of 0.96 s
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        channels = 1
+        for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"):
+            if width == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.embeddings = nn.Sequential(
+            nn.Linear(12288, 4096), nn.ReLU(),
+            nn.Linear(4096, 4096), nn.ReLU(),
+            nn.Linear(4096, 128))
+        self.register_buffer("window", torch.hann_window(400), persistent=False)
+        triangles = mel_triangles(64, 125, 7500, 257)
+        self.register_buffer("triangles", triangles, persistent=False)
+
+    def patches(self, mono):
+        """mono (B, n) at 16 kHz -> log-mel (B, P, 96, 64), without what follows the last patch."""
+        mono = F.pad(mono, (0, max(0, 400 - mono.shape[-1])))
+        frames = mono.unfold(-1, 400, 160) * self.window                # (B, frames, 400)
+        mel = torch.fft.rfft(frames, 512).abs() @ self.triangles.T      # (B, frames, 64)
+        whole = mel.shape[1] // 96
+        return (mel[:, :96 * whole] + 0.01).log().unflatten(1, (whole, 96))
+
+    def forward(self, patches):
+        """patches (P, 96, 64) -> (P, 128), without the last ReLU that some ports have."""
+        x = self.features(patches[:, None])                             # (P, 512, 6, 4)
+        return self.embeddings(x.permute(0, 2, 3, 1).flatten(1))
+
+    def embed(self, audio, rate):
+        """audio (B, channels, n) at rate Hz -> (B, P, 128), differentiable.
+
+        UserError below 0.975 s.
+        """
+        mono = resample(audio.mean(1), rate, self.rate)
+        if mono.shape[-1] < self.shortest:
+            length = audio.shape[-1] / rate
+            raise UserError(f"audio of {length:.3f} s is too short for VGGish, which needs 0.975 s")
+        with full_precision(audio):
+            patches = self.patches(mono)
+            return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+
+
+# ---- the judges, and reference statistics of the training music ----------------------------------
+
+class Judges:
+    """The networks that evaluate audio, frozen.
+
+    fad     its embeddings give FAD
+    passt   its class posteriors give KLD, its embeddings realism
+    names   what the two are, for the table
+
+    The official VGGish and PaSST where their files are given; else a PaSST of train.py --model
+    classifier is both. UserError for files that cannot be used.
+    """
 
     def __init__(self, options, device):
         try:
+            # One network is enough: a PaSST gives class posteriors and embeddings.
             if options.passt:
-                path, passt = options.passt, load_official(PaSST(PASST_PRESETS["paper"]), options.passt, PASST_FILE)
+                path = options.passt
+                passt = load_official(PaSST(PASST_PRESETS["paper"]), path, PASST_FILE)
             else:
-                checkpoint = sample.open_checkpoint("classifier", options.listener)
+                checkpoint = sample.open_checkpoint("classifier", options.judge)
                 path, passt = checkpoint.path, checkpoint.net
-            self.fad = self.passt = passt.to(device)
-            self.names = 2 * [f"PaSST {sample.file_digest(path)[:8]}"]                               # of fad, of passt
+            self.passt = self.fad = passt.to(device)
+            passt_name = fad_name = f"PaSST {sample.file_digest(path)[:8]}"
+            # The paper's FAD has VGGish's embeddings.
             if options.vggish:
                 self.fad = load_official(VGGish(), options.vggish, VGGISH_FILE).to(device)
-                self.names[0] = f"VGGish {sample.file_digest(options.vggish)[:8]}"
+                fad_name = f"VGGish {sample.file_digest(options.vggish)[:8]}"
         except ValueError as error:
             raise UserError(str(error)) from None
+        self.names = [fad_name, passt_name]
 
     @torch.no_grad()
-    def hear(self, audio):
-        """audio (B, 2, n) at 44.1 kHz -> per clip a record of fad (P, d), posterior (classes,), embedding (width,)."""
+    def evaluate(self, audio):
+        """audio (B, 2, n) at 44.1 kHz -> fad (B, P, d), posterior (B, classes), embedding (B, m).
+
+        P is the number of patches of VGGish, or 1.
+        """
         logits, embedding = self.passt.listen(audio, SAMPLE_RATE)
-        patches = embedding[:, None] if self.fad is self.passt else self.fad.listen(audio, SAMPLE_RATE)
-        heard = {"fad": patches.cpu(), "posterior": logits.cpu().double().softmax(-1), "embedding": embedding.cpu()}
-        return [{key: value[i].clone() for key, value in heard.items()} for i in range(len(audio))]
+        if self.fad is self.passt:
+            fad = embedding[:, None]                # one for the whole clip: P = 1
+        else:
+            fad = self.fad.embed(audio, SAMPLE_RATE)
+        posterior = logits.cpu().double().softmax(-1)
+        return {"fad": fad.cpu(), "posterior": posterior, "embedding": embedding.cpu()}
 
 
-def gather(records):
-    """Of a set of records: fad (all P, d), the mean posterior (classes,), embedding (n, width)."""
-    return {"fad": torch.cat([record["fad"] for record in records]),
-            "posterior": torch.stack([record["posterior"] for record in records]).mean(0),
-            "embedding": torch.stack([record["embedding"] for record in records])}
+def gather(records, name):
+    """One measurement of all records: (n, ...)."""
+    return torch.stack([record[name] for record in records])
 
 
-def hear_reference(lengths, listeners, options, out, device):
-    """{n: what the listeners hear in excerpts of n samples of the training music}; heard once, and kept in `out`."""
-    files = [path for path in sample.find_files([options.reference]) if os.path.exists(path)]
-    versions = [(path, os.stat(path).st_mtime_ns) for path in files]
-    facts = code_hash(), versions, lengths, listeners.names, options.reference_clips, options.seed
-    path = out / f"reference-{sample.digest(*facts)}.pt"
-    if sample.RANK == 0 and not path.exists():
-        excerpts, heard = find_excerpts(options.reference, max(lengths), options.reference_clips, options.seed), []
-        for batch in sample.progress(batches(excerpts, options.batch), "reference", unit="batch"):
-            if audio := [found[0] for excerpt in batch if (found := read_or_skip(excerpt))]:
-                audio = torch.stack(audio).to(device)
-                heard += zip(*(listeners.hear(audio[..., :n]) for n in lengths))
-        if len(heard) < 5:                                 # realism needs more than k = 3
-            raise UserError(f"--reference {options.reference} has under 5 excerpts of {max(lengths)} samples")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sample.save_atomic(path, {n: gather(records) for n, records in zip(lengths, zip(*heard))})
-    sample.barrier()
-    return torch.load(path, weights_only=True)
+def fad_gaussian(records):
+    """Mean and covariance of the FAD embeddings of all records, P of each."""
+    return gaussian(torch.cat([record["fad"] for record in records]))
 
 
-# ---- excerpts, (path, first sample, samples) at 44.1 kHz ------------------------------------------------------------
+class Reference:
+    """Reference statistics (Sect. 4.2) of records of the training music, made once for all rows.
 
-@functools.cache
-def code_hash():
-    """Of the modules beside this one: what other code has measured is measured again."""
-    modules = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+    UserError for fewer than five: realism needs more neighbours than k.
+    """
+
+    def __init__(self, records):
+        if len(records) < NEIGHBOUR + 2:
+            raise UserError(f"--reference has {len(records)} usable excerpts, under 5 that are "
+                            "as long as the clips: give more or longer files")
+        self.fad = fad_gaussian(records)
+        self.posterior = gather(records, "posterior").mean(0)
+        self.embedding = gather(records, "embedding")
+        self.radii = neighbour_radii(self.embedding)
+
+
+# ---- excerpts of audio files ---------------------------------------------------------------------
+
+class Excerpt(NamedTuple):
+    """n samples of a file from sample `start` on, at 44.1 kHz."""
+    path: str
+    start: int
+    n: int
 
 
 def find_excerpts(folder, n, limit, seed):
-    """Up to `limit` excerpts of n samples that do not overlap, in the order of the files: one at random of every file,
-    then a second of every file that has one, and so on; where the limit falls within a turn, of files at random."""
+    """Up to `limit` excerpts of n samples that do not overlap, in the order of the files.
+
+    One at random of every file, then a second of every file that has one, and so on. Where the
+    limit falls within such a turn, the files are drawn at random. UserError if there is no music.
+    """
+    # All places of each file, in random order.
     drawn = []
-    found = sample.survey([folder], n, str(folder), "give others")
-    for i, (path, (frames, rate, _)) in enumerate(found.items()):
-        rng, whole = sample.random_numbers(seed, i), frames * SAMPLE_RATE // rate // n
-        drawn += [(turn, rng.random(), (path, int(k) * n, n)) for turn, k in enumerate(rng.permutation(whole))]
-    return sorted(excerpt for *_, excerpt in sorted(drawn)[:limit])
+    files = sample.survey([folder], n, str(folder), "give others")
+    for i, (path, (frames, rate, _)) in enumerate(files.items()):
+        random = sample.random_numbers(seed, i)
+        places = random.permutation(frames * SAMPLE_RATE // rate // n)
+        for turn, place in enumerate(places):
+            drawn.append((turn, random.random(), Excerpt(path, int(place) * n, n)))
+    # The first turns of all files come first.
+    drawn.sort()
+    return sorted(excerpt for _, _, excerpt in drawn[:limit])
 
 
 def with_another(excerpts, seed):
-    """[(excerpt, excerpt of another track)]"""
-    def another(j, path):
-        others = [excerpt for excerpt in excerpts if excerpt[0] != path] or excerpts
-        return others[sample.random_numbers(seed, j, 2).integers(len(others))]
-    return [(excerpt, another(j, excerpt[0])) for j, excerpt in enumerate(excerpts)]
+    """[(excerpt, excerpt of another track)], if there is another track."""
+    pairs = []
+    for j, excerpt in enumerate(excerpts):
+        others = [other for other in excerpts if other.path != excerpt.path] or excerpts
+        chosen = sample.random_numbers(seed, j, 2).integers(len(others))
+        pairs.append((excerpt, others[chosen]))
+    return pairs
 
 
-@functools.lru_cache(maxsize=1)
-def read_track(path):
-    return sample.to_stereo_44k(*sample.read_audio(path))
+def read_part(file, first, last):
+    """Samples [first, last) of an open SoundFile, fewer where it ends: (channels, n) float32."""
+    if file.format == "OGG":
+        # Seeking in ogg can end hundreds of samples away (libsndfile 1.2.2): decode what precedes.
+        while file.tell() < first:
+            if not len(file.read(min(2**18, first - file.tell()))):
+                break
+    elif first < file.frames:
+        file.seek(first)
+    else:
+        return torch.zeros(file.channels, 0)
+    samples = file.read(last - first, dtype="float32", always_2d=True)
+    return torch.from_numpy(samples.T.copy())
 
 
-@functools.lru_cache(maxsize=256)                         # 0.5 GB at 6 s
-def read_excerpt(path, start, n):
-    """(2, n) float32; UserError if the file cannot be read there, or holds samples that are not numbers."""
-    audio = read_track(path)[:, start:start + n].clone()
-    if audio.shape[-1] < n or not audio.isfinite().all():
-        raise UserError(f"{path} is shorter than {(start + n) / SAMPLE_RATE:.2f} s, or some samples are not numbers")
+def read_excerpt(excerpt):
+    """An Excerpt as audio (2, n) float32, decoding no more of the file than it needs.
+
+    UserError if the file cannot be read or ends too early, or if a sample is not finite.
+    """
+    path, start, n = excerpt
+    try:
+        with sf.SoundFile(os.fsencode(path)) as file:
+            rate = file.samplerate
+            # Resampling needs the filter's margins on both sides; outside the file it has zeros.
+            first, last = start, start + n
+            if rate != SAMPLE_RATE:
+                first, last = to_resample(rate, SAMPLE_RATE, start, start + n)
+            begin = max(0, first)
+            audio = read_part(file, begin, last)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read ({sample.reason(error)})") from None
+    # What was promised may not be there.
+    end = begin + audio.shape[-1]
+    if math.ceil(end * SAMPLE_RATE / rate) < start + n:
+        raise UserError(f"{path} is shorter than {(start + n) / SAMPLE_RATE:.2f} s")
+    # to_resample's first sample lies on both grids of time.
+    audio = sample.to_stereo_44k(F.pad(audio, (begin - first, last - end)), rate)
+    audio = audio[:, start - first * SAMPLE_RATE // rate:][:, :n].clone()
+    if not audio.isfinite().all():
+        raise UserError(f"{path} has samples that are not finite")
     return audio
 
 
-def read_or_skip(*excerpts):
-    """[audio, ...] of the excerpts; None, and a line that says why, if one of them cannot be read."""
+def read_or_skip(excerpts):
+    """The audio of each Excerpt, or None, and a line that says why, if one cannot be read."""
     try:
-        return [read_excerpt(*excerpt) for excerpt in excerpts]
+        return [read_excerpt(excerpt) for excerpt in excerpts]
     except UserError as error:
-        say_once(f"skipped: {error}")
+        tqdm.write(f"left out: {error}")
 
 
-def generator(seed, j):
-    """The random numbers of clip j, the same for every row."""
-    return torch.Generator().manual_seed(int(sample.random_numbers(seed, j, 0).integers(2**62)))
+def read_ahead(jobs):
+    """For each job {number: [Excerpt, ...]}, yield {number: [audio, ...]} of what can be read.
+
+    Threads decode the next job while the caller works on this one.
+    """
+    with ThreadPoolExecutor(4) as pool:
+        coming = None
+        for job, following in zip([{}, *jobs], [*jobs, {}]):
+            # pool.map begins at once; its results are waited for one turn later.
+            audio = coming
+            coming = pool.map(read_or_skip, following.values())
+            if job:
+                loaded = dict(zip(job, audio))
+                yield {number: clip for number, clip in loaded.items() if clip is not None}
 
 
-def batches(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
+# ---- records: measurements that outlive a run, made by several processes -------------------------
+
+class Records:
+    """Measurements of numbered clips in a folder, a file for each batch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def read(self):
+        """{number: its measurements}, in order."""
+        records = {}
+        for path in sorted(self.folder.glob("*.pt")):
+            records.update(torch.load(path, weights_only=True))
+        return dict(sorted(records.items()))
+
+    def write(self, numbers, measured):
+        """Keep what was measured for a batch: {name: (B, ...)}."""
+        records = {}
+        for i, number in enumerate(numbers):
+            records[number] = {name: value[i] for name, value in measured.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{numbers[0]:06d}-{sample.digest(*numbers)}.pt"
+        sample.save_atomic(self.folder / name, records)
 
 
-# ---- the tasks of Sect. 4.3 and the rows of Table 1 -----------------------------------------------------------------
+def from_one_process(make):
+    """make(), called in one process; all get its result."""
+    result = [make() if sample.RANK == 0 else None]
+    if sample.WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
 
-TASKS = ("unconditional", "infill", "regenerate", "continuation", "transition", "embedding")
-HEARD_WHOLE, EDITED = ("unconditional", "embedding"), ("infill", "regenerate", "continuation")
+
+def batches(lengths, size):
+    """{number: samples} -> lists of up to `size` numbers with equally many samples."""
+    made = []
+    # By length first, so that equal ones follow each other.
+    for n, number in sorted((n, number) for number, n in lengths.items()):
+        if not made or len(made[-1]) == size or lengths[made[-1][0]] != n:
+            made.append([])
+        made[-1].append(number)
+    return made
 
 
-# Within the model's window, in samples: region [a, b) is generated, [c, d) is what the listeners hear.
-Span = namedtuple("Span", "a b c d")
+def versions(paths):
+    """[(path, time of its last change)]"""
+    return [(path, os.stat(path).st_mtime_ns) for path in paths]
+
+
+def measure_reference(lengths, judges, options, out, device):
+    """{n: Records of the training music in excerpts of n samples}, for each of the lengths n.
+
+    The shorter ones are the beginnings of the longest. The processes share the work.
+    """
+    longest = max(lengths)
+
+    def plan():
+        # The same files, judges and options have the same folder. Its list of excerpts saves a
+        # second look at all files.
+        paths = [path for path in sample.find_files([options.reference]) if os.path.exists(path)]
+        facts = [versions(paths), lengths, judges.names, options.reference_clips, options.seed]
+        folder = out / f"reference-{sample.digest(RECORDS, *facts)}"
+        index = folder / "excerpts.json"
+        if not index.exists():
+            drawn = find_excerpts(options.reference, longest, options.reference_clips, options.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            sample.write_atomic(index, lambda file: file.write(json.dumps(drawn).encode()))
+        excerpts = [Excerpt(*values) for values in json.loads(index.read_text())]
+        # What is missing has no record of some length.
+        records = {n: Records(folder / str(n)) for n in lengths}
+        missing = {}
+        for kept in records.values():
+            done = kept.read()
+            for j, excerpt in enumerate(excerpts):
+                if j not in done:
+                    missing[j] = excerpt
+        return records, missing
+
+    # Each process has its share of what is missing.
+    records, missing = from_one_process(plan)
+    todo = batches(dict.fromkeys(missing, longest), options.batch)[sample.RANK::sample.WORLD]
+    jobs = [{j: [missing[j]] for j in numbers} for numbers in todo]
+    for loaded in sample.progress(read_ahead(jobs), "reference", len(jobs), unit="batch"):
+        if loaded:
+            audio = torch.stack([excerpt for excerpt, in loaded.values()]).to(device)
+            for n in lengths:
+                records[n].write([*loaded], judges.evaluate(audio[..., :n]))
+    sample.barrier()
+    return records
+
+
+# ---- the tasks of Sect. 4.3, and clips -----------------------------------------------------------
+
+class Span(NamedTuple):
+    """Samples of a clip: [a, b) is generated, [c, d) is evaluated."""
+    a: int
+    b: int
+    c: int
+    d: int
 
 
 def layout(window, hop):
     """{task: Span} for a model whose window is so many samples long, in frames of `hop` samples.
 
-    Sect. 4.3's times, contexts rounded inwards to whole frames; "6 s" is the window where that is 5.94 s. Windows under
-    5.9 s (tiny models) get everything in proportion; in longer ones the clip of 6 s lies around the region.
+    Sect. 4.3's times, with contexts rounded inwards to whole frames. "6 s" is the window where that
+    is 5.94 s; in a longer window, the clip of 6 s lies around the region. Windows under 5.9 s, of
+    tiny models, get all times in proportion.
     """
+    # In samples: the clip of "6 s", and a second.
     clip = min(window, 6 * SAMPLE_RATE)
-    one_second = SAMPLE_RATE * (1 if clip >= 5.9 * SAMPLE_RATE else clip / (6 * SAMPLE_RATE))
+    second = SAMPLE_RATE
+    if clip < 5.9 * SAMPLE_RATE:
+        second = SAMPLE_RATE * clip / (6 * SAMPLE_RATE)
 
     def centred(seconds):
-        a = int((window - seconds * one_second) / 2 // hop) * hop
+        a = int((window - seconds * second) / 2 // hop) * hop
         c = (window - clip) // 2
         return Span(a, window - a, c, c + clip)
 
-    whole = Span(0, window, 0, round(5 * one_second))
-    after_prompt = Span(int(2.4 * one_second // hop) * hop, window, 0, clip)
-    return {"unconditional": whole, "embedding": whole, "continuation": after_prompt, "transition": centred(2.5),
-            "infill": centred(2), "regenerate": centred(2)}
+    whole = Span(0, window, 0, round(5 * second))
+    after_prompt = Span(int(2.4 * second // hop) * hop, window, 0, clip)
+    return {"unconditional": whole, "infill": centred(2), "regenerate": centred(2),
+            "continuation": after_prompt, "transition": centred(2.5), "embedding": whole}
 
 
-# A batch for a row to work on. x (B, 2, window) are the originals, of transitions the raw cross-fades, other (B, 2,
-# window) are of other tracks; generators: each clip's own random numbers.
-Batch = namedtuple("Batch", "task span x other generators")
+@dataclass
+class Clip:
+    """An excerpt to edit, one of another track (of "files": the file to evaluate), {task: Span}."""
+    excerpt: Excerpt
+    other: Excerpt
+    spans: dict
 
 
-def unspliced(checkpoint, clips, settings, passt=None):
-    """The model's own, unspliced audio (B, 2, window); passt is needed for guidance by example ("embedding")."""
-    guides, span, example = (), clips.span, None
-    if clips.task == "embedding":
-        y = passt.listen(example := clips.x[..., span.c:span.d], SAMPLE_RATE)[1]
-        A = lambda x_0: sample.hear(passt, checkpoint, x_0, slice(span.c, span.d))[1]
-        guides = (lambda z: tasks.embedder_guidance(A, y, z, sample.XI_GUIDE["embedding"], above=sample.ABOVE),)
-    C_L, C_R = span.a // checkpoint.hop, checkpoint.window - span.b // checkpoint.hop
-    return sample.fill(checkpoint, clips.x, C_L, C_R, settings, clips.generators,
-                       from_x_bar=clips.task in sample.FROM_X_BAR, guides=guides, example=example)
+@dataclass
+class Batch:
+    """Clips of one length for a row to work on, all audio (B, 2, n) at 44.1 kHz."""
+    task: str
+    span: Span
+    first: torch.Tensor             # the excerpts
+    other: torch.Tensor             # of other tracks, or the files to evaluate
+    generators: list                # each clip's own random numbers
+
+    def __post_init__(self):
+        # x is what rows work on and are compared with; of transitions, the raw cross-fade.
+        self.x = self.first
+        if self.task == "transition":
+            C_R = self.first.shape[-1] - self.span.b
+            self.x = tasks.crossfade(self.first, self.other, self.span.a, C_R)
+
+
+def generator_of(seed, number):
+    """The random numbers of a clip, the same for every row and task."""
+    drawn = sample.random_numbers(seed, number, 0).integers(2**62)
+    return torch.Generator().manual_seed(int(drawn))
+
+
+# ---- the rows of Table 1 -------------------------------------------------------------------------
+
+def by_task(batch):
+    """Key for Row.same: every task has audio of its own."""
+    return batch.task
+
+
+def by_region(batch):
+    """Key for Row.same: the audio depends on x and the region."""
+    return batch.task == "transition", batch.span
+
+
+def by_x(batch):
+    """Key for Row.same: the audio depends on x, which only transitions change."""
+    return batch.task == "transition"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of Table 1. produce(Batch) -> audio (B, 2, window); made_with: what that depends on, besides the clips."""
+    """A row of Table 1.
+
+    make    Batch -> audio (B, 2, n or more)
+    same    Batch -> a key: tasks with equal keys have the same audio, which is made once
+    facts   what the audio depends on, besides the clips
+    """
     name: str
     tasks: tuple
-    produce: Callable
-    made_with: dict = field(default_factory=dict)
+    make: Callable
+    same: Callable = by_task
+    facts: dict = field(default_factory=dict)
 
 
-def filler(name, measured, content):
-    """The row that has content(Batch) in the region, and the original around it."""
-    def produce(clips):
-        x, a, b = clips.x, clips.span.a, clips.span.b
-        return torch.cat([x[..., :a], content(clips)[..., a:b], x[..., b:]], -1)
-    return Row(name, measured, produce)
+def filler(name, task_names, content):
+    """The row that has content(Batch), (B, 2, n), in the region, and the original around it."""
+    def make(batch):
+        a, b = batch.span.a, batch.span.b       # the region
+        middle = content(batch)[..., a:b]
+        return torch.cat([batch.x[..., :a], middle, batch.x[..., b:]], -1)
+    return Row(name, task_names, make, by_region)
 
 
-def white_noise(clips):
-    """(B, 2, window) at each clip's level."""
-    drawn = torch.stack([torch.randn(clips.x.shape[1:], generator=generator) for generator in clips.generators])
-    return drawn.to(clips.x.device) * clips.x.square().mean((1, 2), keepdim=True).sqrt()
+def silence(batch):
+    return torch.zeros_like(batch.x)
 
 
-GENERATED = Row("Generated", ("files",), lambda clips: clips.other)
-TEST_SET = Row("Test set", (*TASKS, "files"), lambda clips: clips.x)
-FILLERS = (
-    filler("Silence", TASKS, lambda clips: torch.zeros_like(clips.x)), filler("White noise", TASKS, white_noise),
-    filler("Context repeated", EDITED, lambda clips: clips.x[..., torch.arange(clips.x.shape[-1]) % clips.span.a]),
-    filler("Another track", EDITED, lambda clips: clips.other))
+def white_noise(batch):
+    """At each clip's level."""
+    shape = batch.x.shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in batch.generators])
+    return noise.to(batch.x.device) * batch.x.square().mean((1, 2), keepdim=True).sqrt()
 
 
-def model_rows(checkpoint, listeners, options):
-    """The model with the sampler and the flags of the options, which name it, and its VAE's reconstruction."""
-    rows, file = [], {"checkpoint": sample.file_digest(checkpoint.path)}
-    if options.sampler != "none":
-        settings = sample.Settings.of(options, checkpoint)
-        flags = {flag.name: getattr(options, flag.name) for flag in fields(settings) if flag.metadata}
-        name = f"{options.model.title()} {settings.sampler.upper()} {settings.steps}" + ", printed" * options.as_printed
-        name += "".join(f", {flag} {value}" for flag, value in flags.items() if value is not None)
-        produce = functools.partial(unspliced, checkpoint, settings=settings, passt=listeners.passt)
-        rows.append(Row(name, tuple(options.tasks), produce, file | asdict(settings)))
-    if checkpoint.kind == "latent":
-        rows.append(Row("VAE", TASKS, lambda clips: checkpoint.decode(checkpoint.encode(clips.x)), file))
-    return rows
+def repeated_context(batch):
+    """What precedes the region, over and over."""
+    return batch.x[..., torch.arange(batch.x.shape[-1]) % batch.span.a]
 
 
-# ---- measuring, and Table 1 ------------------------------------------------------------------------------------------
+def other_track(batch):
+    return batch.other
+
+
+def original(batch):
+    return batch.x
+
+
+FILES = (Row("Generated", ("files",), other_track), Row("Test set", ("files",), original))
+TEST_SET = Row("Test set", TASKS, original, by_x)
+EDITED = ("infill", "regenerate", "continuation")
+FILLERS = (filler("Silence", TASKS, silence),
+           filler("White noise", TASKS, white_noise),
+           filler("Context repeated", EDITED, repeated_context),
+           filler("Another track", EDITED, other_track))
+
+
+def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
+    """A function z -> Task: guidance by an example (B, 2, n), of a `part` of the samples."""
+    y = passt.listen(example, SAMPLE_RATE)[1]
+
+    def A(x_0):
+        return sample.hear(passt, checkpoint, x_0, part)[1]
+
+    def guide(z):
+        step = weight * sample.XI_GUIDE["embedding"]
+        return tasks.embedder_guidance(A, y, z, step, above=sample.ABOVE)
+    return guide
+
+
+def unspliced(checkpoint, batch, settings, passt=None):
+    """The model's own audio (B, 2, n), with the contexts as it reconstructs them.
+
+    The task "embedding" is guided by passt with the clip itself as the example.
+    """
+    a, b, c, d = batch.span
+    example, guides = None, ()
+    # What the judges get of the sample is guided towards the same part of the clip.
+    if batch.task == "embedding":
+        example = batch.x[..., c:d]
+        guides = (example_guide(checkpoint, passt, example, part=slice(c, d)),)
+    C_L = a // checkpoint.hop
+    C_R = checkpoint.window - b // checkpoint.hop
+    return sample.fill(checkpoint, batch.x, C_L, C_R, settings, batch.generators,
+                       from_x_bar=batch.task in sample.FROM_X_BAR, guides=guides, example=example)
+
+
+def model_row(checkpoint, settings, given, judges, task_names):
+    """The row of a model with these settings; it is named by its sampler and the flags `given`."""
+    def make(batch):
+        return unspliced(checkpoint, batch, settings, judges.passt)
+
+    name = f"{checkpoint.kind.title()} {settings.sampler.upper()} {settings.steps}"
+    for flag, value in given.items():
+        name += ", printed" if flag == "as_printed" else f", {flag} {value}"
+    facts = {"checkpoint": sample.file_digest(checkpoint.path), **asdict(settings)}
+    return Row(name, tuple(task_names), make, by_task, facts)
+
+
+def vae_row(checkpoint, task_names):
+    """The row "VAE": its reconstruction, the upper bound of the latent model."""
+    def make(batch):
+        return checkpoint.decode(checkpoint.encode(batch.x))
+    facts = {"checkpoint": sample.file_digest(checkpoint.path)}
+    return Row("VAE", tuple(task_names), make, by_x, facts)
+
+
+# ---- measuring rows ------------------------------------------------------------------------------
+
+def compare(batch, audio):
+    """What is measured against the originals: a dictionary of tensors (B, ...).
+
+    MR on the region; of transitions, Figure 1: the distance to the first track in 19 windows of a
+    tenth of the region, which overlap by half. finite: whether all of a clip's samples are.
+    """
+    # Of the region, what lies in the clip of 6 s.
+    a, b, c, d = batch.span
+    region = slice(max(a, c), min(b, d))
+    finite = audio.isfinite().flatten(1).all(1)
+    made = audio.nan_to_num()[..., region]
+    measured = {"MR": mel_distance(made, batch.x[..., region], SAMPLE_RATE), "finite": finite}
+    if batch.task == "transition":
+        width = max(2, (b - a) // 10)
+        along = made.unfold(-1, width, width // 2).transpose(1, 2)[:, :19]      # (B, 19, 2, width)
+        first = batch.first[..., region].unfold(-1, width, width // 2).transpose(1, 2)[:, :19]
+        measured["curve"] = mel_distance(along, first, SAMPLE_RATE)             # (B, 19)
+    return {name: value.cpu() for name, value in measured.items()}
+
 
 class Evaluation:
-    """Measures rows clip by clip, each clip's record a file of its own, and makes figures of the records.
-    pairs: {task: [(excerpt, excerpt of another track)]}; spans: {task: Span}; reference: what hear_reference gives."""
+    """Measures rows on clips, and keeps the records below `folder`.
 
-    def __init__(self, out, pairs, spans, listeners, reference, options, device):
-        self.out, self.pairs, self.spans, self.listeners = out, pairs, spans, listeners
-        self.reference, self.options, self.device = reference, options, device
-        self.facts = {task: [(spans[task], pair, [os.stat(path).st_mtime_ns for path, *_ in pair], listeners.names,
-                              options.seed) for pair in some] for task, some in pairs.items()}
+    records: {(row's name, task): Records}; a folder's name changes with all its records depend on.
+    """
 
-    def file(self, row, task, j):
-        """Of the record of clip j; its name changes with all that the record depends on."""
-        folder = self.out / "records" / row.name.lower().replace(" ", "-") / task
-        facts = code_hash(), row.made_with, self.facts[task][j]
-        return folder / f"{j:06d}-{sample.digest(*facts)}.pt"
+    def __init__(self, rows, clips, judges, folder, seed=0, device="cpu"):
+        self.rows, self.clips, self.judges = rows, clips, judges
+        self.seed, self.device = seed, device
+        self.records = {}
+        files = [versions([clip.excerpt.path, clip.other.path]) for clip in clips]
+        common = RECORDS, judges.names, seed, files
+        for row in rows:
+            for task in row.tasks:
+                used = [(clip.excerpt, clip.other, clip.spans[task]) for clip in clips]
+                name = row.name.lower().replace(" ", "-")
+                key = sample.digest(row.facts, used, *common)
+                self.records[row.name, task] = Records(folder / name / f"{task}-{key}")
 
-    def run(self, rows):
-        """Measure every clip of every row that has no record yet; the processes share them."""
-        jobs = [(row, task, [j for j in batch if not self.file(row, task, j).exists()])
-                for task, pairs in self.pairs.items()
-                for batch in batches(range(sample.RANK, len(pairs), sample.WORLD), self.options.batch)
-                for row in rows if task in row.tasks]    # innermost: each clip is decoded for all rows at once
-        for row, task, js in sample.progress([job for job in jobs if job[2]], "clips", unit="batch"):
-            self.measure(row, task, js)
+    def run(self, size=BATCH):
+        """Measure what has no record yet, `size` clips at a time; the processes share them."""
+        def find_missing():
+            everything = set(range(len(self.clips)))
+            return {key: everything - kept.read().keys() for key, kept in self.records.items()}
+
+        # What is left to do, in batches of clips of one length; each process has its share.
+        missing = from_one_process(find_missing)
+        lengths = {j: self.clips[j].excerpt.n for j in set().union(*missing.values())}
+        todo = batches(lengths, size)[sample.RANK::sample.WORLD]
+        jobs = [{j: [self.clips[j].excerpt, self.clips[j].other] for j in js} for js in todo]
+        # Rows are the inner loop, so that a clip is decoded once for all of them.
+        work = len(jobs) * len(self.rows)
+        with sample.progress(desc="clips", total=work, unit="batch") as bar:
+            for loaded in read_ahead(jobs):
+                for row in self.rows:
+                    numbers = loaded.keys()
+                    left = [task for task in row.tasks if missing[row.name, task] & numbers]
+                    if left and loaded:
+                        self.measure(row, left, loaded)
+                    bar.update()
         sample.barrier()
 
     @torch.no_grad()
-    def measure(self, row, task, js):
-        loaded = {j: audio for j in js if (audio := read_or_skip(*self.pairs[task][j]))}
-        if not loaded:
-            return
-        first, other = (torch.stack(audio).to(self.device) for audio in zip(*loaded.values()))        # (B, 2, window)
-        span, window = self.spans[task], first.shape[-1]
-        x = tasks.crossfade(first, other, span.a, window - span.b) if task == "transition" else first
-        clips = Batch(task, span, x, other, [generator(self.options.seed, j) for j in loaded])
-        for j, record in zip(loaded, self.judge(row.produce(clips)[..., :window], clips, first)):
-            path = self.file(row, task, j)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sample.save_atomic(path, record)
+    def measure(self, row, names, loaded):
+        """Write a row's records in the tasks `names`, of clips {number: (audio, other audio)}."""
+        numbers = [*loaded]
+        first = torch.stack([audio for audio, _ in loaded.values()]).to(self.device)
+        other = torch.stack([audio for _, audio in loaded.values()]).to(self.device)
+        made, evaluated = {}, {}
+        for task in names:
+            span = self.clips[numbers[0]].spans[task]
+            generators = [generator_of(self.seed, number) for number in numbers]
+            batch = Batch(task, span, first, other, generators)
+            # Tasks with the same audio share it. If the same part of it is evaluated, they share
+            # the judges' work too.
+            key = row.same(batch)
+            if key not in made:
+                made[key] = row.make(batch)[..., :first.shape[-1]]
+            part = key, span.c, span.d
+            if part not in evaluated:
+                audio = made[key].nan_to_num()[..., span.c:span.d]
+                evaluated[part] = self.judges.evaluate(audio)
+            measured = evaluated[part] | compare(batch, made[key])
+            self.records[row.name, task].write(numbers, measured)
+            for number, finite in zip(numbers, measured["finite"]):
+                if not finite:
+                    path = self.clips[number].excerpt.path
+                    tqdm.write(f"left out: {row.name}, {task}, {path}: samples are not finite")
 
-    def judge(self, made, clips, first):
-        """One record per clip: what was heard, MR on the region, whether all is finite; of transitions, Figure 1."""
-        finite, made = made.isfinite().flatten(1).all(1), made.nan_to_num()
-        a, b, c, d = clips.span
-        region = slice(max(a, c), min(b, d))
-        values = {"MR": mel_distance(made[..., region], clips.x[..., region], SAMPLE_RATE), "finite": finite}
-        if clips.task == "transition":
-            width = max(2, (b - a) // 10)                  # 19 windows, overlapping by half
-            along = [z[..., region].unfold(-1, width, width // 2).transpose(1, 2)[:, :19] for z in (made, first)]
-            values["curve"] = mel_distance(*along, SAMPLE_RATE)
-        records = self.listeners.hear(made[..., c:d])
-        return [record | {key: value[i].cpu() for key, value in values.items()} for i, record in enumerate(records)]
+    def finite(self, row, task):
+        """{number: measurements} of a row in a task, without clips that hold a nan or an inf."""
+        records = self.records[row.name, task].read()
+        return {number: record for number, record in records.items() if record["finite"]}
 
-    def records(self, row, task):
-        """{j: record}, in order, without the clips in which some sample is not a number."""
-        files = {j: self.file(row, task, j) for j in range(len(self.pairs.get(task, ())))}
-        records = {j: torch.load(file, weights_only=True) for j, file in files.items() if file.exists()}
-        return {j: record for j, record in records.items() if record["finite"]}
-
-    def figures(self, row, task):
-        """{metric: [value, standard deviation or None, count]} of a row, for one task."""
-        records = self.records(row, task)
-        if len(records) < 2:
-            return {}
-        music, heard = self.reference[self.spans[task].d - self.spans[task].c], gather(records.values())
-        n, d = heard["fad"].shape
-        if n <= d:
-            say_once(f"warning: FAD from n = {n} embeddings of {d} dimensions is far too high: compare at equal n only")
-        found = {"FAD": [frechet_distance(*gaussian(music["fad"]), *gaussian(heard["fad"])), None, n],
-                 "KLD": [kl_divergence(music["posterior"], heard["posterior"]).item(), None, len(records)]}
-        if task == "transition":                           # as a share of the raw cross-fade's, which is the test set
-            raw = self.records(TEST_SET, task)
-            both = [j for j in records if j in raw]
-            ours, its = (realism(music["embedding"], torch.stack([group[j]["embedding"] for j in both]))
-                         for group in (records, raw))
-            found["Realism"] = [(ours / its).mean().item(), (ours / its).std().item(), len(both)]
-            curve = torch.stack([record["curve"] for record in records.values()]).mean(0)
-            found["Figure 1"] = [curve.tolist(), None, len(records)]
-        elif task not in HEARD_WHOLE:
-            found["MR"] = [sum(record["MR"].item() for record in records.values()) / len(records), None, len(records)]
-        return found
+    def results(self, references):
+        """{row: {task: {metric: [value, standard deviation, count]}}}; references: by task."""
+        crossfades = None
+        if ("Test set", "transition") in self.records:
+            crossfades = self.finite(TEST_SET, "transition")
+        results = {}
+        for row in self.rows:
+            results[row.name] = {}
+            for task in row.tasks:
+                records = self.finite(row, task)
+                results[row.name][task] = figures(task, records, references[task], crossfades)
+        return results
 
 
+# ---- Table 1 -------------------------------------------------------------------------------------
+
+def figures(task, records, reference, crossfades=None):
+    """{metric: [value, standard deviation or None, count]} of a row in a task.
+
+    records     {number: measurements} of the row; with fewer than two there are no figures
+    reference   the training music's Reference
+    crossfades  of a transition, the records of the raw cross-fades, which normalise realism
+    """
+    if len(records) < 2:
+        return {}
+    # FAD and KLD compare two sets.
+    clips = [*records.values()]
+    fad = frechet_distance(*reference.fad, *fad_gaussian(clips))
+    kld = kl_divergence(reference.posterior, gather(clips, "posterior").mean(0))
+    metrics = {"FAD": [fad, None, sum(len(clip["fad"]) for clip in clips)],
+               "KLD": [kld.item(), None, len(clips)]}
+    # MR compares each clip with its original, where there is one.
+    if task in (*EDITED, "files"):
+        metrics["MR"] = [gather(clips, "MR").double().mean().item(), None, len(clips)]
+    # Of transitions: realism, track by track, as a share of the cross-fade's; and Figure 1.
+    if task == "transition":
+        both = sorted(records.keys() & crossfades.keys())
+        scores = []
+        for group in (records, crossfades):
+            embedding = gather([group[number] for number in both], "embedding")
+            scores.append(realism(reference.embedding, embedding, radii=reference.radii))
+        share = scores[0] / scores[1]
+        metrics["Realism"] = [share.mean().item(), share.std().item(), len(both)]
+        metrics["Figure 1"] = [gather(clips, "curve").mean(0).tolist(), None, len(clips)]
+    return metrics
+
+
+# Title, tasks of which a column has the figures, separated by "/", and metrics.
 COLUMNS = (("Files", ("files",), ("FAD", "KLD", "MR")),
            ("Unconditional", ("unconditional",), ("FAD", "KLD")),
            ("Infill/Regeneration", ("infill", "regenerate"), ("FAD", "KLD", "MR")),
@@ -459,134 +826,312 @@ COLUMNS = (("Files", ("files",), ("FAD", "KLD", "MR")),
            ("Cl. Guidance", ("embedding",), ("FAD", "KLD")))
 
 
-def as_text(results):
-    """Table 1 as lines of text, in the paper's order of columns; results: {row: {task: {metric: [value, std, n]}}}."""
-    def cell(by_task, names, metric):
-        def text(value=None, std=None, _=0):
-            return "-" if value is None else f"{round(value, 2) + 0.0:.2f}" + (f"±{std:.2f}" if std else "")
-        texts = [text(*by_task.get(task, {}).get(metric, ())) for task in names]
-        return "/".join(texts if len(set(texts)) > 1 else texts[:1])
+def as_text(figure):
+    """[value, standard deviation, count] -> "0.42" or "0.95±0.12"; "-" for None."""
+    if figure is None:
+        return "-"
+    value, deviation, _ = figure
+    text = f"{round(value, 2) + 0.0:.2f}"           # + 0.0, because -0.0 would be "-0.00"
+    if deviation:
+        text += f"±{deviation:.2f}"
+    return text
 
+
+def cell(by_task, names, metric):
+    """A metric of a row in one or two tasks: "0.39/0.42"; once if they are equal; "-" for none."""
+    texts = [as_text(by_task.get(task, {}).get(metric)) for task in names]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "/".join(texts)
+
+
+def table_lines(results):
+    """Table 1 as lines of text, its columns in the paper's order, without those that are empty.
+
+    results: {row: {task: {metric: [value, standard deviation, count]}}}
+    """
     columns = [["", *results]]
     for title, names, metrics in COLUMNS:
-        for i, metric in enumerate(metrics):
+        heading = f"{title} "
+        for metric in metrics:
             cells = [cell(by_task, names, metric) for by_task in results.values()]
             if set(cells) != {"-"}:
-                columns.append([metric if i else f"{title} {metric}", *cells])
-    widths = [max(map(len, column)) for column in columns]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in zip(*columns)]
+                columns.append([heading + metric, *cells])
+                heading = ""
+    # Each column as wide as its widest text.
+    widths = [max(len(text) for text in column) for column in columns]
+    lines = []
+    for texts in zip(*columns):
+        padded = [text.ljust(width) for text, width in zip(texts, widths)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
-def write_results(out, results, settings):
-    """Print Table 1 and write table.json: every figure, and the settings. What an earlier run with the same settings
-    left there, of another sampler or task for instance, stays; else it goes."""
-    clips = sorted({f"{found['KLD'][2]} {task}" for row in results.values() for task, found in row.items() if found})
-    if not clips:
+def write_results(path, results, settings):
+    """Print Table 1, and write it to `path` with every figure, count and setting."""
+    # How many clips each task's figures come from.
+    counts = {}
+    for by_task in results.values():
+        for task, metrics in by_task.items():
+            if metrics:
+                counts.setdefault(task, set()).add(metrics["KLD"][2])
+    if not counts:
         raise UserError("nothing could be measured: at least two clips are needed", 1)
-    file = out / "table.json"
-    earlier = json.loads(file.read_text()) if file.exists() else {}
-    old = earlier["rows"] if earlier.get("settings") == settings else {}
-    rows = [row for row in old if row not in results] + [*results]
-    results = {row: old.get(row, {}) | results.get(row, {}) for row in rows}
-    text = json.dumps({"settings": settings, "metric": "[value, standard deviation, count]", "rows": results}, indent=1)
-    sample.write_atomic(file, lambda out: out.write(text.encode()))
-    fad, passt = settings["listeners"]
-    print("\n".join(as_text(results)))
-    print(f"clips: {', '.join(clips)}; training music: {settings['excerpts']} excerpts\n"
-          f"FAD by {fad}; KLD (of the sets) and realism by {passt}\nall figures: {file}")
+
+    # To the file, whole or not at all, and to the screen.
+    figure = "[value, standard deviation, count]"
+    text = json.dumps({"settings": settings, "metric": figure, "rows": results}, indent=1)
+    sample.write_atomic(path, lambda file: file.write(text.encode()))
+    print("\n".join(table_lines(results)))
+    clips = [f"{'/'.join(map(str, sorted(counts[task])))} {task}" for task in sorted(counts)]
+    fad, passt = settings["judges"]
+    print(f"clips: {', '.join(clips)}; training music: {settings['excerpts']} excerpts")
+    print(f"FAD by {fad}; KLD (of the sets) and realism by {passt}")
+    print(f"all figures: {path}")
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+def warn(results, dimensions):
+    """Say so if FAD comes from too few embeddings for its dimensions."""
+    counts = []
+    for by_task in results.values():
+        counts += [metrics["FAD"][2] for metrics in by_task.values() if metrics]
+    if min(counts) <= dimensions:
+        print(f"warning: FAD from n = {min(counts)} embeddings of {dimensions} dimensions is "
+              "far too high: compare at equal n only")
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add, whole = parser.add_argument, sample.within(1, 2**31, int)
-    add("--model", choices=("latent", "waveform"), default="latent")
+
+# ---- what to evaluate ----------------------------------------------------------------------------
+
+def clips_in(folder):
+    """{name: path} of a folder's audio files, at any depth.
+
+    A name is the path below the folder without its ending. UserError if two files have the same.
+    """
+    clips = {}
+    for path in sample.find_files([folder]):
+        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        if name in clips:
+            raise UserError(f"{clips[name]} and {path} have the same name: remove one of them")
+        clips[name] = path
+    return clips
+
+
+def count_samples(path):
+    """Samples of a file at 44.1 kHz. UserError if it cannot be read."""
+    facts = sample.probe(path)
+    if isinstance(facts, str):                      # the reason why not
+        raise UserError(f"{path} cannot be read ({facts})")
+    frames, rate, _ = facts
+    return frames * SAMPLE_RATE // rate
+
+
+def pair_files(options):
+    """[Clip] of the files with the same name in --originals and --generated.
+
+    Each pair is cut to the length that both have. A pair is left out, by name, if it cannot be
+    read, or if it ends within --region (without --region, all of it is the region).
+    """
+    originals, generated = clips_in(options.originals), clips_in(options.generated)
+    # The samples that a pair needs: the region, and what the judges need.
+    region = options.region
+    needed = 1
+    if options.vggish:
+        needed = math.ceil(VGGish.shortest * SAMPLE_RATE / VGGish.rate)
+    if region:
+        region = [round(second * SAMPLE_RATE) for second in region]
+        needed = max(needed, region[1])
+        if region[0] >= region[1]:
+            raise UserError("--region must be two times, the first before the second")
+    # What both files of a pair have.
+    clips = []
+    for name in sorted(originals.keys() & generated.keys()):
+        try:
+            n = min(count_samples(originals[name]), count_samples(generated[name]))
+        except UserError as error:
+            sample.say(f"left out: {error}")
+            continue
+        if n < needed:
+            sample.say(f"left out: {generated[name]} (or its original) ends after "
+                       f"{n / SAMPLE_RATE:.3f} s; {needed / SAMPLE_RATE:.3f} s are needed")
+            continue
+        span = Span(*(region or (0, n)), 0, n)
+        pair = Excerpt(originals[name], 0, n), Excerpt(generated[name], 0, n)
+        clips.append(Clip(*pair, {"files": span}))
+    if not clips:
+        raise UserError(f"--generated {options.generated} has no file that can be evaluated: give "
+                        "files with the names of those in --originals, and a --region within them")
+    return clips
+
+
+def cut_clips(options, checkpoint):
+    """[Clip] for the tasks of Sect. 4.3, excerpts of --data as long as the model's window."""
+    window = checkpoint.window * checkpoint.hop
+    spans = layout(window, checkpoint.hop)
+    excerpts = find_excerpts(options.data, window, options.clips, options.seed)
+    # Times as they are, rounded to the model's frames.
+    for task in options.tasks:
+        first, last = spans[task].a / SAMPLE_RATE, min(spans[task].b, spans[task].d) / SAMPLE_RATE
+        sample.say(f"{task}: {first:.3f} to {last:.3f} s of {window / SAMPLE_RATE:.3f} s")
+    return [Clip(*pair, spans) for pair in with_another(excerpts, options.seed)]
+
+
+def model_rows(checkpoint, judges, options):
+    """The model with each sampler and number of steps, its VAE, the test set, and the fillers."""
+    rows = []
+    # A row for each of Table 1's combinations, whose settings are made as sample.py makes them.
+    for sampler in options.sampler:
+        for steps in options.steps:
+            if sampler != "none":
+                one = argparse.Namespace(**vars(options) | {"sampler": sampler, "steps": steps})
+                settings = sample.Settings.of(one, checkpoint)
+                rows.append(model_row(checkpoint, settings, options.given, judges, options.tasks))
+    if checkpoint.kind == "latent":
+        rows.append(vae_row(checkpoint, options.tasks))
+    # Rows that need no model, in the chosen tasks.
+    for row in (TEST_SET, *FILLERS):
+        chosen = tuple(task for task in row.tasks if task in options.tasks)
+        if chosen:
+            rows.append(replace(row, tasks=chosen))
+    return rows
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+# Which flags go with --data alone, and which with --generated alone, and their defaults; to the
+# first, those of sample.Settings are added. All others go with both.
+FOR_MODEL = {"model": "latent", "checkpoint": None, "tasks": TASKS, "clips": CLIPS,
+             "sampler": [sample.Settings.sampler], "steps": [sample.Settings.steps]}
+FOR_FILES = {"originals": None, "region": None}
+
+
+def make_parser():
+    """The parser, and the names of its options that are sample.Settings'."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = sample.within(1, 2**31, int)
+
+    # Flags that do not go with everything are None if they are not given; see FOR_MODEL.
+    add = parser.add_argument_group("what to evaluate: a model, or files").add_argument
+    add("--data", help="folder of test music, excerpts of which the model edits")
+    add("--model", choices=("latent", "waveform"), help=f"which of the two ({FOR_MODEL['model']})")
     add("--checkpoint", help="of the model (the one shipped)")
-    add("--data", help="folder of test music")
-    add("--reference", help="folder of training music")
-    add("--generated", help="folder of clips that any system edited, named as those in --originals")
-    add("--originals", help="folder of what they were made from")
+    add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
+    add("--clips", type=number, help=f"excerpts of the test music, for each task ({CLIPS})")
+    add("--generated", help="folder of files that any system edited, named like the originals")
+    add("--originals", help="folder of the files that they were made from")
     add("--region", type=sample.seconds, nargs=2, metavar=("START", "END"),
-        help="seconds that were generated, in the files of --generated or --figure2")
-    add("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    add("--sampler", choices=("ddpm", "ddim", "none"), help="none: only the rows that need no sampling (ddpm)")
-    add("--steps", type=whole, help="sampling steps (50)")
-    add("--clips", type=whole, default=100, help="excerpts of the test music, for each task; clips in --figure2 (100)")
-    add("--listener", help="checkpoint of train.py --model classifier, who judges by default")
+        help="seconds of these files that were generated (all)")
+
+    add = parser.add_argument_group("what it is compared with, and by").add_argument
+    add("--reference", required=True, help="folder of training music")
+    add("--reference-clips", type=number, default=REFERENCE_CLIPS,
+        help="at most so many excerpts of it (%(default)s)")
+    add("--judge", help="checkpoint of train.py --model classifier (the one shipped)")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
-    sample.Settings.add_flags(add)
-    add("--reference-clips", type=whole, default=10_000, help="at most so many excerpts of the training music (10000)")
-    add("--batch", type=whole, default=8)
-    add("--seed", type=sample.within(0, 2**63, int), default=0)
-    add("--device", default="auto")
-    add("--figure2", nargs="+", metavar="NAME=FOLDER", help="a page to compare these systems' clips by ear, blindly")
-    add("--votes", nargs="+", metavar="FILE", help="files that listeners saved there: who was preferred")
-    add("--out", type=Path, help="default runs/evaluate-MODEL, runs/figure2; what is measured there already is kept")
+
+    settings = []
+    add = parser.add_argument_group("how the model samples").add_argument
+    add("--sampler", nargs="+", choices=("ddpm", "ddim", "none"), metavar="SAMPLER",
+        help="ddpm and ddim have a row each; none: only the rows that need no sampling "
+        f"({sample.Settings.sampler})")
+    add("--steps", nargs="+", type=number, help=f"a row each ({sample.Settings.steps})")
+
+    def add_setting(*names, **kind):
+        settings.append(add(*names, **kind).dest)
+    sample.Settings.add_flags(add_setting)
+
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--batch", type=number, default=BATCH, help="clips at a time (%(default)s)")
+    add("--seed", type=sample.within(0, 2**63, int), default=0, help="(%(default)s)")
+    add("--device", default="auto", help="cpu, cuda or mps (%(default)s)")
+    add("--out", type=Path,
+        help="folder, on a disk that all processes share (runs/evaluate-latent, "
+        "-waveform or -files)")
+    return parser, settings
+
+
+def parse(argv):
+    """The options; `given`: those of sample.Settings that the user gave, but sampler and steps.
+
+    UserError for flags that are missing, or would do nothing.
+    """
+    def refuse(message):
+        raise UserError(f"{message} (all flags: --help)")
+
+    parser, settings = make_parser()
+    parser.error = refuse
     options = parser.parse_args(argv)
-    blind, files = options.figure2 or options.votes, bool(options.generated)
-    if not blind and (not options.reference or files != bool(options.originals) or files == bool(options.data)):
-        raise UserError("give either --data, test music for the model to edit, or both --generated and --originals: "
-                        "files that any system edited, and what they were made from; and --reference, training music")
-    sampling = ["checkpoint", "sampler", "steps", *(this.name for this in fields(sample.Settings) if this.metadata)]
-    idle = sampling if blind or files else ["region"]
-    given = [name for name in idle if getattr(options, name) is not None]
-    for name in given + ["as_printed"] * (idle is sampling and options.as_printed):
-        raise UserError(f"--{name.replace('_', '-')} does nothing here: leave it out")
+
+    # One of the two ways to call it.
+    files = options.generated or options.originals
+    if bool(options.data) == bool(files) or bool(options.generated) != bool(options.originals):
+        raise UserError("give either --data, test music for the model to edit, or both --generated "
+                        "and --originals: files that any system edited, and what they were made "
+                        "from")
+    idle = FOR_FILES
+    if files:
+        idle = [*FOR_MODEL, *settings]
+
+    # No flag is ignored without a word.
+    given = {}
+    for name, value in vars(options).items():
+        if value != parser.get_default(name):
+            given[name] = value
+    for name in idle:
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} does nothing here: leave it out")
+    options.given = {name: given[name] for name in settings if name in given}
+
+    # The defaults of the flags that could have been refused.
+    for name, default in FOR_MODEL.items():
+        if not files and name not in given:
+            setattr(options, name, default)
     return options
-
-
-def plan_files(options):
-    """(pairs, spans) to score files that any system made: clips of the same name in --originals and --generated."""
-    originals, made = (figure2.clips_in(folder) for folder in (options.originals, options.generated))
-    names = sorted(originals.keys() & made.keys())
-    facts = [found for found in (sample.probe(made[name]) for name in names) if not isinstance(found, str)]
-    if not facts:
-        raise UserError(f"--generated {options.generated} has no audio file in the place of one in --originals")
-    n = statistics.mode(frames * SAMPLE_RATE // rate for frames, rate, _ in facts)     # reading skips shorter ones
-    a, b = (round(seconds * SAMPLE_RATE) for seconds in options.region or (0, n / SAMPLE_RATE))
-    if not 0 <= a < b <= n:
-        raise UserError(f"--region must lie within the clips' {n / SAMPLE_RATE:.3f} s")
-    return {"files": [((originals[name], 0, n), (made[name], 0, n)) for name in names]}, {"files": Span(a, b, 0, n)}
-
-
-def plan_tasks(options, checkpoint):
-    """(pairs, spans) for the tasks of Sect. 4.3 on excerpts of --data."""
-    window = checkpoint.window * checkpoint.hop
-    excerpts = find_excerpts(options.data, window, options.clips, options.seed)
-    spans = layout(window, checkpoint.hop)
-    for task in options.tasks:
-        times = spans[task].a, min(spans[task].b, spans[task].d), window
-        sample.say("{}: {:.3f} to {:.3f} s of {:.3f} s".format(task, *(n / SAMPLE_RATE for n in times)))
-    return dict.fromkeys(options.tasks, with_another(excerpts, options.seed)), spans
 
 
 def main(argv=None):
     options = parse(argv)
-    if options.figure2 or options.votes:
-        return figure2.run(options)
     device = sample.pick_device(options.device)
     sample.join_processes(device)
-    listeners = Listeners(options, device)
+    judges = Judges(options, device)
+
+    # What to evaluate: files of any system, or a model on excerpts of the test music.
     if options.generated:
-        (pairs, spans), rows, name, digest = plan_files(options), [GENERATED, TEST_SET], "files", None
+        name, digest = "files", None
+        rows, clips = FILES, from_one_process(lambda: pair_files(options))
     else:
         checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
-        (pairs, spans), name, digest = plan_tasks(options, checkpoint), options.model, sample.file_digest(checkpoint.path)
-        rows = [*model_rows(checkpoint, listeners, options), TEST_SET, *FILLERS]
+        name, digest = options.model, sample.file_digest(checkpoint.path)
+        rows = model_rows(checkpoint, judges, options)
+        clips = from_one_process(lambda: cut_clips(options, checkpoint))
     out = options.out or Path("runs") / f"evaluate-{name}"
-    lengths = sorted({span.d - span.c for span in spans.values()})          # of all tasks: one reference for all runs
-    reference = hear_reference(lengths, listeners, options, out, device)
-    evaluation = Evaluation(out, pairs, spans, listeners, reference, options, device)
-    evaluation.run(rows)
+
+    # The training music is measured in excerpts that are as long as what the judges get of a clip,
+    # task by task; of files of several lengths, as long as the median.
+    length = {}
+    for task in clips[0].spans:
+        evaluated = [clip.spans[task].d - clip.spans[task].c for clip in clips]
+        length[task] = statistics.median_low(evaluated)
+    lengths = sorted(set(length.values()))
+    music = measure_reference(lengths, judges, options, out, device)
     if sample.RANK == 0:
-        asked = "data clips generated originals region reference seed".split()
-        settings = {flag: getattr(options, flag) for flag in asked}
-        settings |= {"checkpoint": digest, "listeners": listeners.names, "code": code_hash(),
-                     "excerpts": len(reference[lengths[0]]["embedding"])}
-        write_results(out, {row.name: {task: evaluation.figures(row, task) for task in pairs if task in row.tasks}
-                            for row in rows}, settings)
+        references = {n: Reference([*music[n].read().values()]) for n in lengths}
+
+    # All rows in all tasks; the processes share the work.
+    evaluation = Evaluation(rows, clips, judges, out / "records", options.seed, device)
+    evaluation.run(options.batch)
+
+    # One process makes the table.
+    if sample.RANK == 0:
+        results = evaluation.results({task: references[n] for task, n in length.items()})
+        named = ("data", "clips", "generated", "originals", "region", "reference", "seed")
+        settings = {flag: getattr(options, flag) for flag in named}
+        settings |= {"checkpoint": digest, "judges": judges.names,
+                     "excerpts": len(references[lengths[0]].embedding),
+                     "made with": {row.name: row.facts for row in rows if row.facts}}
+        write_results(out / "table.json", results, settings)
+        warn(results, len(references[lengths[0]].fad[0]))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     task = tasks.infill(x_bar, C_L, C_R, z)
     x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.1)
 
-`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is a
-list of terms d(y, A(x)) to minimise. Where A is linear, a term may also be met exactly, by projection.
+`model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is
+a list of terms d(y, A(x)) to minimise. Where A is linear, a term may also be met exactly, by
+projection.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,9 @@ class Term:
     weight  its effective step is xi * weight; a number, or (B,)
     on      what A measures: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first
             printed there
-    project what the data consistency step projects onto y = A x: "x_t" at the end of each iteration,
-            as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s should have
-            (as in DDNM, Wang et al., 2022); "none", nothing
-    above   the term has a gradient at times t > above only (as in Kynkäänniemi et al., 2024)
+    project what the data consistency step projects onto y = A x: "x_t" at the end of each
+            iteration, as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s
+            should have (as in DDNM, Wang et al., 2022); "none", nothing
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +38,6 @@ class Term:
     weight: float | Tensor = 1.0
     on: str = "x0_hat"
     project: str = "none"
-    above: float = 0.0
 
     def __post_init__(self):
         if self.on not in ("x0_hat", "x_t"):
@@ -87,7 +86,6 @@ def guided_estimate(model, x_t, t, terms):
     all terms share. A graph is built only through what some term looks at; without terms there is
     none, and the gradient is 0.
     """
-    terms = [term for term in terms if (t > term.above).any()]
     times = _time_of_clips(t, x_t)
     if not terms:
         return x0_from_v(x_t, model(x_t, times), t), torch.zeros_like(x_t)
@@ -98,20 +96,20 @@ def guided_estimate(model, x_t, t, terms):
         J_2 = 0
         for term in terms:
             d = term.distance(x0_hat if term.on == "x0_hat" else x_t)               # (B,)
-            weight = torch.as_tensor(term.weight).to(d) * (t > term.above).to(d)
-            J_2 = J_2 + (weight * d).sum()
+            J_2 = J_2 + (torch.as_tensor(term.weight).to(d) * d).sum()
         gradient, = torch.autograd.grad(J_2, x_t)
     return x0_hat.detach(), gradient
 
 
 @torch.no_grad()
-def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generator=None,
+def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, t_end=0.0, generator=None,
            callback=None):
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
     xi         gradient step size; must be given if the task has terms. 0: projection only, without
                a graph
+    t_end      the time from which the last step goes straight to x0_hat (ours); 0: as printed
     generator  a torch.Generator; or a list, one per clip: then a clip does not depend on its batch
     callback   called as callback(s, x_s) after each update
     Raises ValueError for bad arguments. The parameters of a model or operator that is an nn.Module
@@ -123,7 +121,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, generato
     terms = task.terms if task else ()
     _check(x_T, terms, sampler, xi, generator)
     xi = xi or 0.0
-    times = time_steps(steps, task.t_T if task else 1.0)
+    times = time_steps(steps, task.t_T if task else 1.0, t_end)
     x_t = x_T
     with frozen(model, *[term.A for term in terms]):
         for t, s in zip(times, times[1:]):                              # the paper's i = N .. 1

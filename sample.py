@@ -11,13 +11,17 @@ Top to bottom: what all scripts share (errors, devices, audio files, checkpoints
 to new audio (`generate`, `fill`); from a track to an edited track (`Edit`); the command line.
 """
 import argparse
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import secrets
 import shlex
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -37,7 +41,7 @@ import guidance
 import tasks
 import unet1d
 import vae as autoencoder
-from diffusion import alpha_sigma, x0_from_v
+from diffusion import alpha_sigma, time_steps, x0_from_v
 from tasks import PASST_PRESETS, PaSST, PaSSTConfig, resample, to_resample
 from vae import VAE
 
@@ -72,18 +76,25 @@ class UserError(Exception):
 
 
 def run(main, need_memory="lower --batch"):
-    """Call a script's main().
-
-    An error that the user can mend ends in one line on stderr, without a traceback.
-    """
-    # as stderr: not every file name can be printed
+    """Call a script's main(); an error that the user can mend ends in one line, not a traceback."""
+    # A caller may have closed the streams; and not every file name can be printed.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()
+        return result
     except UserError as error:
         message, status = error, error.status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except BrokenPipeError:
+        # Who read the output has left. Nothing is written to it any more, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         # The words of CUDA and MPS, of the CPU's allocator, of cuBLAS.
         words = ("out of memory", "can't allocate", "bad_alloc", "ALLOC_FAILED")
@@ -92,8 +103,9 @@ def run(main, need_memory="lower --batch"):
         message, status = f"out of memory: {need_memory}", 1
     except OSError as error:
         place = error.filename or "a file"
-        message = (f"{place} cannot be read or written ({error.strerror}): "
-                   "free some space, or choose another")
+        message = f"{place} cannot be read or written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{message}; free some space, or choose another folder"
         status = 1
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -163,8 +175,15 @@ def file_digest(path):
 
 
 def random_numbers(seed, *counters):
-    """The generator of random numbers that belongs to (seed, counters)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counters])))
+    """The generator of random numbers that belongs to (seed, counters).
+
+    SeedSequence fills up with zeros, so that (s, j) and (s, j, 0) would be the same: the number of
+    counters above one is made part of the key.
+    """
+    key = counters
+    if len(counters) > 1:
+        key = (*counters, len(counters))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key])))
 
 
 # ---- devices and processes -----------------------------------------------------------------------
@@ -210,6 +229,13 @@ def barrier():
 
 # ---- audio files ---------------------------------------------------------------------------------
 
+def open_audio(source):
+    """An open SoundFile of a path or of a binary file. Names of files need not be UTF-8."""
+    if isinstance(source, (str, os.PathLike)):
+        source = os.fsencode(source)
+    return sf.SoundFile(source)
+
+
 def audio_blocks(file):
     """Blocks (n, channels) of an open SoundFile, from its start to where decoding ends.
 
@@ -224,19 +250,152 @@ def audio_blocks(file):
 
 
 def read_audio(path):
-    """The whole file: (audio (channels, n) float32, rate in Hz).
+    """The whole file: (audio (channels, n) float32, rate in Hz). UserError naming it if that fails.
 
-    UserError naming the file if it cannot be read.
+    Whole also where files were joined end to end, as recorders of radio do, and where an mp3 does
+    not say how long it is: libsndfile alone stops early there, without a word.
     """
     try:
-        with sf.SoundFile(path) as file:
-            blocks = list(audio_blocks(file))
-    except (OSError, RuntimeError, UnicodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({reason(error)}); wav, flac, ogg and mp3 can be") from None
-    if not blocks:
+        parts = [decode(source) for source in streams(path)]
+    except (OSError, RuntimeError, UnicodeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({reason(error, path)}); "
+                        "wav, flac, ogg and mp3 can be") from None
+    parts = [(audio, rate) for audio, rate in parts if audio.shape[1]]
+    if not parts:
         raise UserError(f"{path} holds no audio")
-    return torch.from_numpy(np.concatenate(blocks).T.copy()), file.samplerate
+    first, rate = parts[0]
+    if any(len(audio) != len(first) or other != rate for audio, other in parts):
+        raise UserError(f"{path} is several recordings of different rates or channels, joined: "
+                        "convert it to one wav file")
+    if len(parts) > 1:
+        first = np.concatenate([audio for audio, _ in parts], 1)
+    return torch.from_numpy(first), rate
+
+
+def decode(source):
+    """(audio (channels, n) float32, rate) of one stream, in little more memory than the result."""
+    with open_audio(source) as file:
+        # The header may promise too much (a cut file: up to 2^63 - 1 frames), or too little.
+        promised = min(file.frames, 2**26)
+        audio = np.empty((file.channels, promised), np.float32)
+        n = 0
+        for block in audio_blocks(file):
+            if n + len(block) > audio.shape[1]:
+                more = np.empty((file.channels, audio.shape[1] // 2 + len(block)), np.float32)
+                audio = np.concatenate([audio[:, :n], more], 1)
+            audio[:, n:n + len(block)] = block.T
+            n += len(block)
+        return audio[:, :n], file.samplerate
+
+
+def streams(path):
+    """What a file holds, one after the other, for `decode`: the path itself if it is one stream."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+        if not start:
+            raise ValueError("it is empty")
+        suffix = os.path.splitext(os.fsdecode(path))[1].lower()
+        if start == b"OggS":
+            data = start + file.read()
+            cuts = ogg_cuts(data)
+            if len(cuts) > 2:
+                return [io.BytesIO(data[a:b]) for a, b in zip(cuts, cuts[1:])]
+        elif suffix == ".mp3":
+            data = start + file.read()
+            parts = mp3_parts(data)
+            if parts and (len(parts) > 1 or parts[0][0] > 0 or not parts[0][2]):
+                return [mp3_source(data[a:b], counted) for a, b, counted in parts]
+    return [path]
+
+
+def ogg_cuts(data):
+    """Where the chained streams of an Ogg file begin, and its end: bytes."""
+    cuts = []
+    position, in_headers = 0, False
+    while data[position:position + 4] == b"OggS" and len(data) >= position + 27:
+        begins = bool(data[position + 5] & 2)               # the page that begins a stream
+        if begins and not in_headers:
+            cuts.append(position)                           # streams side by side begin together
+        in_headers = begins
+        segments = data[position + 26]
+        position += 27 + segments + sum(data[position + 27:position + 27 + segments])
+    return [*cuts, len(data)]
+
+
+def mp3_parts(data):
+    """[(start, stop, counted)] of the mp3 files in data, bytes, with junk between them left out.
+
+    A file begins with an ID3 tag, or with a frame that holds a Xing, Info or VBRI header.
+    counted: it has such a header, which says how long it is.
+    """
+    parts = []
+    position, open_part = 0, False
+    while position + 4 <= len(data):
+        tag = data[position:position + 3]
+        if tag == b"ID3":
+            sizes = data[position + 6:position + 10]
+            size = 0
+            for byte in sizes:
+                size = size << 7 | byte & 127
+            position += 10 + size
+            open_part = False
+            continue
+        frame = mp3_frame(data, position)
+        if not frame:
+            # Junk, or the tag at the end of a file: on to the next place where two frames follow.
+            position = data.find(b"\xff", position + 1)
+            while position >= 0:
+                frame = mp3_frame(data, position)
+                if frame and mp3_frame(data, position + frame[0]):
+                    break
+                position = data.find(b"\xff", position + 1)
+            if position < 0:
+                break
+        length, header_at = frame
+        header = data[position + header_at:position + header_at + 4] in (b"Xing", b"Info")
+        header = header or data[position + 36:position + 40] == b"VBRI"
+        if header or not open_part:
+            parts.append([position, position, header])
+            open_part = True
+        position = min(position + length, len(data))
+        parts[-1][1] = position
+    return parts
+
+
+def mp3_frame(data, position):
+    """(bytes, offset of a Xing header) of the layer III frame there, or None if there is none."""
+    head = int.from_bytes(data[position:position + 4], "big")
+    version, layer = head >> 19 & 3, head >> 17 & 3
+    bitrate, rate, padding = head >> 12 & 15, head >> 10 & 3, head >> 9 & 1
+    if head >> 21 != 0x7FF or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
+        return None
+    mono = head >> 6 & 3 == 3
+    hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    if version == 3:
+        kilobits = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[bitrate - 1]
+        return 144000 * kilobits // hertz + padding, 4 + (17 if mono else 32)
+    kilobits = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)[bitrate - 1]
+    return 72000 * kilobits // hertz + padding, 4 + (9 if mono else 17)
+
+
+def mp3_source(data, counted):
+    """A file of these bytes; without a header that counts its frames, a pipe.
+
+    libsndfile estimates the length of an mp3 that it can seek in from its first frames, and stops
+    there. What comes through a pipe it decodes to the end.
+    """
+    if counted:
+        return io.BytesIO(data)
+    end, start = os.pipe()
+
+    def feed():
+        with open(start, "wb") as pipe:
+            try:
+                pipe.write(data)
+            except BrokenPipeError:
+                pass                                        # not decodable: `decode` says so
+    threading.Thread(target=feed, daemon=True).start()
+    return end
 
 
 def to_stereo_44k(audio, rate):
@@ -249,9 +408,15 @@ def to_stereo_44k(audio, rate):
     return resample(audio[:2], rate, SAMPLE_RATE)
 
 
-def reason(error):
-    """What libsndfile says, without the path."""
-    return str(error).rsplit(": ", 1)[-1].rstrip(".")
+def reason(error, path=None):
+    """What is wrong with a file, without its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).rsplit(": ", 1)[-1].rstrip(".")
+    vague = ("does not exist or is not a regular file", "Unspecified internal error", "Format not")
+    if any(words in text for words in vague):
+        return "damaged, or not audio"
+    return text
 
 
 def find_files(folders):
@@ -279,13 +444,15 @@ def probe(path):
     try:
         if not os.path.isfile(path):            # opening a pipe would wait for ever
             return "no such file"
-        with sf.SoundFile(path) as file:
+        if not os.path.getsize(path):
+            return "it is empty"
+        with open_audio(path) as file:
             frames = file.frames
             file.seek(max(frames - 2**15, 0))
             whole = len(file.read(2**15)) == min(frames, 2**15)
         if not whole:
             # The header promises more than there is: a cut ogg, for example, says 2^63 - 1 frames.
-            with sf.SoundFile(path) as file:
+            with open_audio(path) as file:
                 frames = sum(len(block) for block in audio_blocks(file))
         return [frames, file.samplerate, file.channels]
     except (OSError, RuntimeError, UnicodeError) as error:
@@ -358,25 +525,51 @@ class Checkpoint:
         return self.vae.decode(x) if self.kind == "latent" else x * self.net.scale
 
 
+class Checked:
+    """A file opened for writing that keeps the first error; libsndfile and torch.save hide it."""
+
+    def __init__(self, file):
+        self.file = file
+        self.error = None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 def write_atomic(path, write):
     """write(file) to a temporary file, which takes the place of `path` once it is on the disk.
 
     At any moment `path` is the old file or the new one, whole. Raises OSError with the path's name.
     """
-    part = Path(f"{path}.part")
+    part = temporary_name(path)
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(part, "xb") as file:
+            checked = Checked(file)
+            try:
+                write(checked)
+                file.flush()
+                os.fsync(file.fileno())
+            finally:
+                if checked.error:
+                    raise checked.error
         os.replace(part, path)
-    except Exception as error:
+    except BaseException as error:              # Ctrl-C too leaves nothing behind
         part.unlink(missing_ok=True)
-        # torch.save hides what the file raised
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def temporary_name(path):
+    """A name in the folder of `path` that no file has."""
+    return Path(path).parent / f".{secrets.token_hex(8)}.part"
 
 
 def save_atomic(path, state):
@@ -455,6 +648,7 @@ class Settings:
     k: float = 0.6              # regenerate, transition: share of noise in x_T
     start_from: str = "matched"                 # regenerate, transition: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
+    t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
     keep_level: bool = True     # new audio gets the level of its context
@@ -505,12 +699,12 @@ class Settings:
 XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
 GUIDE_STEP = 3.0                                # step size of a guiding term, L2 or BCE
-ABOVE = 0.4                                     # guiding terms act at times t above this
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                              # App. C.3
 AS_PRINTED = {
     "k": 0.85,                                  # App. C.3
     "start_from": "paper",                      # Table 2, x_T
     "project": "x_t",                           # Algorithms 1 and 2, the last line
+    "t_end": 0.0,
     "equalise": False,                          # ours
     "keep_level": False,                        # ours
 }
@@ -554,31 +748,77 @@ def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
 
 
 def spectrum(audio, weight):
-    """Power spectrum (B, 1025), 0 to 22050 Hz, of audio (B, channels, n) weighted by `weight` (n,).
+    """Power of left and right, and what they share: audio (B, 2, n) -> (B, 1025, 2, 2).
 
-    Up to a constant factor; smoothed by a Gaussian with a standard deviation of a sixth of an
-    octave.
+    Covariances at 1025 frequencies from 0 to 22050 Hz, of audio weighted by `weight` (n,). Up to a
+    constant factor; smoothed by a Gaussian with a standard deviation of a sixth of an octave.
     """
     size = EQUALISER_FFT
     window = torch.hann_window(size, device=audio.device)
     frames = F.pad(audio * weight, (size, size)).unfold(-1, size, size // 2) * window
-    power = torch.fft.rfft(frames).abs().square().sum((1, 2)) / weight.square().sum().clamp(min=1)
+    X = torch.fft.rfft(frames)                                          # (B, 2, frames, 1025)
+    covariance = torch.einsum("bitf,bjtf->bijf", X, X.conj()).real
+    covariance = covariance / weight.square().sum().clamp(min=1)
 
-    octave = torch.arange(power.shape[-1], device=audio.device).clamp(min=0.5).log2()
-    smooth = torch.exp(-18 * (octave[:, None] - octave).square())               # 18 = 6^2 / 2
-    return power @ (smooth / smooth.sum(1, keepdim=True)).T + 1e-12
+    octave = torch.arange(covariance.shape[-1], device=audio.device).clamp(min=0.5).log2()
+    smooth = torch.exp(-18 * (octave[:, None] - octave).square())       # 18 = 6^2 / 2
+    covariance = covariance @ (smooth / smooth.sum(1, keepdim=True)).T  # (B, 2, 2, 1025)
+    return covariance.permute(0, 3, 1, 2) + 1e-12 * torch.eye(2, device=audio.device)
+
+
+def power(covariance):
+    """Of both sides together: (B, 1025, 2, 2) -> (B, 1025)."""
+    return covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def equalise(audio, weight, wanted):
-    """Filter audio (B, channels, n) so that its spectrum, see above, becomes `wanted` (B, 1025).
+    """Filter audio (B, 2, n) so that its spectrum, see above, becomes `wanted` (B, 1025, 2, 2).
 
-    The filter's gains lie between 1/4 and 4.
+    Powers change by 12 dB at most. The image, how the power is shared by left, right and both,
+    becomes the wanted one: what is silent on one side stays so.
     """
+    given = spectrum(audio, weight)
+    gain = (power(wanted) / power(given)).sqrt().clamp(1 / 4, 4)                # (B, 1025)
+    filters = gain[..., None, None] * image_map(given, wanted)                  # (B, 1025, 2, 2)
+
+    # Gains between the 1025 frequencies are interpolated. Padding: the filters' tails do not wrap.
     n = audio.shape[-1]
-    size = n + EQUALISER_FFT    # so that the filter's tails do not wrap
-    gain = (wanted / spectrum(audio, weight)).sqrt().clamp(1 / 4, 4)
-    gain = F.interpolate(gain[:, None], size // 2 + 1, mode="linear", align_corners=True)
-    return torch.fft.irfft(torch.fft.rfft(audio, size) * gain, size)[..., :n]
+    size = n + EQUALISER_FFT
+    filters = F.interpolate(filters.flatten(2).mT, size // 2 + 1, mode="linear", align_corners=True)
+    filters = filters.unflatten(1, (2, 2))                                      # (B, 2, 2, bins)
+    X = torch.fft.rfft(audio, size)
+    return torch.fft.irfft((filters * X[:, None]).sum(2), size)[..., :n]
+
+
+def image_map(given, wanted):
+    """M (..., 2, 2), symmetric, that turns a signal of covariance `given` into one of `wanted`.
+
+    Both are scaled to a power of 1, so that M changes the image alone. It is the least change that
+    does so (optimal transport): the geometric mean of given^-1 and wanted. What `given` hardly has,
+    such as a side channel, is raised by 25 dB at most.
+    """
+    device = given.device
+    given, wanted = given.cpu().double(), wanted.cpu().double()         # not all have float64
+    eye = torch.eye(2, dtype=torch.float64)
+    given = given / power(given)[..., None, None] + 0.003 * eye
+    wanted = wanted / power(wanted)[..., None, None] + 1e-7 * eye
+    a = torch.linalg.det(given).sqrt()[..., None, None]
+    b = torch.linalg.det(wanted).sqrt()[..., None, None]
+    adjugate = power(given)[..., None, None] * eye - given      # given^-1 times its determinant
+    M = adjugate / a + wanted / b
+    M = M * (b / a / torch.linalg.det(M)[..., None, None]).sqrt()
+    return M.float().to(device)
+
+
+def no_louder(audio, original, new, loudest=1.6):
+    """Audio (B, 2, n), its new part turned down where it is over 2 dB louder than the original.
+
+    new     weights (n,) of the new part; what is compared with it is the original where these are 0
+    """
+    made = (audio * new).square().sum((1, 2)) / new.square().sum()
+    kept = (original * (1 - new)).square().sum((1, 2)) / (1 - new).square().sum()
+    gain = (loudest * kept / made.clamp(min=1e-20)).clamp(max=1).sqrt()
+    return torch.lerp(audio, audio * gain[:, None, None], new)
 
 
 def limited(audio, reach):
@@ -608,7 +848,7 @@ TABLE_2 = {
     "transition": lambda x_bar, C_L, C_R, z, settings, **term:
         tasks.transition(x_bar, C_L, C_R, z, settings.k, settings.start_from, **term),
 }
-FROM_X_BAR = ("regenerate", "transition")      # these start from what is there, others never read it
+FROM_X_BAR = ("regenerate", "transition")       # these start from what is there; others ignore it
 
 
 def windows(C_L, gap, C_R, window, overlap):
@@ -644,6 +884,10 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             return checkpoint.net(x_t, t).float()
 
+    # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
+    xi = settings.xi * XI_STEPS / settings.steps
+    weights = [1.0] + [1 / settings.xi for _ in guides]
+
     x, n = x_bar.clone(), x_bar.shape[-1]
     lo, hi = C_L, n - C_R                                               # [lo, hi) is still empty
     for first, last in spans or [(0, n)]:
@@ -663,14 +907,13 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
         problem = guidance.Task(z, ())
         if row:
             problem = TABLE_2[row](window, left, right, z, settings,
-                                   weight=settings.xi * level, project=settings.project)
-        problem = tasks.combine(problem, *[guide(z) for guide in guides])
+                                   weight=level, project=settings.project)
+        problem = tasks.combine(problem, *[guide(z) for guide in guides], weights=weights)
 
         # Sample it. The result is context for the next window.
-        xi = XI_STEPS / settings.steps if settings.xi or guides else 0.0
         x[..., first:last] = guidance.sample(
             estimator, problem.x_T, problem, steps=settings.steps, sampler=settings.sampler,
-            xi=xi, generator=generator, callback=callback)
+            xi=xi, t_end=settings.t_end, generator=generator, callback=callback)
         if first <= lo:
             lo = last
         else:
@@ -746,32 +989,41 @@ def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=N
     """x_0 (B, C, frames) -> audio (B, 2, n), equalised.
 
     The first C_L and last C_R frames get the spectrum that they have in `original` (B, 2, n). The
-    frames in between get the same one; with from_x_bar, that of what stood there; with an `example`
-    (B, 2, m), the example's, at the power they would have had. With little context (LITTLE), all
-    get the example's, if any.
+    frames in between get the same one, and are no more than 2 dB louder; with from_x_bar, that of
+    what stood there. An `example` (B, 2, m) gives the new frames its powers, scaled to their sum;
+    and with too little context (LITTLE) all frames.
     """
     audio = checkpoint.decode(x_0)
     n = original.shape[-1]
-    left, right = C_L * checkpoint.hop, n - C_R * checkpoint.hop    # [left, right) is new
-    example_shape = None
+    left, right = C_L * checkpoint.hop, n - C_R * checkpoint.hop        # [left, right) is new
+    colour = None
     if example is not None:
-        example_shape = spectrum(example, torch.ones_like(example[0, 0]))
-    if left + n - right < LITTLE * SAMPLE_RATE:
-        if example_shape is None:
-            return audio
-        return equalise(audio, torch.ones_like(audio[0, 0]), example_shape)
+        colour = power(spectrum(example, torch.ones_like(example[0, 0])))
 
     # Weights (n,) of the new part, 1 there and 0 in the contexts, with a ramp outside it.
     ramp = round(SPLICE * SAMPLE_RATE)
     at = torch.arange(n, device=original.device)
     new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)
+    if left + n - right < LITTLE * SAMPLE_RATE:
+        if colour is not None:
+            everywhere = torch.ones_like(audio[0, 0])
+            audio = equalise(audio, everywhere, recoloured(spectrum(audio, everywhere), colour))
+        return no_louder(audio, original, new) if (new < 1).any() else audio
 
     # Equalise the contexts and the new part, each to its own spectrum.
     of_context = spectrum(original, 1 - new)
     wanted = spectrum(original, new) if from_x_bar else of_context
-    if example_shape is not None:
-        wanted = example_shape * (wanted.sum(1) / example_shape.sum(1))[:, None]
-    return torch.lerp(equalise(audio, 1 - new, of_context), equalise(audio, new, wanted), new)
+    if colour is not None:
+        wanted = recoloured(wanted, colour * (power(wanted).sum(1) / colour.sum(1))[:, None])
+    made = equalise(audio, new, wanted)
+    if not from_x_bar:
+        made = no_louder(made, original, new)
+    return torch.lerp(equalise(audio, 1 - new, of_context), made, new)
+
+
+def recoloured(covariance, colour):
+    """A spectrum (B, 1025, 2, 2) with other powers, `colour` (B, 1025), and the same image."""
+    return covariance * (colour / power(covariance))[..., None, None]
 
 
 def listen(passt, checkpoint, x, part=slice(None)):
@@ -790,7 +1042,7 @@ def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
         return listen(passt, checkpoint, x, part)[1]
 
     def guide(z):
-        return tasks.embedder_guidance(embedding, y, z, GUIDE_STEP * weight, above=ABOVE)
+        return tasks.embedder_guidance(embedding, y, z, GUIDE_STEP * weight)
     return guide
 
 
@@ -806,7 +1058,7 @@ def class_guide(checkpoint, classifier, labels, weight=1.0):
         return listen(classifier.net, checkpoint, x)[0][:, chosen]
 
     def guide(z):
-        return tasks.classifier_guidance(logits, y, z, GUIDE_STEP * weight, above=ABOVE)
+        return tasks.classifier_guidance(logits, y, z, GUIDE_STEP * weight)
     return guide
 
 
@@ -885,8 +1137,9 @@ class Edit:
     begins (at b, if there is none).
     """
 
-    def __init__(self, checkpoint, track, a, b, context=None):
-        self.checkpoint, self.track = checkpoint, track
+    def __init__(self, checkpoint, track, a, b, context=None, repeats=None):
+        """repeats: samples after which a loop begins again; the track goes on with a copy of it."""
+        self.checkpoint, self.track, self.repeats = checkpoint, track, repeats
         self.frame = checkpoint.hop * track.rate / SAMPLE_RATE    # the track's samples in a frame
         self.gap = math.ceil((b - a) / self.frame - 1e-6)
         before = int(a / self.frame)    # whole frames that the track has
@@ -908,6 +1161,10 @@ class Edit:
         self.a, self.b, self.end = a, b, b
         if self.C_R:
             self.end = a + math.ceil(self.gap * self.frame - 1e-6)
+        # The contexts' mean, a constant that some recorders add. The model works without it.
+        before = track.audio[:, a - int(self.C_L * self.frame):a]
+        after = track.audio[:, self.end:self.end + int(self.C_R * self.frame)]
+        self.offset = torch.cat([before, after], -1).mean(-1, keepdim=True).nan_to_num()
         self.spans = windows(self.C_L, self.gap, self.C_R, window, min(longest, room // 2))
 
     def context(self, whole):
@@ -921,7 +1178,7 @@ class Edit:
         else:
             parts = [(-C_L, 0, 0, self.a), (gap, gap + C_R, self.b, self.track.n)]
         audio = torch.zeros(2, (C_L + gap + C_R) * hop)
-        stereo = self.track.audio.float().expand(2, -1)
+        stereo = (self.track.audio - self.offset).float().expand(2, -1)
         for first, last, lo, hi in parts:    # frames from a; samples that may be read
             if first < last:
                 audio[:, (C_L + first) * hop:(C_L + last) * hop] = resample_part(
@@ -945,7 +1202,7 @@ class Edit:
         # mean of two that differ would be quieter.
         new = resample_part(decoded, SAMPLE_RATE, rate, self.C_L * self.checkpoint.hop,
                             -before, end - a + after, 0, decoded.shape[-1])
-        new = new[:len(audio)]
+        new = new[:len(audio)] + self.offset
         over = new.abs().max() / top
         if over > 1:
             decibels = 20 * over.log10()
@@ -956,7 +1213,12 @@ class Edit:
             fade_in = blend(audio[:, a - before:a], new[:, :before])
             fade_out = blend(new[:, before + end - a:], audio[:, end:end + after])
             new = torch.cat([fade_in, new[:, before:before + end - a], fade_out], dim=-1)
-        return torch.cat([audio[:, :a - before], new, audio[:, end + after:]], dim=-1)
+        result = torch.cat([audio[:, :a - before], new, audio[:, end + after:]], dim=-1)
+        if self.repeats:
+            # The end of the cross-fade lies where the loop begins again.
+            over = result[:, self.repeats:end + after]
+            result = torch.cat([over, result[:, over.shape[-1]:self.repeats]], dim=-1)
+        return result
 
     def kept(self):
         """The parts of the track, left and right of the new one, that stay as they are."""
@@ -974,11 +1236,19 @@ class Edit:
         return text
 
 
+def to_mono(audio):
+    """(channels, n) -> (1, n): the mean of the channels; the first, where they cancel out."""
+    mono = audio.mean(0, keepdim=True)
+    if mono.square().mean() < audio.square().mean() / 8:
+        mono = audio[:1]
+    return mono
+
+
 def crossfaded(one, two, fade):
     """The end of one track faded into the start of another: (Track, start and end of the fade)."""
     other = two.audio.expand(2, -1)
     if len(one.audio) == 1:
-        other = two.audio.mean(0, keepdim=True)
+        other = to_mono(two.audio)
     other = resample(other, two.rate, one.rate)
     fade = round(fade * one.rate)
     C_L, C_R = one.n - fade, other.shape[-1] - fade
@@ -991,8 +1261,29 @@ def crossfaded(one, two, fade):
     return Track(audio, one.rate, subtype), C_L, C_L + fade
 
 
+def looped(track, o, checkpoint):
+    """Arguments of an Edit whose result repeats: the stretch, followed by its own beginning."""
+    a, b = round((o.start or 0) * track.rate), track.n
+    if o.end is not None:
+        b = round(o.end * track.rate)
+    n = b - a
+    fade = whole_frames(o.fade or FADE["loop"], checkpoint, track.rate)
+    if not 0 <= a < b <= track.n or n < fade + LITTLE * track.rate:
+        raise UserError(f"{o.input} lasts {clock(track.seconds)}: the stretch from --start to "
+                        f"--end must be a part of it, and longer than --fade by {LITTLE} s")
+    stretch = track.audio[:, a:b]
+    audio = torch.cat([stretch, stretch[:, :n - fade]], dim=-1)
+    return replace(track, audio=audio), n - fade, n, o.context, n
+
+
+def whole_frames(time, checkpoint, rate):
+    """Samples at `rate` in so many seconds, rounded up to the model's frames."""
+    frame = checkpoint.hop * rate / SAMPLE_RATE
+    return int(math.ceil(time * rate / frame - 1e-6) * frame)
+
+
 def word_length(path, track):
-    """The subtype to write: the track's own if the format has it, else floats, or 24 bits in flac"""
+    """The subtype to write: the track's own if the format has it, else floats (flac: 24 bits)."""
     kind = path.suffix[1:].upper()
     if track.subtype in (*PCM_BITS, "FLOAT", "DOUBLE") and sf.check_format(kind, track.subtype):
         return track.subtype
@@ -1001,34 +1292,53 @@ def word_length(path, track):
     return "DOUBLE" if track.audio.dtype == torch.float64 else "FLOAT"
 
 
+WAV_LIMIT = 2**32 - 2**12                       # bytes: a wav header counts no more; RF64's does
+
+
+def check_format(path, track):
+    """UserError if the format of path does not have the track's rate."""
+    try:
+        write_samples(io.BytesIO(), path, replace(track, audio=track.audio[:, :0]))
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path}: this format has no {track.rate} Hz: choose --output .wav, "
+                        "or resample the input") from None
+
+
 def write_track(path, track):
-    """Write a Track as wav or flac, by the ending of path, atomically.
+    """Write a Track as wav or flac, by the ending of path, atomically."""
+    write_atomic(path, lambda file: write_samples(file, path, track))
+
+
+def write_samples(file, path, track):
+    """Encode a Track into a binary file.
 
     Integers are made here: libsndfile scales floats by 2^15 - 1 on the way out and 2^15 on the way
     in.
     """
-    kind = path.suffix[1:].upper()
     bits = PCM_BITS.get(track.subtype, 0)
     full_scale = 2.0 ** (bits - 1)
-
-    def write(file):
-        channels = len(track.audio)
-        with sf.SoundFile(file, "w", track.rate, channels, track.subtype, format=kind) as out:
-            for block in track.audio.T.split(2**20):                            # (n, channels)
-                if bits:
-                    block = (block.double() * full_scale).round().clamp(-full_scale, full_scale - 1)
-                    block = block.int() << (32 - bits)
-                out.write(block.numpy())
-    write_atomic(path, write)
+    kind = path.suffix[1:].upper()
+    width = (bits or {"DOUBLE": 64}.get(track.subtype, 32)) // 8
+    if kind == "WAV" and track.audio.numel() * width > WAV_LIMIT:
+        kind = "RF64"
+    channels = len(track.audio)
+    with sf.SoundFile(file, "w", track.rate, channels, track.subtype, format=kind) as out:
+        for block in track.audio.T.split(2**20):                                # (n, channels)
+            if bits:
+                block = (block.double() * full_scale).round().clamp(-full_scale, full_scale - 1)
+                block = block.int() << (32 - bits)
+            out.write(block.numpy())
+            if getattr(file, "error", None):
+                raise file.error                # the disk is full: encoding the rest is no use
 
 
 # ---- command line --------------------------------------------------------------------------------
 
-EDITS = tuple(TABLE_2)                          # the tasks that edit a track
+EDITS = (*TABLE_2, "loop", "intro")             # the tasks that edit a track
 TASKS = ("unconditional", *EDITS, "embedding", "classifier")
 GAP = 2.0                                       # seconds (Sect. 4.3): of infill and regenerate
 CONTEXT = 2.4                                   # of a continuation
-FADE = 2.5                                      # of a transition
+FADE = {"transition": 2.5, "loop": 2.0}
 
 # Flags without which a task cannot run, and the tasks in which a flag does something (the others:
 # in all).
@@ -1041,12 +1351,12 @@ NEEDED = {
 USED = {
     "input": EDITS,
     "input2": ("transition",),
-    "start": ("continuation", "infill", "regenerate"),
-    "end": ("infill", "regenerate"),
-    "length": ("unconditional", "continuation", "embedding", "classifier"),
+    "start": ("continuation", "infill", "regenerate", "loop"),
+    "end": ("infill", "regenerate", "loop"),
+    "length": ("unconditional", "continuation", "intro", "embedding", "classifier"),
     "context": EDITS,
-    "fade": ("transition",),
-    "k": FROM_X_BAR,
+    "fade": ("transition", "loop"),
+    "k": (*FROM_X_BAR, "loop"),
     "xi": EDITS,
     "splice": EDITS,
 }
@@ -1073,7 +1383,8 @@ def parse(argv, add_flags=Settings.add_flags):
     length = within(0.01, 1e6, seconds)
 
     add = parser.add_argument_group("what to make").add_argument
-    add("--task", choices=TASKS, required=True, help="embedding: by example; classifier: by class")
+    add("--task", choices=TASKS, required=True,
+        help="embedding: by example; classifier: by class")
     add("--input", help="the track to edit: wav, flac, ogg, mp3; any rate, mono or stereo")
     add("--input2", help="transition: the track to go over to")
     add("--reference", help="audio to approach in style: embedder guidance, for any task")
@@ -1090,11 +1401,14 @@ def parse(argv, add_flags=Settings.add_flags):
         help="where the new audio begins (default: the end in continuation, else the middle)")
     add("--end", type=seconds, help=f"infill, regenerate: where it ends (default: {GAP:g} s later)")
     add("--length", type=length,
-        help="continuation, or without --input: how much to make (default: what the window holds)")
+        help="continuation, intro, or without --input: how much to make "
+             "(default: what the window holds; intro: half of it)")
     add("--context", type=length,
         help="context on each side, half a window at most "
              f"(default: {CONTEXT} in continuation, else what the window holds)")
-    add("--fade", type=length, help=f"transition: length of the cross-fade (default: {FADE})")
+    add("--fade", type=length,
+        help="transition: length of the cross-fade; loop: how much of its end is new "
+             "(default: {transition}; {loop})".format(**FADE))
     add("--splice", type=within(0, 50), metavar="MS",
         help="cross-fade at the borders, in ms; 0: the model's output as it is "
              f"(default: {1000 * SPLICE:g})")
@@ -1139,28 +1453,32 @@ def check(o):
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: "
                             "embedding is for --reference, classifier for --classes")
+    if o.xi == 0 and (o.reference or o.classes):
+        raise UserError("--xi 0 turns off all guidance: leave it out, or --reference and --classes")
     if o.equalise is not None and not o.reference and (o.task not in EDITS or o.classes):
         raise UserError("--equalise does nothing without a context or a --reference, "
                         "or with --classes: leave it out")
-    if o.k is not None and o.classes and math.atan2(o.k, 1 - o.k) <= ABOVE * math.pi / 2:
-        raise UserError(f"--classes does nothing with --k {o.k}, which starts below t = {ABOVE}: "
-                        "give a higher --k")
 
 
 def region(o, checkpoint):
-    """(Track, a, b, context): the region [a, b) in samples, the context in seconds or None.
+    """Arguments of an Edit: Track, the region [a, b) in samples, context in seconds, repeats.
 
     From the task's flags, or the paper's choices (Sect. 4.3).
     """
     window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
     if o.task not in EDITS:
         n = round((o.length or window) * SAMPLE_RATE)
-        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, n, None
+        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, n
 
     track = Track.read(o.input)
     if o.task == "transition":
-        faded, a, b = crossfaded(track, Track.read(o.input2), o.fade or FADE)
+        faded, a, b = crossfaded(track, Track.read(o.input2), o.fade or FADE["transition"])
         return faded, a, b, o.context
+    if o.task == "intro":
+        n = whole_frames(o.length or window / 2, checkpoint, track.rate)
+        return replace(track, audio=F.pad(track.audio, (n, 0))), 0, n, o.context
+    if o.task == "loop":
+        return looped(track, o, checkpoint)
 
     rate = track.rate
     lasts = f"{o.input} lasts {clock(track.seconds)}"
@@ -1219,25 +1537,24 @@ def output_paths(o):
     if first.suffix.lower() not in endings:
         raise UserError(f"--output {first} must end in {' or in '.join(endings)}")
 
-    # Nothing that is there is lost: neither what is read, nor, without --force, what would be
-    # overwritten.
     paths = [first]
     for i in range(1, o.num):
         paths.append(first.with_name(f"{first.stem}-{i + 1}{first.suffix}"))
     written = paths + [path.with_suffix(".json") for path in paths]
     if o.page:
         written.append(first.with_suffix(".html"))
-    for path in written:
-        for source in (o.input, o.input2, o.reference):
-            if source and path.exists() and path.samefile(source):
-                raise UserError(f"{path} is also what is read: choose another --output")
-        if path.is_dir() or path.exists() and not o.force:
-            raise UserError(f"{path} exists; choose another --output, or overwrite with --force")
-
-    # The folder can be written to.
     try:
+        # Nothing is lost: neither what is read, nor, without --force, what would be overwritten.
+        for path in written:
+            for source in (o.input, o.input2, o.reference):
+                if source and path.exists() and path.samefile(source):
+                    raise UserError(f"{path} is also what is read: choose another --output")
+            if path.is_dir() or path.exists() and not o.force:
+                raise UserError(f"{path} exists; choose another --output, or use --force")
+
+        # The folder can be written to.
         first.parent.mkdir(parents=True, exist_ok=True)
-        probe_file = Path(f"{first}.part")
+        probe_file = temporary_name(first)
         probe_file.touch()
         probe_file.unlink()
     except OSError as error:
@@ -1274,6 +1591,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     # own.
     rate = edit.track.rate
     subtype = o.subtype or word_length(paths[0], edit.track)
+    check_format(paths[0], Track(edit.track.audio, rate, subtype))
     top = max([1.0] + [part.abs().max().item() for part in edit.kept() if part.numel()])
     if subtype in PCM_BITS and top > 1:
         raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: "
@@ -1292,13 +1610,24 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
     }
 
+    # A loop and an intro are infills whose contexts stand in another place.
+    row = o.task
+    if o.task in ("loop", "intro"):
+        row = "infill" if o.k in (None, 1) else "regenerate"
+
+    # Steps of all windows, for the progress bar.
+    t_T = 1.0
+    if row in FROM_X_BAR and settings.start_from == "matched":
+        t_T = tasks.matched_time(settings.k)
+    steps = len(time_steps(settings.steps, t_T, settings.t_end)) - 1
+
     # Make the variations, one after the other.
     fade = SPLICE if o.splice is None else o.splice / 1000
-    context = edit.context(whole=o.task in FROM_X_BAR).to(device)
+    context = edit.context(whole=row in FROM_X_BAR).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        with progress(total=settings.steps * len(edit.spans), unit="step") as bar:
-            audio = fill(checkpoint, o.task, context, edit.C_L, edit.C_R, settings, generator,
+        with progress(total=steps * len(edit.spans), unit="step") as bar:
+            audio = fill(checkpoint, row, context, edit.C_L, edit.C_R, settings, generator,
                          guides=guides, example=example, spans=edit.spans,
                          callback=lambda s, x_s: bar.update())
         if not audio.isfinite().all():

@@ -4,9 +4,9 @@
     task = combine(task, embedder_guidance(embed, embed(example), z), weights=(1, 5))
     x_0 = guidance.sample(model, task.x_T, task, xi=0.1)
 
-Signals are (B, C, n) in the model's own space (samples or latent frames); C_L and C_R count positions
-along n; z is standard normal noise in the shape of x_bar. y, k, weights and labels may differ from
-clip to clip. At the end of the file are the resampler and PaSST [30], the embedder and classifier.
+Signals are (B, C, n) in the model's own space (samples or latent frames). C_L and C_R count
+positions along n. z is standard normal noise in the shape of x_bar. y, k, weights and labels may
+differ from clip to clip. At the end: the resampler, and PaSST [30], the embedder and classifier.
 """
 import math
 from contextlib import contextmanager
@@ -75,7 +75,7 @@ class KeepMask:
 # ---- distances: one number per clip, (B,), never divided by the batch ----------------------------
 
 def l1(y, Ax):
-    """||y - A x||_1, the sum over a clip's elements: with a mean, the paper's xi would do nothing."""
+    """||y - A x||_1, a sum over a clip's elements: with a mean, the paper's xi would do nothing."""
     return (y - Ax).abs().flatten(1).sum(1)
 
 
@@ -117,7 +117,7 @@ def continuation(x_bar, C_L, z, **term):
 
 
 def infill(x_bar, C_L, C_R, z, **term):
-    """Table 2, Infill: keep the first C_L and the last C_R positions of x_bar; the rest is not read."""
+    """Table 2, Infill: keep the first C_L and last C_R positions of x_bar; the rest is not read."""
     return reconstruct(x_bar, KeepEnds(z.shape[-1], C_L, C_R), z, **term)
 
 
@@ -139,7 +139,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
 
     # The mixture, everywhere; and the time at which it is what x_t should be.
     if start_from == "matched":
-        t_T = 2 / math.pi * torch.atan2(k, 1 - k)
+        t_T = matched_time(k)
         mixed, _ = add_noise(x_bar, z, t_T)
     else:
         t_T = 1.0
@@ -153,6 +153,11 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
         A = KeepEnds(z.shape[-1], C_L, C_R)
         mixed = data_consistency(mixed, A(z), A)
     return replace(infill(x_bar, C_L, C_R, mixed, **term), t_T=t_T)
+
+
+def matched_time(k):
+    """The time t at which sigma_t : alpha_t is k : (1 - k)."""
+    return 2 / math.pi * torch.atan2(torch.as_tensor(k), torch.as_tensor(1 - k))
 
 
 def crossfade(x_bar_L, x_bar_R, C_L, C_R):
@@ -183,7 +188,7 @@ def embedder_guidance(A, y, z, weight=1.0, **term):
 
 
 def classifier_guidance(A, y, z, weight=1.0, **term):
-    """Table 2, Classifier guidance: A(x) gives logits (B, m) of p(c_i | x), y in [0, 1] is wanted."""
+    """Table 2, Classifier guidance: A(x) gives logits (B, m) of p(c_i | x); y in [0, 1]."""
     if not ((y >= 0) & (y <= 1)).all():
         raise ValueError("y must hold labels in [0, 1]")
     return Task(z, (Term(A, bce, y, weight, **term),))

@@ -29,7 +29,7 @@ from torch import nn
 
 import dit
 import vae as autoencoder
-from diffusion import v_loss, with_own_error
+from diffusion import alpha_sigma, v_error
 from examples import synthetic
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, join_processes, load_state,
@@ -223,7 +223,7 @@ class Autoencoding(nn.Module):
 
 
 class Denoising(nn.Module):
-    """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms; or that of with_own_error (ours)."""
+    """The v-objective of App. B.1, on latents (the VAE is frozen) or on waveforms; or that of with_own_error."""
 
     def __init__(self, net, vae=None, own_error=False):
         super().__init__()
@@ -245,10 +245,26 @@ class Denoising(nn.Module):
     def forward(self, x, t, noise, fresh=None, own=None, start=None, **_):
         with full_precision(x):
             x_0 = self.space.encode(x) if x.shape[1] == 2 else x                # latents, from the cache
-        net = self.net if start is None else partial(self.net, start=start)
+        net = partial(self.net, start=start) if isinstance(self.net, dit.DiT) else self.net
         if self.training and own is not None and own.any():
-            noise = with_own_error(net, x_0, t, noise, fresh, own)
-        return {"loss": v_loss(net, x_0, t, noise, getattr(self.net, "weigh", None)).mean()}       # the U-Net weighs
+            noise = self.with_own_error(net, x_0, t, noise, fresh, own)
+        error = v_error(net, x_0, t, noise)
+        if self.space.kind == "waveform":                                       # the U-Net weighs
+            error = self.net.weigh(error, t.to(error))
+        return {"loss": error.square().flatten(1).mean(1).mean()}
+
+    def with_own_error(self, model, x_0, t, eps, fresh, share):
+        """Noise such that x_t is built from x_0 moved by `share` towards the model's own estimate.
+
+        With it, x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, where x0_hat is the
+        estimate from x_0 noised by eps. The target stays x_0. Sampling continues from such
+        estimates, and training on them prepares for that (ours). x_0, eps, fresh (B, C, n);
+        t (B,) in (0, 1], on the CPU; share broadcasts over x_0.
+        """
+        with torch.no_grad():
+            error = v_error(model, x_0, t, eps)                             # (x0_hat - x_0) / sigma_t
+        alpha_t = alpha_sigma(t)[0].to(x_0)[:, None, None]
+        return fresh + share * alpha_t * error
 
 
 class Classifying(nn.Module):
@@ -577,7 +593,8 @@ def main(argv=None):
         source = Latents(source, Path(o.out) / "cache", vae)
     if o.compile:
         torch._dynamo.config.recompile_limit = 64           # one for each window, and each kind of block
-        objective.net.apply(lambda module: isinstance(module, dit.Block) and module.compile(dynamic=False))
+        blocks = (dit.Block, dit.SpectralBlock)
+        objective.net.apply(lambda module: isinstance(module, blocks) and module.compile(dynamic=False))
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID, VALIDATED)
     header = {"format": 1, "kind": o.model, "size": o.size, "config": asdict(config), "classes": classes or None,

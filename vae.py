@@ -22,8 +22,8 @@ FFT_SIZES = (512, 1024, 2048, 4096)      # samples at 44.1 kHz: 12 to 93 ms
 SPECTRAL_WEIGHT, BAND_WEIGHT, L1_WEIGHT, L2_WEIGHT = 1.0, 4.0, 20.0, 50.0
 KL_WEIGHT = 0.1                          # leaves noise in the latents, so that the decoder bears small errors in them
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1.0, 5.0
-# STFT magnitude (white noise of power 1 has 1) below which all is silence. Lower hears fainter hiss, but the empty
-# bins of clean synthetic music then drown the rest.
+# STFT magnitude (white noise of power 1 has 1) below which all counts as silence. With a lower one
+# fainter hiss counts too, but then the empty bins of clean synthetic music dominate the loss.
 QUIET = 3e-4
 CHUNK = 1024                             # latent frames, at most, that encode and decode work on at a time
 
@@ -218,7 +218,8 @@ def stft_loss(reconstruction, audio):
     """Spectral convergence plus L1 of log magnitudes, averaged over FFT sizes. (B, 2, n) twice -> scalar."""
     loss = 0
     for size in FFT_SIZES:
-        Y, X = magnitudes(reconstruction, size), magnitudes(audio, size)
+        Y = magnitudes(reconstruction, size)
+        X = magnitudes(audio, size)
         # One ratio for the four signals of a clip: a mono clip's side is silent. At least 1e-3, 60 dB below full scale.
         scale = X.square().mean((1, 2, 3)).sqrt().clamp(min=1e-3)
         convergence = ((Y - X).square().mean((1, 2, 3)) + 1e-12).sqrt() / scale
@@ -229,10 +230,14 @@ def stft_loss(reconstruction, audio):
 def band_loss(reconstruction, audio):
     """L1 of the log power in bands, and in octaves of its change from frame to frame; (B, 2, n) twice -> scalar.
     As loud as the original at every moment, where single bins are out of the decoder's reach."""
-    looks = (512, 1, 1), (1024, 1, 1), (512, 3, 4), (2048, 3, 4), (2048, 3, 32)     # size, bands an octave, frames
-    errors = [band_powers(reconstruction, *look) - band_powers(audio, *look) for look in looks]
-    errors += [error.diff(dim=-1) for error in errors[:2]]          # of octaves: attacks, and a steady hiss
-    return sum(error.abs().mean() for error in errors) / len(looks)
+    resolutions = [(512, 1, 1), (1024, 1, 1), (512, 3, 4), (2048, 3, 4), (2048, 3, 32)]
+    errors = []
+    for size, per_octave, together in resolutions:
+        made = band_powers(reconstruction, size, per_octave, together)
+        errors.append(made - band_powers(audio, size, per_octave, together))
+    # The change of whole octaves from frame to frame: attacks, and whether hiss is steady.
+    errors += [error.diff(dim=-1) for error in errors[:2]]
+    return sum(error.abs().mean() for error in errors) / len(resolutions)
 
 
 def band_powers(audio, size, per_octave, together):
@@ -247,7 +252,10 @@ def band_powers(audio, size, per_octave, together):
 
 
 def reconstruction_loss(reconstruction, audio):
-    """What the autoencoder minimises beside the KL: spectra, bands, L1 and L2. (B, 2, n) twice -> scalar."""
+    """What the autoencoder minimises besides the KL: spectra, bands, L1 and L2.
+
+    (B, 2, n) twice -> scalar.
+    """
     error = reconstruction.float() - audio.float()
     return (SPECTRAL_WEIGHT * stft_loss(reconstruction, audio) + BAND_WEIGHT * band_loss(reconstruction, audio)
             + L1_WEIGHT * error.abs().mean() + L2_WEIGHT * error.square().mean())
@@ -264,7 +272,7 @@ def kl(mean, logvar):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class SpectrumCritic(nn.Module):
-    """Judges patches of one complex STFT. audio (B, 2, n) -> logits (B, 1, bins', frames), list of features."""
+    """Classifies patches of one complex STFT: audio (B, 2, n) -> logits (B, 1, bins', frames), list of features."""
 
     def __init__(self, size, width):
         super().__init__()

@@ -1,7 +1,7 @@
-"""What all tests share: the path to the modules, one thread, and helpers that make small inputs.
+"""What all tests share: the root on the path, as for a user's script; checkpoints to start from.
 
-One thread: tiny networks gain nothing from more, and on a busy machine waiting for each other costs
-them minutes. Tests that are marked slow are left out unless asked for, with -m slow.
+Tests marked slow are left out. One thread: tiny networks gain nothing from more, and on a busy
+machine threads that wait for each other cost minutes.
 """
 import os
 import sys
@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-# Before torch is imported, in any test; subprocesses inherit it.
+import pytest
+
+# Before torch is imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,8 +19,7 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: several runs or processes; left out unless asked for, with -m slow")
+    config.addinivalue_line("markers", "slow: several runs or processes; run with -m slow")
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
@@ -29,6 +30,49 @@ def save_checkpoint(path, kind, net, vae=None, classes=None):
         carried = {"config": asdict(vae.config), "weights": vae.state_dict()}
     torch.save({"format": 1, "kind": kind, "size": "tiny", "config": asdict(net.config),
                 "ema": net.state_dict(), "step": 1, "classes": classes, "vae": carried}, path)
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory):
+    """A folder with tiny untrained models and music, `test` and `train`, of one second a track.
+
+    `train` has a short, an empty and an unreadable file too.
+    """
+    import numpy as np
+    import soundfile
+
+    import dit
+    import tasks
+    import unet1d
+    import vae
+
+    root = tmp_path_factory.mktemp("studio")
+    torch.manual_seed(1)
+    classifier = tasks.PaSST(tasks.PASST_PRESETS["tiny"])
+    for p in classifier.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    torch.manual_seed(2)
+    coder = vae.VAE(vae.PRESETS["tiny"])
+    net = dit.DiT(dit.PRESETS["tiny"])
+    unet = unet1d.UNet1D(unet1d.PRESETS["tiny"])
+    for p in (*coder.parameters(), *net.parameters(), *unet.parameters()):
+        p.data += 0.02 * torch.randn_like(p)        # many layers do nothing as they are initialised
+    save_checkpoint(root / "classifier.pt", "classifier", classifier, classes=list("abcdefghi"))
+    save_checkpoint(root / "latent.pt", "latent", net, coder)
+    save_checkpoint(root / "waveform.pt", "waveform", unet)
+
+    t = np.arange(44100) / 44100
+    for folder, count in (("test", 3), ("train", 6)):
+        (root / folder).mkdir()
+        for i in range(count):
+            chord = sum(np.sin(2 * np.pi * 110 * (i + 2) * k * t) / k for k in (1, 2, 3))
+            noise = np.random.default_rng([i, count]).standard_normal((44100, 2))
+            audio = 0.1 * chord[:, None] + 0.02 * noise
+            soundfile.write(root / folder / f"{i}.wav", audio, 44100)
+    soundfile.write(root / "train" / "short.wav", np.zeros((2000, 2)), 44100)
+    (root / "train" / "empty.wav").touch()
+    (root / "train" / "text.wav").write_text("words")
+    return root
 
 
 # ---- helpers of test_sample, test_tasks and test_guidance ----------------------------------------

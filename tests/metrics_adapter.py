@@ -29,11 +29,13 @@ def vggish_embed(weights, patches):
 
 
 def passt_mel(mono32k):
-    return tasks.PaSST(tasks.PASST_PRESETS["tiny"]).mel(torch.from_numpy(mono32k).float()[None])[0].numpy()
+    net = tasks.PaSST(tasks.PASST_PRESETS["tiny"])
+    return net.mel(torch.from_numpy(mono32k).float()[None])[0].numpy()
 
 
 def passt_forward(weights, mel):
-    logits, embedding = _load(tasks.PaSST(tasks.PASST_PRESETS["paper"]), weights)(torch.from_numpy(mel)[None])
+    net = _load(tasks.PaSST(tasks.PASST_PRESETS["paper"]), weights)
+    logits, embedding = net(torch.from_numpy(mel)[None])
     return logits[0].numpy(), embedding[0].numpy()
 
 

@@ -68,7 +68,7 @@ class Study:
     def excerpts(self, limit):
         """Whole windows of the test music: one of each track, then a second of each, and so on, up to the limit."""
         found = evaluate.find_excerpts(self.options.data, self.window, limit, self.options.seed)
-        return [audio[0] for excerpt in found if (audio := evaluate.read_or_skip(excerpt))]
+        return [audio[0] for excerpt in found if (audio := evaluate.read_or_skip([excerpt]))]
 
     @torch.no_grad()
     def made(self, task):
@@ -77,7 +77,7 @@ class Study:
             span, self.known[task] = self.spans[task], []
             for j, clip in enumerate(sample.progress(self.clips, task, unit="clip")):
                 clips = evaluate.Batch(task, span, clip[None].to(self.device), None,
-                                       [evaluate.generator(self.options.seed, j)])
+                                       [evaluate.generator_of(self.options.seed, j)])
                 audio = evaluate.unspliced(self.checkpoint, clips, self.settings)[0].cpu()
                 self.known[task].append(audio[:, span.a:span.b])
         return self.known[task]
@@ -143,7 +143,7 @@ def about_likeness(study):
         systems["VAE"] = [checkpoint.decode(checkpoint.encode(clip[None].to(study.device)))[0, :, a:b].cpu()
                           for clip in study.clips]
     systems["context repeated"] = [clip[:, torch.arange(a, b) % a] for clip in study.clips]
-    systems["white noise"] = [torch.randn(2, b - a, generator=evaluate.generator(study.options.seed, j)) * clip.std()
+    systems["white noise"] = [torch.randn(2, b - a, generator=evaluate.generator_of(study.options.seed, j)) * clip.std()
                               for j, clip in enumerate(study.clips)]
     beside = [torch.cat([clip[:, :a], clip[:, b:]], 1).mean(0).double() for clip in study.clips]
     contexts = torch.stack([chroma(*peaks(x)[1:]) for x in beside])                             # (clips, 12)
@@ -163,7 +163,7 @@ def about_v_loss(study):
     losses = []
     for j, clip in enumerate(sample.progress(clips, "v-loss", unit="window")):
         x_0 = study.checkpoint.encode(clip[None].to(study.device))
-        eps = torch.randn(x_0.shape, generator=evaluate.generator(0, j)).to(study.device)
+        eps = torch.randn(x_0.shape, generator=evaluate.generator_of(0, j)).to(study.device)
         t = (torch.arange(4, dtype=torch.float64) + (order[j] + 0.5) / len(clips)) / 4
         losses.append(torch.cat([v_loss(study.checkpoint.net, x_0, t[i:i + 1], eps) for i in range(4)]))
     quarters = torch.stack(losses).mean(0)
@@ -267,7 +267,7 @@ def guided_pairs(study, guides, examples=None):
     for j, guide in enumerate(sample.progress(guides, "guidance", unit="case")):
         example = examples[j][None].to(study.device) if examples else None
         for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example})):
-            numbers = evaluate.generator(study.options.seed, j)
+            numbers = evaluate.generator_of(study.options.seed, j)
             out.append(sample.fill(checkpoint, nothing, 0, 0, study.settings, numbers, **how)[0].cpu())
     moved = torch.stack([evaluate.mel_distance(b, a, SAMPLE_RATE) for a, b in zip(plain, guided)]).mean()
     return plain, guided, f"mel distance to the unguided {moved:.2f}"

@@ -48,24 +48,6 @@ def test_loss_is_zero_for_the_true_v_and_one_for_predicting_zero():
     assert torch.allclose(ramp.double(), t**2, atol=1e-5)
 
 
-def test_the_share_of_its_own_error_goes_into_x_t_and_not_into_the_target():
-    """x_t is alpha (x_0 + share (x0_hat - x_0)) + sigma fresh, for a model whose x0_hat has a known error; v still leads
-    to x_0. A share of zero, or a model without error, leaves the fresh noise. No gradient leads through the guess."""
-    g = torch.Generator().manual_seed(0)
-    x_0, eps, fresh, wrong = torch.randn(4, 3, 2, 16, generator=g, dtype=torch.float64)
-    t, share = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64), torch.tensor([0.0, 0.7]).repeat_interleave(8)
-    alpha, sigma = (c.reshape(-1, 1, 1) for c in alpha_sigma(t))
-    wrong.requires_grad_()
-    model = lambda x_t, t: alpha * eps - sigma * x_0 - wrong / sigma            # x0_hat = x_0 + wrong
-    noise = diffusion.with_own_error(model, x_0, t, eps, fresh, share)
-    x_t, v = diffusion.add_noise(x_0, noise, t)
-    assert not noise.requires_grad
-    torch.testing.assert_close(x_t, alpha * (x_0 + share * wrong) + sigma * fresh)
-    torch.testing.assert_close(diffusion.x0_from_v(x_t, v, t), x_0)
-    right = diffusion.with_own_error(lambda x_t, t: alpha * eps - sigma * x_0, x_0, t, eps, fresh, share)
-    torch.testing.assert_close(right, fresh)
-
-
 @pytest.mark.parametrize("steps", [50, 500, 5000])
 def test_last_step_returns_x0_hat(steps):
     """At s = 0 nothing of x_t or the noise is left, in float32, for any number of steps."""
@@ -104,12 +86,3 @@ def test_guidance_enters_as_the_algorithms_print_it():
     assert torch.allclose(moved, 0.1 * gradient)
     moved = ddim_step(x_t, x0_hat, t, s) - ddim_step(x_t, x0_hat, t, s, 0.1 * gradient)
     assert torch.allclose(moved, alpha_sigma(s)[1] * alpha_sigma(t)[1] * 0.1 * gradient)
-
-
-def test_loss_squares_the_weighed_error():
-    """weigh(error, t) is what is squared; it sees v - model(x_t, t) and the clips' times."""
-    x_0, eps, t = torch.randn(3, 2, 50), torch.randn(3, 2, 50), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    model = lambda x_t, t: 0.5 * x_t
-    weigh = lambda error, t: error * (10 * t.float())[:, None, None]
-    weighed, plain = diffusion.v_loss(model, x_0, t, eps, weigh), diffusion.v_loss(model, x_0, t, eps)
-    assert torch.allclose(weighed, plain * torch.tensor([1.0, 25.0, 81.0]), rtol=1e-5)

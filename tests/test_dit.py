@@ -73,6 +73,20 @@ def test_relative_attention_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: relative_attention(*x, block=3), inputs)
 
 
+def test_relative_attention_stores_no_matrix_of_all_positions():
+    """For the backward pass no logits are kept, not even those of one block: they are computed again."""
+    inputs = random_qkvr(300, 8, torch.float32)
+    stored = []
+
+    def pack(x):
+        stored.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        relative_attention(*inputs, block=100)
+    assert max(stored) < 2 * 3 * 100 * 300  # logits of one block
+
+
 def test_relative_attention_does_not_depend_on_how_heads_are_grouped():
     """Many heads, computed a few at a time, equal the same heads one by one."""
     q, k, v, r = random_qkvr(700, 8, torch.float32, batch=2, heads=4)
@@ -89,7 +103,7 @@ def test_attention_of_a_block_equals_its_definition():
 
 
 def test_attention_logits_do_not_change_under_a_shift():
-    """logit(i, j) = logit(i + s, j + s) in an attention layer that hears the same content s frames later."""
+    """logit(i, j) = logit(i + s, j + s) in an attention layer, if the same content returns s frames later."""
     s = 24
     layer = dit.Block(replace(TINY, heads=1, width=2 * s)).double()
     torch.nn.init.normal_(layer.relative)
@@ -102,7 +116,7 @@ def test_attention_logits_do_not_change_under_a_shift():
     assert (early - early[..., :1]).std() > 0.1
 
 
-def test_gates_let_attention_and_mlp_in():
+def test_gates_open_attention_and_mlp():
     """A block is the identity at first; an open gate adds its branch, of the normalised, scaled and shifted input."""
     block, h = dit.Block(TINY), torch.randn(2, 20, 48)
     assert torch.equal(block(h, torch.zeros(2, 6 * 48)), h)
@@ -295,7 +309,7 @@ def test_attention_of_a_spectral_block_equals_its_definition(axis):
     torch.testing.assert_close(block.attention(h), by_definition, rtol=1e-4, atol=1e-5)
 
 
-def test_a_spectral_block_listens_around_a_token_before_its_mlp():
+def test_the_mlp_of_a_spectral_block_sees_the_surroundings_of_a_token():
     """Both gates closed it is the identity; with the MLP's open, a token moves those within 2 frames and 3 bins."""
     block, h, condition = dit.SpectralBlock(SPECTRAL, 8, axis=1), torch.randn(1, 9, 9, 48), torch.zeros(1, 6, 48)
     torch.nn.init.normal_(block.mlp[-1].weight)
@@ -316,7 +330,7 @@ def test_a_forward_pass_waits_for_no_gpu(config):
         assert benchmark.flops(lambda: model(x_t, t))[1] > 0
 
 
-def test_spectral_dit_hears_the_whole_window():
+def test_spectral_dit_sees_the_whole_window():
     """Through attention along time, the last frame of x_t moves the first frame of v."""
     model, x_t, t = trained_like(replace(SPECTRAL, frames=512)), torch.randn(1, 8, 512), torch.tensor([0.5]).double()
     other = x_t.clone()

@@ -1,6 +1,8 @@
 """The metrics, the rows and the driver of Table 1 (evaluate.py)."""
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,9 @@ import pytest
 import soundfile
 import torch
 
-import dit
 import evaluate
 import golden
 import sample
-import unet1d
-import vae
-from conftest import save_checkpoint
 from evaluate import VGGish, frechet_distance, gaussian, kl_divergence, mel_distance, realism
 from tasks import PASST_PRESETS, PaSST, PaSSTConfig, load_official, mel_triangles, resample
 
@@ -32,25 +30,27 @@ def fad(x, y):
     return frechet_distance(*gaussian(x), *gaussian(y))
 
 
-# ---- metrics --------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (METRICS / "check_metrics.py").exists(), reason="no golden vectors beside the checkout")
+@pytest.mark.skipif(not (METRICS / "check_metrics.py").exists(), reason="no golden vectors here")
 def test_metrics_agree_with_the_reference_codes():
     """The golden vectors made with the original metric codes, every part."""
     adapter = Path(__file__).with_name("metrics_adapter.py")
-    command = [sys.executable, METRICS / "check_metrics.py", "--golden", METRICS / "golden", "--adapter", adapter]
+    command = [sys.executable, METRICS / "check_metrics.py", "--golden", METRICS / "golden",
+               "--adapter", adapter]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "failed: 0" in done.stdout, done.stdout + done.stderr
 
 
 def loaded(net, shapes):
-    net.load_state_dict({key: torch.from_numpy(array) for key, array in golden.weights(shapes).items()})
+    weights = golden.weights(shapes)
+    net.load_state_dict({key: torch.from_numpy(array) for key, array in weights.items()})
     return net.eval().requires_grad_(False)
 
 
 def test_metrics_agree_with_golden_vectors():
-    """What tests/golden.py computes from the formulas, in numpy and float64, comes out here in torch."""
+    """What tests/golden.py computes from the formulas in numpy and float64, torch gives too."""
     expected = {name: torch.from_numpy(array) for name, array in np.load(golden.FILE).items()}
     found = {"frechet": torch.tensor(fad(*map(torch.from_numpy, golden.embeddings()))),
              "kl": kl_divergence(*map(torch.from_numpy, golden.posteriors()))}
@@ -62,8 +62,8 @@ def test_metrics_agree_with_golden_vectors():
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-5)
 
 
-def test_listeners_agree_with_golden_vectors():
-    """The front ends and networks of VGGish and PaSST, with random weights under the official keys."""
+def test_vggish_and_passt_agree_with_golden_vectors():
+    """The front ends and networks, with random weights under the official keys."""
     expected = {name: torch.from_numpy(array) for name, array in np.load(golden.FILE).items()}
     mono = {name: torch.from_numpy(golden.signal(name, rate, seconds).mean(0)).float()[None]
             for name, rate, seconds in (("v", 16000, 1.0), ("p", 32000, 0.5))}
@@ -72,7 +72,8 @@ def test_listeners_agree_with_golden_vectors():
     torch.testing.assert_close(patches[:, ::8], expected["vggish_patches"], rtol=0, atol=2e-4)
     torch.testing.assert_close(net(patches), expected["vggish"].float(), rtol=1e-4, atol=1e-4)
     audio = normal(1, 2, 44100, dtype=torch.float32)
-    torch.testing.assert_close(net.listen(audio, 44100)[0], net(net.patches(resample(audio.mean(1), 44100, 16000))[0]))
+    patches = net.patches(resample(audio.mean(1), 44100, 16000))[0]
+    torch.testing.assert_close(net.embed(audio, 44100)[0], net(patches))
     net = loaded(PaSST(PaSSTConfig(**golden.PASST)), golden.passt_shapes(**golden.PASST))
     mel = net.mel(mono["p"])
     torch.testing.assert_close(mel[0, :, ::5], expected["passt_mel"], rtol=0, atol=1e-3)
@@ -89,7 +90,7 @@ def test_fad_of_a_set_with_itself_is_zero(n):
 def test_fad_has_the_closed_form_of_diagonal_gaussians():
     """|m1 - m2|^2 + sum (s1 - s2)^2."""
     s1, s2, m = normal(6).abs(), normal(6, seed=1).abs(), normal(6, seed=2)
-    found = frechet_distance(m, torch.diag(s1**2), torch.zeros(6, dtype=torch.float64), torch.diag(s2**2))
+    found = frechet_distance(m, torch.diag(s1**2), torch.zeros_like(m), torch.diag(s2**2))
     assert found == pytest.approx((m.square() + (s1 - s2).square()).sum().item(), abs=1e-10)
 
 
@@ -112,29 +113,34 @@ def test_a_gaussian_has_the_mean_and_covariance_of_numpy():
 def test_kl_divergence_is_reference_against_generated():
     """KL(p || q) of two coins, in nats; 0 for equal ones; zeros in p are allowed."""
     p, q = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.9, 0.1]).double()
-    assert kl_divergence(p, q).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), abs=1e-5)
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert kl_divergence(p, q).item() == pytest.approx(expected, abs=1e-5)
     assert kl_divergence(q, q).item() == pytest.approx(0, abs=1e-5)
-    assert kl_divergence(torch.tensor([1.0, 0.0]).double(), p).item() == pytest.approx(math.log(2), abs=1e-5)
+    certain = torch.tensor([1.0, 0.0]).double()
+    assert kl_divergence(certain, p).item() == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_mel_distance_is_zero_symmetric_and_per_clip():
     """0 for equal audio; d(x, y) = d(y, x); a batch gives what its clips give."""
-    x, y = normal(3, 2, 9000, dtype=torch.float32) / 10, normal(3, 2, 9000, seed=1, dtype=torch.float32) / 10
+    x, y = normal(2, 3, 2, 9000, dtype=torch.float32) / 10
     assert mel_distance(x, x, 44100).tolist() == [0, 0, 0]
     torch.testing.assert_close(mel_distance(x, y, 44100), mel_distance(y, x, 44100))
     torch.testing.assert_close(mel_distance(x, y, 44100)[1], mel_distance(x[1], y[1], 44100))
 
 
 def test_realism_is_the_largest_radius_over_distance():
-    """On a line of points one apart, the third neighbour is two away, at the ends three: these are pruned."""
+    """On a line of points one apart, the third neighbour is two away.
+
+    At the ends it is three away: these points are pruned.
+    """
     line = torch.arange(10.0)[:, None]                     # radii 3 2 2 ... 2 2 3
     assert realism(line, torch.tensor([[11.0]]), prune=False).item() == pytest.approx(3 / 2)
-    assert realism(line, torch.tensor([[11.0]]), prune=True).item() == pytest.approx(2 / 3)      # the ends have gone
+    assert realism(line, torch.tensor([[11.0]]), prune=True).item() == pytest.approx(2 / 3)
     assert realism(line, torch.tensor([[0.5]]), k=1, prune=False).item() == pytest.approx(1 / 0.5)
 
 
 def test_realism_does_not_change_with_scale_and_survives_a_copy():
-    """Distances are compared with distances; a generated clip equal to a reference gives a finite score."""
+    """Distances are compared with distances; for a copy of a reference, the score is finite."""
     x, y = normal(40, 6), normal(9, 6, seed=1)
     torch.testing.assert_close(realism(x, y), realism(5 * x, 5 * y))
     assert realism(x, x[:3]).isfinite().all()
@@ -142,23 +148,34 @@ def test_realism_does_not_change_with_scale_and_survives_a_copy():
         realism(x[:3], y)
 
 
-# ---- VGGish ---------------------------------------------------------------------------------------------------------
+def test_radii_that_are_known_already_are_taken():
+    """The same scores; and with radii twice as large, scores twice as large."""
+    x, y = normal(40, 6), normal(9, 6, seed=1)
+    radii = evaluate.neighbour_radii(x)
+    torch.testing.assert_close(realism(x, y, radii=radii), realism(x, y))
+    torch.testing.assert_close(realism(x, y, radii=2 * radii), 2 * realism(x, y))
+
+
+# ---- VGGish --------------------------------------------------------------------------------------
 
 def front_end(dtype):
     """VGGish without weights, which would take 0.3 GB."""
     with torch.device("meta"):
         net = VGGish()
-    net.window, net.triangles = torch.hann_window(400, dtype=dtype), mel_triangles(64, 125, 7500, 257).to(dtype)
+    net.window = torch.hann_window(400, dtype=dtype)
+    net.triangles = mel_triangles(64, 125, 7500, 257).to(dtype)
     return net
 
 
 def test_vggish_front_end_counts_whole_patches():
     """0, 1 and 5 patches for 15599 samples, 15600 and 5 s; silence is ln 0.01."""
     net = front_end(torch.float32)
-    assert [net.patches(torch.zeros(1, n)).shape[1] for n in (100, 15599, 15600, 80000)] == [0, 0, 1, 5]
-    torch.testing.assert_close(net.patches(torch.zeros(1, 15600)), torch.full((1, 1, 96, 64), math.log(0.01)))
+    counts = [net.patches(torch.zeros(1, n)).shape[1] for n in (100, 15599, 15600, 80000)]
+    assert counts == [0, 0, 1, 5]
+    silence = torch.full((1, 1, 96, 64), math.log(0.01))
+    torch.testing.assert_close(net.patches(torch.zeros(1, 15600)), silence)
     with pytest.raises(sample.UserError, match="0.975 s"):
-        net.listen(torch.zeros(1, 2, 44100 // 2), 44100)
+        net.embed(torch.zeros(1, 2, 44100 // 2), 44100)
 
 
 def test_unusable_vggish_file_ends_in_a_sentence(tmp_path):
@@ -174,7 +191,8 @@ def test_unusable_vggish_file_ends_in_a_sentence(tmp_path):
 def test_vggish_front_end_has_the_gradient_that_finite_differences_show():
     """From 44.1 kHz through the resampler to the log-mel patches, in float64."""
     net = front_end(torch.float64)
-    audio, direction, y = normal(1, 44100).requires_grad_(), normal(1, 44100, seed=1), normal(1, 1, 96, 64, seed=2)
+    audio, direction = normal(1, 44100).requires_grad_(), normal(1, 44100, seed=1)
+    y = normal(1, 1, 96, 64, seed=2)
 
     def distance(x):
         return torch.linalg.vector_norm(net.patches(resample(x, 44100, 16000)) - y)
@@ -185,10 +203,68 @@ def test_vggish_front_end_has_the_gradient_that_finite_differences_show():
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-9)
 
 
-# ---- tasks ----------------------------------------------------------------------------------------------------------
+# ---- excerpts ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix, rate, channels", [
+    ("wav", 44100, 2), ("wav", 48000, 1), ("flac", 22050, 2), ("flac", 96000, 2), ("mp3", 44100, 2),
+    ("mp3", 48000, 2), ("ogg", 44100, 2), ("ogg", 48000, 1)])
+def test_an_excerpt_is_that_part_of_the_whole_file(suffix, rate, channels, tmp_path):
+    """At the start, in the middle and at the end: what decoding and resampling everything gives."""
+    path = tmp_path / f"x.{suffix}"
+    random = np.random.default_rng(0)
+    soundfile.write(path, random.uniform(-0.5, 0.5, (7 * rate, channels)), rate)
+    whole = sample.to_stereo_44k(*sample.read_audio(path))
+    n = 30000
+    for start in (0, 77777, 4 * 44100 + 1, whole.shape[1] - n):
+        audio = evaluate.read_excerpt(evaluate.Excerpt(str(path), start, n))
+        torch.testing.assert_close(audio, whole[:, start:start + n], rtol=0, atol=1e-5)
+    with pytest.raises(sample.UserError, match="x.* is shorter than"):
+        evaluate.read_excerpt(evaluate.Excerpt(str(path), whole.shape[1] - n + 1, n))
+
+
+def test_ogg_is_decoded_from_its_start(tmp_path):
+    """libsndfile lands elsewhere in about a tenth of the seeks in such a file."""
+    t = np.arange(20 * 44100) / 44100
+    path = str(tmp_path / "tone.ogg")
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * 300 * t), 44100)
+    whole = sample.to_stereo_44k(*sample.read_audio(path))
+    for start in np.random.default_rng(0).integers(0, len(t) - 2000, 40).tolist():
+        audio = evaluate.read_excerpt(evaluate.Excerpt(path, start, 2000))
+        torch.testing.assert_close(audio, whole[:, start:start + 2000], rtol=0, atol=1e-4)
+
+
+def test_excerpts_are_counted_at_44_kHz(tmp_path):
+    """A second holds 44100 samples for us, whatever the file's own rate is."""
+    for rate in (22050, 48000):
+        soundfile.write(tmp_path / f"{rate}.wav", np.zeros((2 * rate, 1)), rate)
+    drawn = evaluate.find_excerpts(tmp_path, 44100, 100, seed=0)
+    assert [(Path(path).stem, start) for path, start, _ in drawn] == [
+        ("22050", 0), ("22050", 44100), ("48000", 0), ("48000", 44100)]
+
+
+def test_a_part_of_the_music_is_a_part_of_every_folder(tmp_path):
+    """Fewer excerpts than files: of files at random, not of those whose names sort first."""
+    for name in ("ambient", "rock"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            soundfile.write(tmp_path / name / f"{i:02}.wav", np.zeros((5000, 2)), 44100)
+    drawn = evaluate.find_excerpts(tmp_path, 2000, 20, seed=0)
+    rock = sum("rock" in path for path, *_ in drawn)
+    assert len({path for path, *_ in drawn}) == 20 and 4 < rock < 16
+    assert set(drawn) < set(evaluate.find_excerpts(tmp_path, 2000, 30, seed=0))
+
+
+def test_an_excerpt_is_paired_with_another_track():
+    """Never with one of its own track, where there are others; else with one of its own."""
+    excerpts = [evaluate.Excerpt(path, i, 9) for path in "abc" for i in range(5)]
+    assert all(one.path != other.path for one, other in evaluate.with_another(excerpts, 0))
+    assert len(evaluate.with_another(excerpts[:5], 0)) == 5
+
+
+# ---- tasks and rows ------------------------------------------------------------------------------
 
 def test_layout_has_the_times_of_the_paper():
-    """2.4 s up to 6 s, the middle 2 s and 2.5 s, 5 s; contexts rounded inwards to frames; 6 s in a longer window."""
+    """2.4 s up to 6 s, the middle 2 s and 2.5 s, 5 s; whole frames; 6 s in a longer window."""
     spans = evaluate.layout(2048 * 128, 128)
     seconds = {task: [x / 44100 for x in span] for task, span in spans.items()}
     assert seconds["unconditional"] == pytest.approx([0, 5.944, 0, 5], abs=1e-3)
@@ -203,301 +279,459 @@ def test_layout_has_the_times_of_the_paper():
     assert wide["continuation"].a == int(2.4 * 44100) and wide["continuation"].d == 6 * 44100
 
 
-def save_classifier(path):
-    torch.manual_seed(1)
-    net = PaSST(PASST_PRESETS["tiny"])
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    save_checkpoint(path, "classifier", net, classes=list("abcdefghi"))
-
-
-def save_models(root):
-    torch.manual_seed(2)
-    coder, net, unet = vae.VAE(vae.PRESETS["tiny"]), dit.DiT(dit.PRESETS["tiny"]), unet1d.UNet1D(unet1d.PRESETS["tiny"])
-    for p in (*coder.parameters(), *net.parameters(), *unet.parameters()):             # many layers do nothing yet as
-        p.data += 0.02 * torch.randn_like(p)                                            # they are initialised
-    save_checkpoint(root / "latent.pt", "latent", net, coder)
-    save_checkpoint(root / "waveform.pt", "waveform", unet)
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    """A folder with models, `test` and `train` music, the latter with a short, an empty and an unreadable file."""
-    root = tmp_path_factory.mktemp("studio")
-    save_classifier(root / "classifier.pt")
-    save_models(root)
-    for folder, count in (("test", 3), ("train", 6)):
-        (root / folder).mkdir()
-        for i in range(count):
-            t = np.arange(44100) / 44100
-            chord = sum(np.sin(2 * np.pi * 110 * (i + 2) * k * t) / k for k in (1, 2, 3))
-            noise = np.random.default_rng([i, count]).standard_normal((44100, 2))
-            soundfile.write(root / folder / f"{i}.wav", 0.1 * chord[:, None] + 0.02 * noise, 44100)
-    soundfile.write(root / "train" / "short.wav", np.zeros((2000, 2)), 44100)
-    (root / "train" / "empty.wav").touch()
-    (root / "train" / "text.wav").write_text("words")
-    return root
-
-
-def arguments(studio, out, *more):
-    return ["--checkpoint", str(studio / "latent.pt"), "--listener", str(studio / "classifier.pt"), "--data",
-            str(studio / "test"), "--reference", str(studio / "train"), "--sampler", "ddpm", "--steps", "2",
-            "--out", str(out), "--device", "cpu", *more]
-
-
 def unspliced(studio, model, task, x, passt=None):
     """What two steps of a model make of x, from the same noise every time."""
     checkpoint = sample.load_checkpoint(studio / f"{model}.pt")
     span = evaluate.layout(checkpoint.window * checkpoint.hop, checkpoint.hop)[task]
-    clips = evaluate.Batch(task, span, x, None, [torch.Generator().manual_seed(0)])
-    return evaluate.unspliced(checkpoint, clips, evaluate.sample.Settings("ddpm", 2, 0.03), passt), span
+    batch = evaluate.Batch(task, span, x, None, [torch.Generator().manual_seed(0)])
+    settings = sample.Settings("ddpm", 2, 0.03)
+    return evaluate.unspliced(checkpoint, batch, settings, passt), span
 
 
-@pytest.mark.parametrize("model, task, deaf", [("latent", "infill", True), ("latent", "continuation", True),
-                                               ("latent", "regenerate", False), ("waveform", "infill", True)])
-def test_edits_hear_nothing_of_the_region(studio, model, task, deaf):
-    """Infill and continuation: other audio in the region, the same result, bit for bit; regenerate does change."""
+@pytest.mark.parametrize("model, task, same", [
+    ("latent", "infill", True), ("latent", "continuation", True), ("latent", "regenerate", False),
+    ("waveform", "infill", True)])
+def test_edits_use_nothing_of_the_region(studio, model, task, same):
+    """Infill and continuation: other audio in the region, the same result, bit for bit.
+
+    Regenerate does change.
+    """
     x = normal(1, 2, 2**15, dtype=torch.float32) / 10
     made, (a, b, *_) = unspliced(studio, model, task, x)
-    again, _ = unspliced(studio, model, task, torch.cat([x[..., :a], 1 - x[..., a:b], x[..., b:]], -1))
-    assert torch.equal(made, again) == deaf
+    changed = torch.cat([x[..., :a], 1 - x[..., a:b], x[..., b:]], -1)
+    again, _ = unspliced(studio, model, task, changed)
+    assert torch.equal(made, again) == same
 
 
 def test_guidance_by_example_is_guided(studio, monkeypatch):
-    """Without the weight of the embedding's distance the same noise becomes other audio, of the same equalisation."""
-    x, passt = normal(1, 2, 2**15, dtype=torch.float32) / 10, sample.load_checkpoint(studio / "classifier.pt").net
+    """With no weight of the distance of embeddings, the same noise becomes other audio."""
+    x = normal(1, 2, 2**15, dtype=torch.float32) / 10
+    passt = sample.load_checkpoint(studio / "classifier.pt").net
     guided, _ = unspliced(studio, "latent", "embedding", x, passt)
-    monkeypatch.setitem(evaluate.sample.XI_GUIDE, "embedding", 0.0)
-    assert (guided - unspliced(studio, "latent", "embedding", x, passt)[0]).abs().max() > 1e-4
+    monkeypatch.setitem(sample.XI_GUIDE, "embedding", 0.0)
+    unguided, _ = unspliced(studio, "latent", "embedding", x, passt)
+    assert (guided - unguided).abs().max() > 1e-4
 
 
 def test_fillers_hold_what_their_names_say():
-    """In the region: silence, noise at each clip's own level, the context over and over, another track; the original
-    around it. The last is never the track itself, where there are others."""
+    """In the region: silence, noise at each clip's level, the context repeated, another track."""
     other, x = normal(2, 2, 2, 9000) * torch.tensor([0.1, 3.0])[:, None, None]
-    span = evaluate.Span(2000, 8000, 0, 9000)
-    clips = evaluate.Batch("infill", span, x, other, [torch.Generator().manual_seed(i) for i in range(2)])
-    made = {row.name: row.produce(clips) for row in evaluate.FILLERS}
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    batch = evaluate.Batch("infill", evaluate.Span(2000, 8000, 0, 9000), x, other, generators)
+    made = {row.name: row.make(batch) for row in evaluate.FILLERS}
+    assert list(made) == ["Silence", "White noise", "Context repeated", "Another track"]
     for audio in made.values():
-        assert torch.equal(audio[..., :2000], x[..., :2000]) and torch.equal(audio[..., 8000:], x[..., 8000:])
-    silence, noise, repeated, another = (y[..., 2000:8000] for y in made.values())
-    assert list(made) == ["Silence", "White noise", "Context repeated", "Another track"] and not silence.any()
+        assert torch.equal(audio[..., :2000], x[..., :2000])
+        assert torch.equal(audio[..., 8000:], x[..., 8000:])
+    silence, noise, repeated, another = (audio[..., 2000:8000] for audio in made.values())
+    assert not silence.any()
     torch.testing.assert_close(noise.std((1, 2)), x.std((1, 2)), rtol=0.05, atol=0)
-    assert torch.equal(repeated, x[..., :2000].repeat(1, 1, 3)) and torch.equal(another, other[..., 2000:8000])
-    excerpts = [(path, i, 9) for path in "abc" for i in range(5)]
-    assert all(excerpt[0] != drawn[0] for excerpt, drawn in evaluate.with_another(excerpts, 0))
+    assert torch.equal(repeated, x[..., :2000].repeat(1, 1, 3))
+    assert torch.equal(another, other[..., 2000:8000])
 
 
 def test_figures_compare_with_the_training_music_and_transitions_with_the_crossfade():
-    """KLD is that of its posterior against the clips'; realism is twice the cross-fade's at half the distance."""
-    music = {"fad": normal(9, 2), "posterior": torch.tensor([1.0, 0.0]), "embedding": torch.arange(10.0)[:, None]}
-    def records(row, _):                                   # without its ends, the music has radii of 2 up to 8
-        place = torch.tensor([12.0 if row is evaluate.TEST_SET else 10.0])
-        return {j: {"fad": normal(1, 2, seed=j), "posterior": torch.tensor([0.2 + 0.6 * j, 0.8 - 0.6 * j]),
-                    "embedding": place, "curve": torch.ones(19)} for j in range(2)}
-    spans = {"transition": evaluate.Span(1, 2, 0, 3)}
-    evaluation = SimpleNamespace(records=records, spans=spans, reference={3: music})
-    found = evaluate.Evaluation.figures(evaluation, "ours", "transition")
-    assert found["Realism"] == [pytest.approx(2), 0, 2] and found["KLD"][0] == pytest.approx(math.log(2), abs=1e-5)
+    """KLD is that of its posterior against the clips'; realism is twice the cross-fade's, half as
+    far away."""
+    def records(place):                     # without its ends, the music has radii of 2 up to 8
+        return {j: {"fad": normal(1, 2, seed=j), "embedding": torch.tensor([place]),
+                    "posterior": torch.tensor([0.2 + 0.6 * j, 0.8 - 0.6 * j]),
+                    "curve": torch.ones(19)} for j in range(2)}
+
+    music = [{"fad": normal(1, 2, seed=9 + j), "posterior": torch.tensor([1.0, 0.0]),
+              "embedding": torch.tensor([float(j)])} for j in range(10)]
+    reference = evaluate.Reference(music)
+    found = evaluate.figures("transition", records(10.0), reference, records(12.0))
+    assert found["Realism"] == [pytest.approx(2), 0, 2]
+    assert found["KLD"][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+class CountingJudges:
+    """Judges whose embedding is the clip's mean power; `clips` counts what they are given."""
+    names = ["counting", "counting"]
+
+    def __init__(self):
+        self.clips = 0
+
+    def evaluate(self, audio):
+        self.clips += len(audio)
+        power = audio.square().mean((1, 2))[:, None]
+        return {"fad": power[:, None], "posterior": torch.ones(len(audio), 1), "embedding": power}
+
+
+def clips_of(studio, n=2**15, hop=128):
+    spans = evaluate.layout(n, hop)
+    excerpts = evaluate.find_excerpts(studio / "test", n, 3, 0)
+    return [evaluate.Clip(*pair, spans) for pair in evaluate.with_another(excerpts, 0)]
+
+
+def test_what_is_equal_is_made_and_evaluated_once(studio, tmp_path):
+    """The VAE works on each clip once, and on each cross-fade; judges get each part once."""
+    encoded = []
+
+    def encode(audio):
+        encoded.append(len(audio))
+        return audio
+    checkpoint = SimpleNamespace(encode=encode, decode=torch.clone, path=studio / "latent.pt")
+    judges, row = CountingJudges(), evaluate.vae_row(checkpoint, evaluate.TASKS)
+    evaluation = evaluate.Evaluation([row], clips_of(studio), judges, tmp_path)
+    evaluation.run()
+    assert encoded == [3, 3]
+    assert judges.clips == 3 * 3                # the first 5 s, the whole clip, the cross-fade
+    for task in evaluate.TASKS:
+        assert len(evaluation.finite(row, task)) == 3
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(studio, tmp_path):
+    """Stopped in the second batch, of one clip each: the first is not made again."""
+    made = []
+
+    def make(batch):
+        if len(made) == 1 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        made.append(batch.x)
+        return batch.x
+    row = evaluate.Row("Ours", ("infill",), make)
+
+    def run():
+        evaluation = evaluate.Evaluation([row], clips_of(studio), CountingJudges(), tmp_path)
+        evaluation.run(size=1)
+        return evaluation
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (tmp_path / "again").touch()
+    assert len(run().finite(row, "infill")) == 3 and len(made) == 3
+    assert len(run().finite(row, "infill")) == 3 and len(made) == 3
+
+
+def test_processes_share_the_batches(studio, tmp_path, monkeypatch):
+    """The first of two measures the first and the third of three batches, the second the rest."""
+    monkeypatch.setattr(sample, "WORLD", 2)
+    monkeypatch.setattr(sample, "barrier", lambda: None)
+    monkeypatch.setattr(evaluate.dist, "broadcast_object_list", lambda objects: None)
+    row = evaluate.Row("Ours", ("infill",), lambda batch: batch.x)
+    judges = CountingJudges()
+    evaluation = evaluate.Evaluation([row], clips_of(studio), judges, tmp_path)
+    evaluation.run(size=1)
+    assert list(evaluation.finite(row, "infill")) == [0, 2] and judges.clips == 2
+
+
+def test_a_clip_with_samples_that_are_not_finite_is_left_out(studio, tmp_path, capsys):
+    """A model that breaks on one clip of three: the other two count, and the clip is named."""
+    factors = torch.tensor([1, 0, 1])[:, None, None]
+    row = evaluate.Row("Broken", ("infill",), lambda batch: batch.x / factors)
+    evaluation = evaluate.Evaluation([row], clips_of(studio), CountingJudges(), tmp_path)
+    evaluation.run()
+    kept = evaluation.finite(row, "infill")
+    assert list(kept) == [0, 2] and all(record["fad"].isfinite().all() for record in kept.values())
+    assert "left out: Broken, infill" in "".join(capsys.readouterr())
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def arguments(studio, out, *more):
+    return ["--checkpoint", str(studio / "latent.pt"), "--judge", str(studio / "classifier.pt"),
+            "--data", str(studio / "test"), "--reference", str(studio / "train"),
+            "--steps", "2", "--out", str(out), "--device", "cpu", *more]
+
+
+def file_arguments(studio, out, generated, originals, *more):
+    return ["--generated", str(generated), "--originals", str(originals),
+            "--reference", str(studio / "train"), "--judge", str(studio / "classifier.pt"),
+            "--out", str(out), "--device", "cpu", *more]
 
 
 def figures(out):
-    rows = json.loads((out / "table.json").read_text())["rows"]
-    return {(row, task, metric): value for row, by_task in rows.items() for task, found in by_task.items()
-            for metric, (value, _, _) in found.items() if metric != "Figure 1"}
+    """{(row, task, metric): value} of a table"""
+    found = {}
+    for row, by_task in json.loads((out / "table.json").read_text())["rows"].items():
+        for task, metrics in by_task.items():
+            for metric, (value, _, _) in metrics.items():
+                if metric != "Figure 1":
+                    found[row, task, metric] = value
+    return found
 
 
-def test_a_run_writes_table_1_and_goes_on_where_it_stopped(studio, tmp_path, capsys):
-    """All tasks; a lost record is measured again and nothing else is; batches of another size give the same figures."""
-    evaluate.main(arguments(studio, tmp_path / "a"))
-    printed = capsys.readouterr().out
+def measurements(out, row, task):
+    """{number: record} of a row in a task"""
+    folder, = (out / "records" / row).glob(f"{task}-*")
+    return evaluate.Records(folder).read()
+
+
+@pytest.fixture(scope="module")
+def measured(studio, tmp_path_factory):
+    """The folder of a run of all tasks, and what it printed."""
+    out = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+        evaluate.main(arguments(studio, out))
+    return out, "\n".join(lines)
+
+
+def test_a_run_writes_table_1(studio, measured):
+    """All rows in all tasks; the test set's own figures; Figure 1 leaves the first track."""
+    out, printed = measured
     assert "FAD by PaSST" in printed and "3 transition" in printed and "6 excerpts" in printed
-    first = figures(tmp_path / "a")
-    assert {task for row, task, _ in first if row == "Latent DDPM 2"} == set(evaluate.TASKS)
-    assert first["Test set", "infill", "MR"] == 0 and first["Test set", "transition", "Realism"] == pytest.approx(1)
-    assert first["Latent DDPM 2", "regenerate", "MR"] != first["Latent DDPM 2", "infill", "MR"]
-    assert first["VAE", "regenerate", "MR"] == first["VAE", "infill", "MR"]
-    assert first["Silence", "infill", "MR"] > 2
-    assert all(math.isfinite(value) for value in first.values())
-    table = json.loads((tmp_path / "a" / "table.json").read_text())
-    assert table["settings"]["checkpoint"] == evaluate.sample.digest(studio / "latent.pt")
+    found = figures(out)
+    assert {task for row, task, _ in found if row == "Latent DDPM 2"} == set(evaluate.TASKS)
+    assert found["Test set", "infill", "MR"] == 0
+    assert found["Test set", "transition", "Realism"] == pytest.approx(1)
+    assert found["Latent DDPM 2", "regenerate", "MR"] != found["Latent DDPM 2", "infill", "MR"]
+    assert found["VAE", "regenerate", "MR"] == found["VAE", "infill", "MR"]
+    assert found["Silence", "infill", "MR"] > 2
+    assert all(math.isfinite(value) for value in found.values())
+    table = json.loads((out / "table.json").read_text())
+    assert table["settings"]["checkpoint"] == sample.file_digest(studio / "latent.pt")
     curve, _, n = table["rows"]["Latent DDPM 2"]["transition"]["Figure 1"]
-    assert n == 3 and len(curve) == 19 and curve[0] < curve[-1]                       # away from the first track
-    records = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.pt")}
-    lost = next(path for path in records if "latent-ddpm-2/infill" in path.as_posix())
+    assert n == 3 and len(curve) == 19 and curve[0] < curve[-1]
+
+
+def test_a_lost_batch_is_measured_again_and_nothing_else(studio, measured, tmp_path):
+    """Also in batches of another size, with the same figures."""
+    out = tmp_path / "out"
+    shutil.copytree(measured[0], out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    lost, = (path for path in before if "latent-ddpm-2/infill" in path.as_posix())
     lost.unlink()
-    evaluate.main(arguments(studio, tmp_path / "a", "--tasks", "infill"))
-    assert [path for path in records if path.stat().st_mtime_ns != records[path]] == [lost]
-    assert figures(tmp_path / "a") == pytest.approx(first, abs=1e-6)
-    evaluate.main(arguments(studio, tmp_path / "b", "--batch", "1", "--tasks", "infill"))
-    alone = figures(tmp_path / "b")
-    assert alone == pytest.approx({key: first[key] for key in alone}, abs=1e-5)
+    evaluate.main(arguments(studio, out, "--tasks", "infill", "--batch", "1"))
+    assert [path for path in before if not path.exists()] == [lost]
+    assert all(path.stat().st_mtime_ns == before[path] for path in before if path != lost)
+    assert len(list(out.rglob("*.pt"))) == len(before) + 2
+    again, all_tasks = figures(out), figures(measured[0])
+    assert again == pytest.approx({key: all_tasks[key] for key in again}, abs=1e-5)
+    assert {task for _, task, _ in again} == {"infill"}
 
 
-def test_runs_of_one_checkpoint_add_up_to_one_table(studio, tmp_path, capsys):
-    """Tasks join their rows; flags make a row of its own, which they name; what was not measured is a dash. All are
-    compared with the same excerpts of the training music."""
-    for more in (["unconditional"], ["infill"], ["continuation"], ["infill", "--xi", "0.5"]):
-        evaluate.main(arguments(studio, tmp_path, "--tasks", *more))
-    measured = {}
-    for row, task, _ in figures(tmp_path):
-        measured.setdefault(row, set()).add(task)
-    assert measured["Latent DDPM 2"] == measured["Test set"] == measured["Silence"] == {"unconditional", "infill", "continuation"}
-    assert measured["Latent DDPM 2, xi 0.5"] == {"infill"}
-    assert "/-" in capsys.readouterr().out and len(list(tmp_path.glob("reference-*.pt"))) == 1
+def test_samplers_steps_and_settings_have_rows_of_their_own(studio, tmp_path):
+    """A row for each sampler and number of steps, named by the flags that were given."""
+    flags = ["--tasks", "infill", "--sampler", "ddpm", "ddim", "none", "--steps", "1", "2"]
+    evaluate.main(arguments(studio, tmp_path, *flags, "--xi", "0.5"))
+    found = figures(tmp_path)
+    rows = [f"Latent {sampler} {n}, xi 0.5" for sampler in ("DDPM", "DDIM") for n in (1, 2)]
+    assert [row for row, _, metric in found if metric == "MR"] == [
+        *rows, "VAE", "Test set", *(row.name for row in evaluate.FILLERS)]
+    assert len({found[row, "infill", "MR"] for row in rows}) == 4
 
 
 def test_the_waveform_model_has_a_row_and_no_vae(studio, tmp_path):
-    """The same lines as for the latent one, without the autoencoder's."""
-    model = ["--model", "waveform", "--checkpoint", str(studio / "waveform.pt"), "--tasks", "infill"]
-    evaluate.main(arguments(studio, tmp_path, *model))
+    """The same rows as for the latent one, without the autoencoder's."""
+    model = ["--model", "waveform", "--checkpoint", str(studio / "waveform.pt")]
+    evaluate.main(arguments(studio, tmp_path, *model, "--tasks", "infill"))
     found = figures(tmp_path)
-    assert {row for row, *_ in found} == {"Waveform DDPM 2", "Test set", *(row.name for row in evaluate.FILLERS)}
+    fillers = {row.name for row in evaluate.FILLERS}
+    assert {row for row, *_ in found} == {"Waveform DDPM 2", "Test set", *fillers}
     assert 0 < found["Waveform DDPM 2", "infill", "MR"] < math.inf
 
 
-def test_what_other_code_measured_is_measured_again(studio, tmp_path, monkeypatch):
-    """A module that changes by a byte changes the name of every file that is kept."""
-    def names():
-        evaluate.code_hash.cache_clear()
-        evaluate.main(arguments(studio, tmp_path / "out", "--tasks", "infill", "--sampler", "none"))
-        return {path.name for path in (tmp_path / "out").rglob("*.pt")}
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    (tmp_path / "tasks.py").write_text("one")
-    before = names()
-    assert names() == before
-    (tmp_path / "tasks.py").write_text("two")
-    after = names()
-    assert before < after and len(after) == 2 * len(before)
-    evaluate.code_hash.cache_clear()
+def test_clips_have_noise_of_their_own(studio, tmp_path):
+    """A track and its copy: the test set's records are equal, those made from noise are not."""
+    (tmp_path / "test").mkdir()
+    for name in ("a.wav", "b.wav"):
+        shutil.copy(studio / "test" / "0.wav", tmp_path / "test" / name)
+    out, data = tmp_path / "out", str(tmp_path / "test")
+    evaluate.main(arguments(studio, out, "--tasks", "infill", "--data", data))
+    for row, equal in (("test-set", True), ("latent-ddpm-2", False), ("white-noise", False)):
+        one, two = measurements(out, row, "infill").values()
+        assert torch.allclose(one["embedding"], two["embedding"], atol=1e-6) == equal, row
 
 
-def test_runs_into_one_folder_make_one_table(studio, tmp_path):
-    """A second run with another sampler adds its row, and measures no other again; other clips begin a new table."""
-    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill"))
-    one = figures(tmp_path)
-    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill", "--sampler", "ddim"))
-    both = figures(tmp_path)
-    assert both == {**one, **{key: value for key, value in both.items() if key[0] == "Latent DDIM 2"}}
-    assert len(both) == len(one) + 3
-    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill", "--sampler", "none", "--clips", "2"))
-    assert {row for row, *_ in figures(tmp_path)} == {row for row, *_ in one} - {"Latent DDPM 2"}
+def test_reference_excerpts_are_as_long_as_the_clips(studio, tmp_path):
+    """Music against itself, the same excerpts: FAD and KLD are 0 at both lengths."""
+    flags = ["--tasks", "unconditional", "infill", "--sampler", "none", "--data"]
+    evaluate.main(arguments(studio, tmp_path, *flags, str(studio / "train")))
+    found = figures(tmp_path)
+    for task in ("unconditional", "infill"):
+        for metric in ("FAD", "KLD"):
+            assert found["Test set", task, metric] == pytest.approx(0, abs=1e-5), (task, metric)
+    assert found["Silence", "infill", "FAD"] > 1e-3
+
+
+def test_the_reference_is_made_once_for_all_rows(studio, tmp_path, monkeypatch):
+    """Its radii are computed once for each length; its records are not measured again."""
+    calls = []
+    radii = evaluate.neighbour_radii
+
+    def counted(*arguments):
+        calls.append(1)
+        return radii(*arguments)
+    monkeypatch.setattr(evaluate, "neighbour_radii", counted)
+    evaluate.main(arguments(studio, tmp_path, "--tasks", "transition", "--sampler", "none"))
+    assert len(calls) == 2                      # of 5 s, and of the whole clip
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("reference-*/*/*.pt")}
+    assert len(before) == 2
+    evaluate.main(arguments(studio, tmp_path, "--tasks", "infill", "--sampler", "none"))
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("reference-*/*/*.pt")}
+    assert after == before
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(studio, tmp_path):
-    """Under torchrun they share the clips, and one of them writes the table."""
-    more = ["--tasks", "infill", "transition"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               Path(evaluate.__file__), *arguments(studio, tmp_path / "two", *more)]
+def test_two_processes_give_the_figures_of_one(studio, measured, tmp_path):
+    """Under torchrun they share clips and excerpts, and one of them writes the table."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", Path(evaluate.__file__), *arguments(studio, tmp_path, "--batch", "2")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("Latent DDPM 2") == 1, done.stdout + done.stderr
-    evaluate.main(arguments(studio, tmp_path / "one", *more))
-    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), abs=1e-5)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Latent DDPM 2") == 1
+    assert figures(tmp_path) == pytest.approx(figures(measured[0]), abs=1e-5)
 
 
-def test_few_clips_are_announced_with_their_number(studio, tmp_path, capfd):
+def test_few_clips_are_announced_with_their_number(measured):
     """Three embeddings of 32 dimensions: the warning says so."""
-    evaluate.say_once.cache_clear()
-    evaluate.main(arguments(studio, tmp_path, "--tasks", "unconditional"))
-    assert "FAD from n = 3 embeddings of 32 dimensions" in "".join(capfd.readouterr())
+    assert "FAD from n = 3 embeddings of 32 dimensions" in measured[1]
 
 
-def test_files_of_another_system_are_scored_the_same_way(studio, tmp_path):
-    """A short, an unreadable and a silent file among the others change nobody else's record."""
+# ---- files of another system ---------------------------------------------------------------------
+
+def copy_tracks(source, folder):
+    folder.mkdir()
+    for path in source.glob("[0-9].wav"):
+        shutil.copy(path, folder / path.name)
+
+
+def test_files_of_another_system_are_evaluated_the_same_way(studio, tmp_path, capsys):
+    """A short and an unreadable file are left out by name; no other file's record changes."""
     generated = tmp_path / "generated"
-    generated.mkdir()
-    for path in (studio / "test").glob("*.wav"):
-        (generated / path.name).write_bytes(path.read_bytes())
-    music = str(studio / "train")
-    command = ["--generated", str(generated), "--originals", music, "--reference", music, "--region", "0.2", "0.7",
-               "--listener", str(studio / "classifier.pt"), "--device", "cpu", "--out"]
-    evaluate.main([*command, str(tmp_path / "clean")])
+    copy_tracks(studio / "test", generated)
+    command = file_arguments(studio, "", generated, studio / "train", "--region", "0.2", "0.7")
+    at = command.index("--out") + 1
+    command[at] = str(tmp_path / "clean")
+    evaluate.main(command)
     soundfile.write(generated / "3.wav", np.zeros((44100, 2)), 44100)
     soundfile.write(generated / "4.wav", np.zeros((400, 2)), 44100)
     (generated / "5.wav").write_text("words")
-    evaluate.main([*command, str(tmp_path / "odd")])
-    clean, odd = (sorted((tmp_path / out).glob("records/generated/files/*.pt")) for out in ("clean", "odd"))
-    assert len(clean) == 3 and len(odd) == 4
-    for a, b in zip(clean, odd):
-        a, b = (torch.load(path, weights_only=True) for path in (a, b))
-        assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    command[at] = str(tmp_path / "odd")
+    evaluate.main(command)
+    clean = measurements(tmp_path / "clean", "generated", "files")
+    odd = measurements(tmp_path / "odd", "generated", "files")
+    assert list(clean) == [0, 1, 2] and list(odd) == [0, 1, 2, 3]
+    for j in clean:
+        for name in clean[j]:
+            torch.testing.assert_close(clean[j][name], odd[j][name], rtol=0, atol=1e-5)
     found = figures(tmp_path / "odd")
     assert found["Test set", "files", "MR"] == 0 < found["Generated", "files", "MR"]
+    said = "".join(capsys.readouterr())
+    assert f"left out: {generated / '4.wav'}" in said and f"left out: {generated / '5.wav'}" in said
+
+
+def test_pairs_of_unequal_length_are_cut_to_what_both_have(studio, tmp_path, capsys):
+    """Six lengths, one pair three samples apart: those with the region count.
+
+    The one without is named.
+    """
+    lengths = {"0": (44100, 44100), "1": (44100, 44097), "2": (40000, 44100), "3": (36000, 36000),
+               "4": (33000, 31000), "5": (44100, 20000)}
+    for folder, place in (("orig", 0), ("made", 1)):
+        (tmp_path / folder).mkdir()
+        for name, pair in lengths.items():
+            audio, rate = soundfile.read(studio / "train" / f"{name}.wav")
+            soundfile.write(tmp_path / folder / f"{name}.wav", audio[:pair[place]], rate)
+    folders = tmp_path / "made", tmp_path / "orig"
+    evaluate.main(file_arguments(studio, tmp_path / "out", *folders, "--region", "0.2", "0.6"))
+    table = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert table["Generated"]["files"]["MR"] == [0, None, 5]
+    assert table["Generated"]["files"]["FAD"][2] == 5
+    said = "".join(capsys.readouterr())
+    named = re.findall(r"left out: \S*/made/(\S+)", said)
+    assert named == ["5.wav"]
+    evaluate.main(file_arguments(studio, tmp_path / "all", *folders))
+    table = json.loads((tmp_path / "all" / "table.json").read_text())["rows"]
+    # Without --region, nothing is missing.
+    assert table["Generated"]["files"]["MR"] == [0, None, 6]
+
+
+def test_a_region_that_no_file_has_ends_in_a_sentence(studio, tmp_path):
+    """The flags are named."""
+    folder = studio / "test"
+    with pytest.raises(sample.UserError, match="--generated .* no file .* --region"):
+        evaluate.main(file_arguments(studio, tmp_path, folder, folder, "--region", "5", "6"))
+    with pytest.raises(sample.UserError, match="--region must be two times"):
+        evaluate.main(file_arguments(studio, tmp_path, folder, folder, "--region", "0.5", "0.5"))
 
 
 def test_a_file_that_changed_is_measured_again(studio, tmp_path):
-    """New audio under the old name gives new figures, of generated clips and of the training music alike."""
-    for folder in ("made", "music"):
-        (tmp_path / folder).mkdir()
-        for path in (studio / "train").glob("[0-9].wav"):
-            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+    """New audio under the old name: of generated clips and of the training music alike."""
+    copy_tracks(studio / "train", tmp_path / "made")
+    copy_tracks(studio / "train", tmp_path / "music")
+    folders = tmp_path / "made", studio / "train"
+    command = file_arguments(studio, tmp_path / "out", *folders, "--reference")
 
-    def measured():
-        evaluate.read_excerpt.cache_clear(), evaluate.read_track.cache_clear()             # as in a new process
-        evaluate.main(["--generated", str(tmp_path / "made"), "--originals", str(studio / "train"), "--reference",
-                       str(tmp_path / "music"), "--listener", str(studio / "classifier.pt"), "--device", "cpu", "--out",
-                       str(tmp_path / "out")])
+    def run():
+        evaluate.main([*command, str(tmp_path / "music")])
         found = figures(tmp_path / "out")
         return found["Generated", "files", "MR"], found["Test set", "files", "FAD"]
-    mel, fad = measured()
+    mel, fad = run()
     soundfile.write(tmp_path / "made" / "0.wav", np.zeros((44100, 2)), 44100)
-    assert mel == 0 and measured()[0] > 0.5 and measured()[1] == fad
+    changed, same = run()
+    assert mel == 0 and changed > 0.5 and same == fad
     soundfile.write(tmp_path / "music" / "0.wav", np.zeros((44100, 2)), 44100)
-    assert measured()[1] != fad
+    assert run()[1] != fad
 
 
-def test_a_part_of_the_music_is_a_part_of_every_folder(tmp_path):
-    """Fewer excerpts than files: they come from files at random, not from those whose names sort first."""
-    for name in ("ambient", "rock"):
-        (tmp_path / name).mkdir()
-        for i in range(20):
-            soundfile.write(tmp_path / name / f"{i:02}.wav", np.zeros((5000, 2)), 44100)
-    drawn = evaluate.find_excerpts(tmp_path, 2000, 20, seed=0)
-    assert len({path for path, *_ in drawn}) == 20 and 4 < sum("rock" in path for path, *_ in drawn) < 16
-    assert set(drawn) < set(evaluate.find_excerpts(tmp_path, 2000, 30, seed=0))
+def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
+    """Two albums may both have a track 01; two files of one name in one place are refused."""
+    for path in ("a/01.wav", "b/01.wav"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    paths = {f"{album}/01": str(tmp_path / album / "01.wav") for album in "ab"}
+    assert evaluate.clips_in(tmp_path) == paths
+    (tmp_path / "a" / "01.mp3").touch()
+    with pytest.raises(sample.UserError, match="01.mp3 and .*01.wav have the same name"):
+        evaluate.clips_in(tmp_path)
 
 
-def test_a_clip_with_samples_that_are_no_numbers_is_left_out(studio, tmp_path):
-    """A model that breaks on one clip of three: the other two are counted, and every figure stays finite."""
-    options = evaluate.parse(arguments(studio, tmp_path))
-    device, listeners = torch.device("cpu"), evaluate.Listeners(options, torch.device("cpu"))
-    spans = {"unconditional": evaluate.Span(0, 30000, 0, 30000)}
-    pairs = {"unconditional": evaluate.with_another(evaluate.find_excerpts(studio / "test", 30000, 3, 0), 0)}
-    reference = evaluate.hear_reference([30000], listeners, options, tmp_path, device)
-    evaluation = evaluate.Evaluation(tmp_path, pairs, spans, listeners, reference, options, device)
-    row = evaluate.Row("Broken", ("unconditional",), lambda clips: clips.x / torch.tensor([1, 0, 1])[:, None, None])
-    evaluation.run([row])
-    found = evaluation.figures(row, "unconditional")
-    assert all(math.isfinite(value) and n == 2 for value, _, n in found.values())
+# ---- what cannot be used -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, said", [
+    (["--data", "EMPTY"], "no usable file of 0.74 s or more"),
+    (["--judge", "latent.pt"], "holds a latent model, not a classifier"),
+    (["--model", "waveform"], "holds a latent model, not a waveform"),
+    (["--passt", "latent.pt"], "passt-s-f128"),
+    (["--vggish", "latent.pt"], "vggish-10086976"),
+    (["--reference", "test"], "under 5"),
+    (["--region", "0", "1"], "--region does nothing here"),
+    (["--sampler", "euler"], "--sampler"),
+    (["--steps", "0"], "--steps"),
+    (["--generated", "test"], "give either --data, .* or both --generated and --originals"),
+    (["--generated", "test", "--originals", "test"], "give either --data"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_input_that_cannot_be_used_ends_in_a_sentence(flags, said, studio, tmp_path):
+    """What is wrong, and which flag or file."""
+    places = {"EMPTY": tmp_path, "test": studio / "test", "latent.pt": studio / "latent.pt"}
+    flags = [str(places.get(flag, flag)) for flag in flags]
+    with pytest.raises(sample.UserError, match=said):
+        evaluate.main(arguments(studio, tmp_path / "out", *flags))
 
 
-def test_missing_folders_and_flags_end_in_a_sentence(studio, tmp_path):
-    """Folders missing or too many, no music in one, a sampler that does not exist, a checkpoint of the wrong kind."""
-    command, folder = arguments(studio, tmp_path), str(studio / "test")
-    at = command.index("--data")
-    bare = command[:at] + command[at + 2:]
-    for folders in ([], ["--generated", folder], ["--originals", folder], ["--data", folder, "--generated", folder],
-                    ["--data", folder, "--generated", folder, "--originals", folder]):
-        with pytest.raises(sample.UserError, match="give either --data, .* or both --generated and --originals"):
-            evaluate.main(bare + folders)
-    with pytest.raises(sample.UserError, match="no usable file of 0.74 s or more"):
-        evaluate.main(command[:at + 1] + [str(tmp_path)] + command[at + 2:])
-    with pytest.raises(sample.UserError, match="holds a latent model, not a classifier"):
-        evaluate.main([*command, "--listener", str(studio / "latent.pt")])
-    with pytest.raises(sample.UserError, match="holds a latent model, not a waveform"):
-        evaluate.main([*command, "--model", "waveform", "--checkpoint", str(studio / "latent.pt")])
-    with pytest.raises(sample.UserError, match="passt-s-f128"):
-        evaluate.main([*command, "--passt", str(studio / "latent.pt")])
-    with pytest.raises(sample.UserError, match="under 5 excerpts"):
-        evaluate.main([*command, "--reference", folder])
-    files = ["--reference", folder, "--generated", folder, "--originals", folder]
-    for idle in (["--xi", "1"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"]):
-        for doing in (files, ["--figure2", f"a={folder}", f"b={folder}"]):
-            with pytest.raises(sample.UserError, match=f"^{idle[0].replace('--no-', '--')} does nothing here"):
-                evaluate.parse([*doing, *idle])
-    with pytest.raises(sample.UserError, match="--region does nothing here"):
-        evaluate.parse([*command, "--region", "0", "1"])
-    for wrong in (["--sampler", "euler"], ["--steps", "0"]):
-        with pytest.raises(SystemExit):
-            evaluate.main([*command, *wrong])
+@pytest.mark.parametrize("flags", [
+    ["--xi", "0"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"],
+    ["--sampler", "ddim"], ["--tasks", "infill"], ["--clips", "3"], ["--model", "latent"],
+    ["--checkpoint", "x.pt"]], ids=lambda flags: flags[0])
+def test_flags_for_a_model_are_refused_for_files(flags, studio, tmp_path):
+    """No flag is ignored without a word."""
+    command = file_arguments(studio, tmp_path, studio / "test", studio / "test")
+    flag = flags[0].replace("--no-", "--")
+    with pytest.raises(sample.UserError, match=f"^{flag} does nothing here"):
+        evaluate.parse([*command, *flags])
+
+
+@pytest.mark.parametrize("folders", [[], ["--generated"], ["--originals"]], ids=str)
+def test_folders_that_are_missing_are_named(folders):
+    """Of one or the other way to call it."""
+    flags = [word for flag in folders for word in (flag, "somewhere")]
+    with pytest.raises(sample.UserError, match="give either --data, .* or both --generated"):
+        evaluate.parse(["--reference", "music", *flags])
+    with pytest.raises(sample.UserError, match="--reference"):
+        evaluate.parse(["--data", "music"])
+
+
+def test_help_prints_the_defaults(capsys):
+    """Those that the code has."""
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    defaults = ("(100)", "(10000)", "(latent)", f"({sample.Settings.sampler})",
+                f"({sample.Settings.steps})", "clips at a time (8)")
+    assert all(default in said for default in defaults)

@@ -248,9 +248,10 @@ def test_help_has_groups_and_defaults(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for group in ("what to make:", "where, in seconds or m:ss:", "how:", "output:"):
         assert group in said
-    for default in (Settings.steps, Settings.sampler, Settings.k, sample.FADE, "latent", "auto"):
+    for default in (Settings.steps, Settings.sampler, Settings.k, "latent", "auto"):
         assert f"(default: {default})" in said
-    assert f"{sample.XI['latent']} latent, {sample.XI['waveform']} waveform" in said
+    assert "(default: {latent} latent, {waveform} waveform)".format(**sample.XI) in said
+    assert "(default: {transition}; {loop})".format(**sample.FADE) in said
 
 
 # ---- levels and spectra --------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def test_the_tails_of_the_equaliser_do_not_wrap():
     audio = F.pad(noise(1, 2, 64, dtype=torch.float32), (2**14 - 64, 0))
     weight = torch.ones(2**14)
     flank = torch.tensor([16, 1 / 16]).repeat_interleave(torch.tensor([200, 825]))
-    wanted = sample.spectrum(audio, weight) * flank
+    wanted = sample.spectrum(audio, weight) * flank[:, None, None]
     made = sample.equalise(audio, weight, wanted).abs().amax((0, 1))
     assert made[:2048].max() < 0.01 * made.max()
 
@@ -596,8 +597,13 @@ BINS = [*range(5, 70), *range(120, 1025)]           # away from 0 Hz, and from d
 
 def decibels_between(audio, reference):
     """(B, bins): by how much the spectrum of audio is above the reference's."""
-    one, other = (sample.spectrum(x, torch.ones(x.shape[-1])) for x in (audio, reference))
+    one, other = powers(audio), powers(reference)
     return 10 * torch.log10(one / other)[:, BINS]
+
+
+def powers(audio):
+    """(B, 1025): the power spectrum of both channels together."""
+    return sample.power(sample.spectrum(audio, torch.ones(audio.shape[-1])))
 
 
 def test_decoded_audio_gets_the_spectrum_of_the_contexts():
@@ -710,19 +716,29 @@ def test_guidance_leads_where_it_should(folder, task):
     assert (classed - logits)[0, 0] > 0 > (classed - logits)[0, 2]
 
 
-def test_xi_is_the_step_towards_the_context_alone(folder):
-    """Guidance by example has its own step, which --xi 0 does not end."""
-    infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 1.2,
-              "--xi", 0)
-    guided = call(folder, *infill, "--reference", folder / "other.wav")
-    assert not np.array_equal(call(folder, *infill), guided)
+def test_guides_have_a_step_of_their_own():
+    """Whatever xi is, and for any number of steps: xi is the step towards the context alone."""
+    x_bar = noise(1, 4, 64, dtype=torch.float32)
+
+    def guide(z):
+        return tasks.embedder_guidance(lambda x: x.mean(-1), torch.ones(1, 4), z, weight=3.0)
+
+    def made(xi, guides):
+        settings = Settings(steps=4, xi=xi)
+        return sample.generate(toy(), "embedding", x_bar, 0, 0, settings, seeded(1), guides=guides)
+    torch.testing.assert_close(made(0.1, [guide]), made(0.4, [guide]), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(made(0.1, [guide]), made(0.1, []), atol=1e-2)
+    generator = seeded(1)
+    z = guidance.draw_noise(x_bar, generator)
+    expected = guidance.sample(neighbours, z, guide(z), steps=4, xi=50 / 4, generator=generator)
+    torch.testing.assert_close(made(0.1, [guide]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_reference_gives_its_spectrum(folder):
     """From the command line; not with --no-equalise."""
     def shape(audio):
         audio = torch.from_numpy(audio.T[None].copy()).float()
-        return sample.spectrum(audio, torch.ones(audio.shape[-1]))[:, 5:].log10()
+        return powers(audio)[:, 5:].log10()
     wanted = shape(read(folder / "other.wav"))
 
     def distance(*flags):
@@ -753,10 +769,13 @@ def test_a_part_is_resampled_in_its_place(rate_in, rate_out):
     def tone(time):
         return torch.sin(2 * math.pi * 500 * time)
     x = tone(torch.arange(20000).double() / rate_in)[None]
-    x[:, :3000] = x[:, 17000:] = math.nan
-    part = sample.resample_part(x, rate_in, rate_out, 9001, -2000, 2500, 3000, 17000)
+    lo, hi = 9001 - 2000 * rate_in // rate_out, 9001 + 2500 * rate_in // rate_out
+    x[:, :lo] = x[:, hi:] = math.nan
+    part = sample.resample_part(x, rate_in, rate_out, 9001, -2000, 2500, lo, hi)
     at = 9001 / rate_in + torch.arange(-2000, 2500).double() / rate_out
-    torch.testing.assert_close(part, tone(at)[None], atol=1e-4, rtol=0)
+    inner = slice(200, -200)                        # at its ends, the filter meets the mirror image
+    assert part.shape == (1, 4500) and part.isfinite().all()
+    torch.testing.assert_close(part[0, inner], tone(at)[inner], atol=1e-4, rtol=0)
 
 
 def test_a_blend_is_level_but_of_opposite_signals():
@@ -1204,7 +1223,8 @@ BAD = [
     ("--steps", EDIT + "--steps 0"),
     ("--weights", EDIT + "--weights embedding=nan"),
     ("--device tpu cannot be used", EDIT + "--device tpu"),
-    # classes
+    # guides
+    ("--xi 0 turns off all guidance", EDIT + "--xi 0 --reference {folder}/other.wav"),
     ("zither", EDIT + "--classes zither=1" + LISTENER),
     ("--classes a=2", EDIT + "--classes a=2" + LISTENER),
     ("name=1,other=0", EDIT + "--classes a"),

@@ -19,7 +19,7 @@ import torch
 import sample
 import train
 from conftest import save_checkpoint
-from diffusion import add_noise
+from diffusion import add_noise, alpha_sigma, x0_from_v
 from examples import synthetic
 
 ROOT = Path(train.__file__).parent
@@ -808,6 +808,25 @@ def test_half_of_the_clips_meet_the_models_own_error():
     assert loss(own)["loss"] == loss(0 * own)["loss"]
 
 
+def test_the_share_of_its_own_error_goes_into_x_t_and_not_into_the_target():
+    """x_t is alpha (x_0 + share (x0_hat - x_0)) + sigma fresh, for a model whose x0_hat has a known error; v still leads
+    to x_0. A share of zero, or a model without error, leaves the fresh noise. No gradient leads through the guess."""
+    g = torch.Generator().manual_seed(0)
+    x_0, eps, fresh, wrong = torch.randn(4, 3, 2, 16, generator=g, dtype=torch.float64)
+    t, share = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64), torch.tensor([0.0, 0.7]).repeat_interleave(8)
+    alpha, sigma = (c.reshape(-1, 1, 1) for c in alpha_sigma(t))
+    wrong.requires_grad_()
+    model = lambda x_t, t: alpha * eps - sigma * x_0 - wrong / sigma            # x0_hat = x_0 + wrong
+    objective = train.Denoising(train.dit.build(train.dit.PRESETS["tiny"]))
+    noise = objective.with_own_error(model, x_0, t, eps, fresh, share)
+    x_t, v = add_noise(x_0, noise, t)
+    assert not noise.requires_grad
+    torch.testing.assert_close(x_t, alpha * (x_0 + share * wrong) + sigma * fresh)
+    torch.testing.assert_close(x0_from_v(x_t, v, t), x_0)
+    right = objective.with_own_error(lambda x_t, t: alpha * eps - sigma * x_0, x_0, t, eps, fresh, share)
+    torch.testing.assert_close(right, fresh)
+
+
 def test_the_unet_weighs_its_error():
     """The loss of a waveform model is the mean square of weigh(error of v)."""
     net = train.unet1d.UNet1D(train.unet1d.PRESETS["tiny"])
@@ -977,7 +996,7 @@ def test_the_frozen_vae_encodes_in_full_precision(monkeypatch):
     """Whatever the autocast around it: --precision bf16 is for the network that is trained."""
     vae, net = (sample.NETS[kind][0](sample.NETS[kind][2]["tiny"]) for kind in ("vae", "latent"))
     objective, found = train.Denoising(net, vae), []
-    monkeypatch.setattr(train, "v_loss", lambda net, x_0, *_: found.append(x_0) or x_0.mean())
+    monkeypatch.setattr(train, "v_error", lambda net, x_0, *_: found.append(x_0) or x_0)
     x, noise = torch.randn(1, 2, 2**15), torch.randn(1, 16, 256)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         objective(x, torch.tensor([0.5]), noise)
