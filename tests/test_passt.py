@@ -20,9 +20,11 @@ def tiny(seed=0):
     return net
 
 
-@pytest.mark.parametrize("rates", [(44100, 32000), (44100, 16000), (48000, 44100), (22050, 44100), (11127, 44100)])
+@pytest.mark.parametrize("rates", [
+    (44100, 32000), (44100, 16000), (48000, 44100), (22050, 44100), (11127, 44100)])
 def test_resampled_tone_is_the_tone_at_the_new_rate(rates):
-    """A 1 kHz sine sampled at one rate becomes the same sine sampled at the other, in place and to -100 dB."""
+    """A 1 kHz sine sampled at one rate becomes the same sine sampled at the other, in place and to
+    -100 dB."""
     y = resample(tone(1000, rates[0]), *rates)
     assert y.shape == (rates[1],)
     inner = slice(rates[1] // 8, -rates[1] // 8)
@@ -30,7 +32,8 @@ def test_resampled_tone_is_the_tone_at_the_new_rate(rates):
 
 
 def test_what_the_new_rate_cannot_hold_is_removed():
-    """A sine at 0.5625 of the new rate would alias; -80 dB of it are left, while 0.40 passes unchanged."""
+    """A sine at 0.5625 of the new rate would alias; -80 dB of it are left, while 0.40 passes
+    unchanged."""
     inner = slice(4000, -4000)
     assert resample(tone(0.5625 * 16000, 44100), 44100, 16000)[inner].abs().max() < 1e-4
     kept = resample(tone(6400, 44100), 44100, 16000)
@@ -47,18 +50,21 @@ def test_resampling_keeps_leading_axes_and_rows_apart():
 
 
 def test_blocks_of_phases_join_without_a_seam():
-    """3 -> 1000 has more phases than one block holds; the result is what the sinc series says, sample by sample."""
+    """3 -> 1000 has more phases than one block holds; the result is what the sinc series says,
+    sample by sample."""
     x = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = resample(x, 3, 1000)
     at = torch.arange(0, len(y), 37)                       # no divisor of 160 or 1000
     d = 0.945 * (at[:, None].double() * 3 / 1000 - torch.arange(400))
-    window = torch.i0(12 * (1 - (d / 48) ** 2).clamp(min=0).sqrt()) / torch.i0(torch.tensor(12.0, dtype=torch.float64))
+    window = torch.i0(12 * (1 - (d / 48) ** 2).clamp(min=0).sqrt())
+    window = window / torch.i0(torch.tensor(12.0, dtype=torch.float64))
     expected = (0.945 * torch.sinc(d) * window * (d.abs() < 48)) @ x
     torch.testing.assert_close(y[at], expected, atol=1e-9, rtol=0)
 
 
 def test_gradient_of_the_resampler_is_its_adjoint():
-    """<resample(x), y> = <x, gradient>: the operator is linear, and autograd gives its transpose."""
+    """<resample(x), y> = <x, gradient>: the operator is linear, and autograd gives its transpose.
+    """
     g = torch.Generator().manual_seed(2)
     x = torch.randn(500, dtype=torch.float64, generator=g, requires_grad=True)
     y = torch.randn(363, dtype=torch.float64, generator=g)
@@ -68,14 +74,22 @@ def test_gradient_of_the_resampler_is_its_adjoint():
 
 
 def test_paper_preset_has_the_official_tensors():
-    """159 tensors, 86,153,758 numbers, among them the names and shapes of the official checkpoint."""
+    """159 tensors, 86,153,758 numbers, among them the names and shapes of the official checkpoint.
+    """
     with torch.device("meta"):
         state = PaSST(PASST_PRESETS["paper"]).state_dict()
     assert len(state) == 159 and sum(tensor.numel() for tensor in state.values()) == 86_153_758
-    expected = {"time_new_pos_embed": (1, 768, 1, 99), "freq_new_pos_embed": (1, 768, 12, 1),
-                "new_pos_embed": (1, 2, 768), "patch_embed.proj.weight": (768, 1, 16, 16),
-                "blocks.11.attn.qkv.weight": (2304, 768), "blocks.0.mlp.fc2.bias": (768,), "head.0.weight": (768,),
-                "head.1.weight": (527, 768), "head_dist.bias": (527,)}
+    expected = {
+        "time_new_pos_embed": (1, 768, 1, 99),
+        "freq_new_pos_embed": (1, 768, 12, 1),
+        "new_pos_embed": (1, 2, 768),
+        "patch_embed.proj.weight": (768, 1, 16, 16),
+        "blocks.11.attn.qkv.weight": (2304, 768),
+        "blocks.0.mlp.fc2.bias": (768,),
+        "head.0.weight": (768,),
+        "head.1.weight": (527, 768),
+        "head_dist.bias": (527,),
+    }
     assert {key: tuple(state[key].shape) for key in expected} == expected
 
 
@@ -95,8 +109,8 @@ def test_official_file_loads_flat_or_nested(tmp_path, wrap):
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "list", "one tensor less", "one tensor more",
-                                    "other size"])
+@pytest.mark.parametrize("damage", [
+    "missing", "truncated", "text", "list", "one tensor less", "one tensor more", "other size"])
 def test_unusable_official_file_ends_in_a_sentence(tmp_path, damage):
     """The sentence names the file, and where the right one is published."""
     path, state = tmp_path / "passt.pt", tiny().state_dict()
@@ -112,7 +126,8 @@ def test_unusable_official_file_ends_in_a_sentence(tmp_path, damage):
         torch.save([1, 2] if damage == "list" else state, path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r"passt\.pt .*passt-s-f128-p16-s10-ap\.476-swa\.pt.*v0\.0\.1-audioset"):
+    wanted = r"passt\.pt .*passt-s-f128-p16-s10-ap\.476-swa\.pt.*v0\.0\.1-audioset"
+    with pytest.raises(ValueError, match=wanted):
         load_official(PaSST(PASST_PRESETS["tiny"]), path, PASST_FILE)
 
 
@@ -124,7 +139,8 @@ def test_mel_of_silence_and_its_length():
 
 
 def test_nothing_is_heard_in_half_precision():
-    """Under autocast the resampler, the front end and the network as it listens give the same float32 numbers."""
+    """Under autocast the resampler, the front end and the network as it listens give the same
+    float32 numbers."""
     x, net = torch.randn(1, 2, 8000, generator=torch.Generator().manual_seed(0)), tiny()
 
     def heard():
@@ -136,7 +152,8 @@ def test_nothing_is_heard_in_half_precision():
 
 
 def test_patchout_drops_whole_rows_and_columns():
-    """Of patches numbered by row and column, what is left is a full grid of the rows and columns kept."""
+    """Of patches numbered by row and column, what is left is a full grid of the rows and columns
+    kept."""
     rows, columns = 8, 20
     grid = (100.0 * torch.arange(rows)[:, None] + torch.arange(columns)).expand(4, 1, rows, columns)
     kept = drop_patches(grid, 12, 3, [torch.Generator().manual_seed(i) for i in range(4)])
@@ -149,7 +166,8 @@ def test_patchout_drops_whole_rows_and_columns():
 
 
 def test_patchout_of_a_clip_does_not_depend_on_its_batch():
-    """With a generator per clip, a clip alone gives what it gives among others; and patchout changes the result."""
+    """With a generator per clip, a clip alone gives what it gives among others; and patchout
+    changes the result."""
     net, mel = tiny(), torch.randn(3, 128, 200, generator=torch.Generator().manual_seed(3))
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     together, _ = net(mel, generators, (5, 3))
@@ -160,16 +178,19 @@ def test_patchout_of_a_clip_does_not_depend_on_its_batch():
 
 def test_listening_beyond_ten_seconds_is_the_mean_of_its_windows():
     """12 s are heard as two windows of 6 s."""
-    net, audio = tiny(), torch.randn(1, 2, 12 * 32000, generator=torch.Generator().manual_seed(4)) / 10
+    net = tiny()
+    audio = torch.randn(1, 2, 12 * 32000, generator=torch.Generator().manual_seed(4)) / 10
     mel = net.mel(audio.mean(1))
     halves = [net(half)[1] for half in mel.chunk(2, -1)]
     torch.testing.assert_close(net.listen(audio, 32000)[1], sum(halves) / 2)
 
 
 def test_listening_to_mono_stereo_short_and_silent_audio():
-    """Mono equals two equal channels; half a tenth of a second and digital silence give finite embeddings."""
+    """Mono equals two equal channels; half a tenth of a second and digital silence give finite
+    embeddings."""
     net, audio = tiny(), torch.randn(1, 1, 22050, generator=torch.Generator().manual_seed(5)) / 10
-    torch.testing.assert_close(net.listen(audio, 44100)[1], net.listen(audio.expand(-1, 2, -1), 44100)[1])
+    stereo = audio.expand(-1, 2, -1)
+    torch.testing.assert_close(net.listen(audio, 44100)[1], net.listen(stereo, 44100)[1])
     assert net.listen(audio[..., :2205], 44100)[1].isfinite().all()
     assert net.listen(torch.zeros(1, 2, 44100), 44100)[1].isfinite().all()
 
