@@ -141,13 +141,23 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(audio.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
         return mean, logvar.clamp(-20, 10)                          # exp() stays finite in half precision
 
-    def forward(self, audio, noise=None, share=None):
-        """For training: reconstruction (B, 2, samples), mean, log-variance. Decoded is the posterior's mean; with noise
-        (B, C, frames), a draw from the posterior; with share (B,) too, the mean plus share times noise in units of
-        the deviation that each channel of the clip has over time."""
+    def forward(self, audio, noise=None, share=None, posterior=True):
+        """For training: reconstruction (B, 2, samples), mean and log-variance (B, C, frames).
+
+        noise       (B, C, frames), standard normal, is added to the mean times a deviation, which
+                    is the sum of the two below; without it the mean itself is decoded
+        share       (B,), a share of the deviation that a channel's mean has over batch and time. It
+                    counts in the gradient: latents that are merely larger do not drown this noise
+        posterior   whether the posterior's own deviation is added
+        """
         mean, logvar = self.posterior(audio)
-        deviation = (logvar / 2).exp() if share is None else share[:, None, None] * mean.detach().std(2, keepdim=True)
-        z = mean if noise is None else mean + deviation * noise
+        z = mean
+        if noise is not None and posterior:
+            z = z + (logvar / 2).exp() * noise
+        if noise is not None and share is not None:
+            # The gradient of a plain std would be NaN in digital silence.
+            std = (mean.var((0, 2), keepdim=True) + 1e-8).sqrt()                # (1, C, 1)
+            z = z + share[:, None, None] * std * noise
         return self.decoder(z.transpose(1, 2)).transpose(1, 2)[..., :audio.shape[-1]], mean, logvar
 
     @torch.no_grad()

@@ -133,12 +133,17 @@ def test_decode_keeps_a_graph_only_for_latents_that_ask():
 
 
 def test_what_is_decoded_while_training():
-    """z = mean + exp(logvar / 2) * noise; with a share, that much noise, of the deviation of each clip and channel."""
+    """z = mean + deviation * noise: a share of what each channel's mean has over batch and time,
+    and the posterior's own, if asked; without noise the mean."""
     net, audio, noise = narrow_vae(), torch.randn(2, 2, 1280), torch.randn(2, 4, 10)
-    reconstruction, mean, logvar = net(audio, noise)
-    torch.testing.assert_close(reconstruction, net.decode(mean + (logvar / 2).exp() * noise))
-    z = torch.stack([mean[0], mean[1] + 0.3 * mean[1].std(1, keepdim=True) * noise[1]])
-    torch.testing.assert_close(net(audio, noise, torch.tensor([0.0, 0.3]))[0], net.decode(z))
+    share = torch.tensor([0.0, 0.3])
+    reconstruction, mean, logvar = net(audio)
+    torch.testing.assert_close(reconstruction, net.decode(mean))
+    white = share[:, None, None] * mean.std((0, 2), keepdim=True)
+    z = mean + white * noise
+    torch.testing.assert_close(net(audio, noise, share, posterior=False)[0], net.decode(z))
+    z = mean + (white + (logvar / 2).exp()) * noise
+    torch.testing.assert_close(net(audio, noise, share)[0], net.decode(z))
     assert not torch.allclose(net.decode(z)[1], net.decode(mean)[1], rtol=0.05)
 
 
@@ -146,7 +151,8 @@ def test_what_is_decoded_while_training():
 def test_nothing_is_nan_for_extreme_audio(audio):
     """Digital silence and full scale: outputs, all losses and every gradient of both networks are finite."""
     net, judge = narrow_vae(), Discriminator(NARROW)
-    reconstruction, mean, logvar = net(audio, torch.randn(1, 4, 47))
+    noise, share = torch.randn(1, 4, 47), torch.full((1,), 0.3)
+    reconstruction, mean, logvar = net(audio, noise, share)
     real, fake = judge(audio), judge(reconstruction)
     loss = (vae.reconstruction_loss(reconstruction, audio) + vae.reconstruction_loss(reconstruction * 0, audio)
             + vae.kl(mean, logvar) + vae.discriminator_loss(real, fake) + vae.adversarial_loss(fake)
