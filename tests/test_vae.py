@@ -331,7 +331,7 @@ def constant_outputs(logit, feature):
 
 
 def test_hinge_losses_at_known_logits():
-    """The discriminator's is 0 beyond the margin, 2 if undecided; the decoder's minus the logits."""
+    """The discriminator's: 0 beyond the margin, 2 if undecided. The decoder's: minus the logits."""
     undecided = constant_outputs(0.0, 0.0)
     above = constant_outputs(2.0, 0.0)
     below = constant_outputs(-2.0, 0.0)
