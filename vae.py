@@ -221,8 +221,7 @@ class VAE(nn.Module):
         if noise is not None and posterior:
             z = z + (logvar / 2).exp() * noise
         if noise is not None and share is not None:
-            # The gradient of a plain std would be NaN in digital silence.
-            std = (mean.var((0, 2), keepdim=True) + 1e-8).sqrt()  # (1, C, 1)
+            std = mean.std((0, 2), keepdim=True)  # (1, C, 1)
             z = z + share[:, None, None] * std * noise
         reconstruction = self.decoder(z.transpose(1, 2)).transpose(1, 2)
         return reconstruction[..., : audio.shape[-1]], mean, logvar
