@@ -30,6 +30,14 @@ def test_schedule_is_variance_preserving_and_exact_at_both_ends():
     assert sigma[-1] == 1
 
 
+def test_times_in_float32_become_float64():
+    """The schedule at a time in float32 is as exact as at the same time in float64."""
+    t = torch.tensor([0.02, 0.98])
+    alpha, sigma = alpha_sigma(t)
+    assert torch.equal(alpha, alpha_sigma(t.double())[0])
+    assert torch.equal(sigma, alpha_sigma(t.double())[1])
+
+
 def test_time_steps_are_equal_and_end_at_zero():
     """N + 1 times lead from t_T to exactly 0, for each clip if t_T is (B,)."""
     times = time_steps(4, torch.tensor([1.0, 0.5]))
