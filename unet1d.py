@@ -5,12 +5,11 @@ overlapping frames and puts the 32 samples of a frame, of both channels, into th
 U-Net, built like the one of [40] (Rombach et al.) with one axis instead of two, works on the
 frames; `unfold` adds its output frames up again under a Hamming window.
 
-    model = UNet1D(PRESETS["tiny"]) v = model(x_t, t)        # x_t (B, 2, n): audio / model.scale,
-    noised;  t (B,) in (0, 1];  v like x_t
+    model = UNet1D(PRESETS["tiny"])
+    v = model(x_t, t)        # x_t, v: (B, 2, n), x_t from audio / model.scale;  t: (B,) in (0, 1]
 
-    python tests/benchmark.py --only presets         # parameters and FLOPs of the presets
+`python tests/benchmark.py --only presets` prints sizes and cost of the presets.
 """
-
 import math
 from dataclasses import dataclass
 

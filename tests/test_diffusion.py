@@ -1,57 +1,92 @@
-"""Properties of diffusion.py: the schedule's exact ends, conversions, and both steps against closed forms."""
+"""diffusion.py: the schedule's exact ends, the v-parameterisation, both steps in closed form."""
 import math
 
 import pytest
 import torch
 
-import diffusion
-from diffusion import alpha_sigma, ddim_step, ddpm_step, time_steps
+from diffusion import add_noise, alpha_sigma, ddim_step, ddpm_step, time_steps, v_loss, x0_from_v
 
+
+def normal(*shape, dtype=torch.float64):
+    """Standard normal numbers, the same in every test."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def float64(number):
+    return torch.tensor(number, dtype=torch.float64)
+
+
+# ---- The schedule -------------------------------------------------------------------------------
 
 def test_schedule_is_variance_preserving_and_exact_at_both_ends():
-    """alpha^2 + sigma^2 = 1 to 1e-15, alpha = cos(pi t / 2), alpha(1) = 0 and sigma(0) = 0 exactly."""
+    """alpha = cos(pi t / 2) and alpha^2 + sigma^2 = 1 to 1e-15; at t = 0 and t = 1 no rounding."""
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     alpha, sigma = alpha_sigma(t)
     assert (alpha**2 + sigma**2 - 1).abs().max() <= 1e-15
     assert torch.allclose(alpha, torch.cos(math.pi / 2 * t), atol=1e-15)
-    assert alpha[-1] == 0 and sigma[0] == 0 and alpha[0] == 1 and sigma[-1] == 1
+    assert alpha[0] == 1
+    assert sigma[0] == 0
+    assert alpha[-1] == 0
+    assert sigma[-1] == 1
+
+
+def test_times_in_float32_become_float64():
+    """The schedule at a time in float32 is as exact as at the same time in float64."""
+    t = torch.tensor([0.02, 0.98])
+    alpha, sigma = alpha_sigma(t)
+    assert torch.equal(alpha, alpha_sigma(t.double())[0])
+    assert torch.equal(sigma, alpha_sigma(t.double())[1])
 
 
 def test_time_steps_are_equal_and_end_at_zero():
-    """N + 1 times from t_T to exactly 0, per clip if t_T is."""
+    """N + 1 times lead from t_T to exactly 0, for each clip if t_T is (B,)."""
     times = time_steps(4, torch.tensor([1.0, 0.5]))
     assert times.tolist() == [[1, 0.5], [0.75, 0.375], [0.5, 0.25], [0.25, 0.125], [0, 0]]
-    assert (time_steps(500) - torch.arange(500, -1, -1).double() / 500).abs().max() < 1e-15
-    for steps, t_T in ((0, 1.0), (10, 0.0), (10, 1.5)):
-        with pytest.raises(ValueError, match="steps|t_T"):
-            time_steps(steps, t_T)
+    expected = torch.arange(500, -1, -1).double() / 500
+    assert (time_steps(500) - expected).abs().max() < 1e-15
 
 
-def test_v_contains_the_signal():
-    """From x_t and the true v x_0 comes back, with one time or one per clip."""
-    x_0, eps = torch.randn(2, 3, 2, 16, dtype=torch.float64)
-    for t in (torch.tensor(0.37), torch.tensor([0.0, 0.4, 1.0])):
-        x_t, v = diffusion.add_noise(x_0, eps, t)
-        assert torch.allclose(diffusion.x0_from_v(x_t, v, t), x_0, atol=1e-12)
+@pytest.mark.parametrize("steps, t_T, named", [(0, 1.0, "steps"), (10, 0.0, "t_T"),
+                                               (10, 1.5, "t_T")])
+def test_impossible_time_steps_are_refused(steps, t_T, named):
+    """No steps, or a first time outside (0, 1], is a ValueError that names the argument."""
+    with pytest.raises(ValueError, match=named):
+        time_steps(steps, t_T)
 
 
-def test_loss_is_zero_for_the_true_v_and_one_for_predicting_zero():
-    """v_loss compares with v_t = alpha eps - sigma x_0, whose elements have variance 1; one number per clip."""
-    g = torch.Generator().manual_seed(0)
-    x_0, eps = torch.randn(2, 4, 2, 4096, generator=g)
-    t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
-    alpha, sigma = (c.float().reshape(-1, 1, 1) for c in alpha_sigma(t))
-    assert diffusion.v_loss(lambda x_t, t: alpha * eps - sigma * x_0, x_0, t, eps).abs().max() < 1e-10
-    zero = diffusion.v_loss(lambda x_t, t: torch.zeros_like(x_t), x_0, t, eps)
-    assert (zero - 1).abs().max() < 0.1
-    ramp = diffusion.v_loss(lambda x_t, t: alpha * eps - sigma * x_0 + t[:, None, None], x_0, t, eps)
-    assert torch.allclose(ramp.double(), t**2, atol=1e-5)
+# ---- The v-parameterisation and its loss --------------------------------------------------------
 
+@pytest.mark.parametrize("t", [0.37, [0.0, 0.4, 1.0]], ids=["one time", "a time per clip"])
+def test_v_contains_the_signal(t):
+    """x0_from_v gives x_0 back from x_t and the true v."""
+    x_0, eps = normal(2, 3, 2, 16)
+    t = torch.tensor(t)
+    x_t, v_t = add_noise(x_0, eps, t)
+    assert torch.allclose(x0_from_v(x_t, v_t, t), x_0, atol=1e-12)
+
+
+def test_loss_is_the_mean_squared_error_of_v_for_each_clip():
+    """v_loss is 0 for v_t = alpha eps - sigma x_0, 1 for v = 0, and t^2 if v is off by t."""
+    x_0, eps = normal(2, 4, 2, 4096, dtype=torch.float32)
+    t = float64([0.1, 0.4, 0.7, 1.0])
+    alpha, sigma = alpha_sigma(t)
+    v_t = alpha.float()[:, None, None] * eps - sigma.float()[:, None, None] * x_0
+
+    of_truth = v_loss(lambda x_t, t: v_t, x_0, t, eps)
+    assert of_truth.shape == (4,)
+    assert of_truth.abs().max() < 1e-10
+    of_zero = v_loss(lambda x_t, t: 0 * x_t, x_0, t, eps)
+    assert (of_zero - 1).abs().max() < 0.1
+    of_ramp = v_loss(lambda x_t, t: v_t + t[:, None, None], x_0, t, eps)
+    assert torch.allclose(of_ramp.double(), t**2, atol=1e-5)
+
+
+# ---- The samplers' steps ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [50, 500, 5000])
 def test_last_step_returns_x0_hat(steps):
-    """At s = 0 nothing of x_t or the noise is left, in float32, for any number of steps."""
-    x_t, x0_hat, noise = torch.randn(3, 2, 2, 64, generator=torch.Generator().manual_seed(1))
+    """At s = 0 nothing of x_t or of the noise is left, in float32, for any number of steps."""
+    x_t, x0_hat, noise = normal(3, 2, 2, 64, dtype=torch.float32)
     t, s = time_steps(steps)[-2:]
     assert (ddpm_step(x_t, x0_hat, t, s, noise) - x0_hat).abs().max() <= 1e-6
     assert (ddim_step(x_t, x0_hat, t, s) - x0_hat).abs().max() <= 1e-6
@@ -59,30 +94,46 @@ def test_last_step_returns_x0_hat(steps):
 
 @pytest.mark.parametrize("t, s", [(1.0, 0.98), (0.5, 0.3), (0.9, 0.1), (0.02, 0.0)])
 def test_ddpm_step_with_the_true_x0_lands_on_the_forward_process(t, s):
-    """If x0_hat = x_0, a step from q(x_t | x_0) lands on q(x_s | x_0): mean alpha_s x_0, variance sigma_s^2."""
-    zero, one = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
-    mean = ddpm_step(alpha_t * one, one, torch.tensor(t), torch.tensor(s), zero)
-    from_x_t = ddpm_step(one, zero, torch.tensor(t), torch.tensor(s), zero)
-    from_noise = ddpm_step(zero, zero, torch.tensor(t), torch.tensor(s), one)
-    assert abs(mean.item() - alpha_s) < 1e-7
-    assert abs((from_x_t * sigma_t).item() ** 2 + from_noise.item() ** 2 - sigma_s**2) < 1e-7
+    """From q(x_t | x_0) to q(x_s | x_0): the mean is alpha_s x_0, the variance sigma_s^2."""
+    alpha_t, sigma_t = alpha_sigma(t)
+    alpha_s, sigma_s = alpha_sigma(s)
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    zero = 0 * one
+
+    # With x_0 = 1 and no noise at all, in x_t or in the step, the result is the mean.
+    mean = ddpm_step(alpha_t * one, one, t, s, zero).item()
+    assert abs(mean - alpha_s) < 1e-7
+
+    # The factors of the noise in x_t and of the step's own noise: their variances add up.
+    of_x_t = ddpm_step(sigma_t * one, zero, t, s, zero).item()
+    of_noise = ddpm_step(zero, zero, t, s, one).item()
+    assert abs(of_x_t**2 + of_noise**2 - sigma_s**2) < 1e-7
 
 
 def test_ddim_closed_form_for_a_standard_normal():
-    """If p_data = N(0, I) then x0_hat = alpha_t x_t, and N equal steps scale x_T by cos(pi / 2N)^N."""
-    x_t = torch.randn(2, 1, 8, dtype=torch.float64)
-    x_T, times = x_t, time_steps(20)
+    """If p_data = N(0, I), x0_hat = alpha_t x_t and N equal steps scale x_T by cos(pi / 2N)^N."""
+    x_T = normal(2, 1, 8)
+    x_t = x_T
+    times = time_steps(20)
     for t, s in zip(times, times[1:]):
-        x_t = ddim_step(x_t, alpha_sigma(t)[0] * x_t, t, s)
+        alpha_t, _ = alpha_sigma(t)
+        x_t = ddim_step(x_t, alpha_t * x_t, t, s)
     assert torch.allclose(x_t, math.cos(math.pi / 40) ** 20 * x_T, atol=1e-12)
 
 
-def test_guidance_enters_as_the_algorithms_print_it():
-    """Algorithm 1 takes xi grad off x_s; Algorithm 2 takes xi sigma_t grad off eps_hat, so sigma_s sigma_t xi grad off x_s."""
-    x_t, x0_hat, noise, gradient = torch.randn(4, 2, 1, 8, dtype=torch.float64)
-    t, s = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
-    moved = ddpm_step(x_t, x0_hat, t, s, noise) - ddpm_step(x_t, x0_hat, t, s, noise, 0.1 * gradient)
-    assert torch.allclose(moved, 0.1 * gradient)
-    moved = ddim_step(x_t, x0_hat, t, s) - ddim_step(x_t, x0_hat, t, s, 0.1 * gradient)
-    assert torch.allclose(moved, alpha_sigma(s)[1] * alpha_sigma(t)[1] * 0.1 * gradient)
+def test_guidance_moves_x_s_in_algorithm_1():
+    """ddpm_step takes xi times the gradient off x_s."""
+    x_t, x0_hat, noise, gradient = normal(4, 2, 1, 8)
+    x_s = ddpm_step(x_t, x0_hat, 0.6, 0.5, noise)
+    guided = ddpm_step(x_t, x0_hat, 0.6, 0.5, noise, 0.1 * gradient)
+    assert torch.allclose(x_s - guided, 0.1 * gradient)
+
+
+def test_guidance_moves_eps_hat_in_algorithm_2():
+    """ddim_step takes xi sigma_t times the gradient off eps_hat, which x_s holds sigma_s times."""
+    x_t, x0_hat, gradient = normal(3, 2, 1, 8)
+    _, sigma_t = alpha_sigma(0.6)
+    _, sigma_s = alpha_sigma(0.5)
+    x_s = ddim_step(x_t, x0_hat, 0.6, 0.5)
+    guided = ddim_step(x_t, x0_hat, 0.6, 0.5, 0.1 * gradient)
+    assert torch.allclose(x_s - guided, sigma_s * sigma_t * 0.1 * gradient)
