@@ -889,6 +889,8 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
 
     # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
     xi = settings.xi * XI_STEPS / settings.steps
+    if guides and not settings.xi:
+        raise ValueError("xi must be above 0 with guides: a step size of 0 turns them off")
     weights = [1.0] + [1 / settings.xi for _ in guides]
 
     x, n = x_bar.clone(), x_bar.shape[-1]
@@ -1125,7 +1127,7 @@ class Track:
             raise UserError(f"{path} has {len(audio)} channels; only mono and stereo can be "
                             "edited: mix it down first")
         subtype = sf.info(path).subtype
-        if subtype in ("PCM_32", "DOUBLE"):
+        if subtype in ("PCM_32", "ALAC_32", "DOUBLE"):
             audio = torch.from_numpy(sf.read(path, always_2d=True)[0].T.copy())
         if not audio.isfinite().all():
             raise UserError(f"{path} holds samples that are not finite; repair or export it again")
