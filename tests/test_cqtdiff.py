@@ -290,7 +290,8 @@ def edit(official, tmp_path, track, *flags):
 
 @pytest.mark.parametrize("flags, a, b", [
     (("--task", "infill", "--start", "0.15", "--end", "0.25"), 0.15, 0.25),
-    (("--task", "continuation", "--start", "0.3", "--context", "0.3", "--length", "0.1"), 0.3, 0.4)],
+    (("--task", "continuation", "--start", "0.3", "--context", "0.3", "--length", "0.1"),
+     0.3, 0.4)],
     ids=["infill", "continuation"])
 def test_an_edit_is_new_inside_and_the_inputs_own_outside(official, tmp_path, capsys, flags, a, b):
     """Outside the region and its fades all bits are the input's; inside is new audio, which has the

@@ -19,7 +19,7 @@ def flat_model(x_t, t):
 # ---- projection ----------------------------------------------------------------------------------
 
 class Matrix:
-    """A linear operator of one's own: a dense A (m, n) along the last axis, A A^T not the identity."""
+    """A linear operator of one's own: a dense A (m, n) along the last axis; A A^T is not I."""
 
     def __init__(self, A):
         self.A = A

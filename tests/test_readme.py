@@ -107,7 +107,7 @@ def test_commands_run_or_have_good_arguments(command, tree, monkeypatch):
     assert Path(script).exists()
     if words[0] == "torchrun":
         get_args_parser().parse_args(words[1:])
-    if arguments[:1] == ["evaluate"]:                   # the door of an example: evaluate.py's flags
+    if arguments[:1] == ["evaluate"]:                   # an example's door to evaluate.py
         arguments = arguments[1:]
         script = "evaluate.py"
         arguments = [word for word in arguments if word not in ("--window", "5.944")]
