@@ -176,7 +176,7 @@ def peaks(x):
 
 
 def chroma(at_peaks, f):
-    """Amplitudes in the twelve pitch classes, a vector of length 1; both inputs are from `peaks`."""
+    """Amplitudes in the twelve pitch classes, a vector of length 1; inputs are from `peaks`."""
     pitch = (12 * (f / 440).log2()).round().long() % 12
     classes = torch.zeros(12, dtype=f.dtype)
     classes.index_add_(0, pitch, at_peaks.sqrt().sum(0))
