@@ -232,8 +232,8 @@ def about_likeness(study):
 
 FRAME, HOP = 2048, 256                  # samples
 LOWEST, OCTAVES = 250, 5                # the bands: Hz, and up to 8 kHz
-BEFORE, AFTER = 0.05, 0.03              # seconds whose mean powers are compared
-AROUND = 0.2                            # seconds a side, of the mean rise
+BEFORE, AFTER = 0.08, 0.06              # seconds whose mean powers are compared
+AROUND = 0.25                           # seconds a side, of the mean rise
 APART = 0.04                            # seconds between onsets in a band, at least
 RISE = 0.7                              # the least rise: a factor of 2
 CHANCE = 3                              # standard deviations that noise must not reach
@@ -257,7 +257,7 @@ def semitones(x):
 def onsets(x):
     """x (samples,) -> where sounds begin, in each third of an octave: (15, frames) boolean.
 
-    An attack is a rise in power that lasts: the mean of the next 30 ms against that of the last 50
+    An attack is a rise in power that lasts: the mean of the next 60 ms against that of the last 80
     ms, as a log ratio, in one semitone. So a note in a sounding chord counts, too. It must exceed
     the rises around it, so that a slow swell has none; and what noise of that bandwidth does by
     chance. Gain and equalisation change nothing, since only ratios count.

@@ -73,9 +73,9 @@ def notes(rate):
     return tones(*PARTIALS) * torch.exp(-5 * rate * (T % (1 / rate)))
 
 
-@pytest.mark.parametrize("rate", (2, 5, 8))
+@pytest.mark.parametrize("rate", (2, 4, 6))
 def test_attacks_counts_clicks_and_notes(rate):
-    """Within a tenth, also under hiss 40 dB below; the first note has nothing before it."""
+    """Within a tenth, also under soft hiss; the first note has nothing before it."""
     hiss = 0.01 * NOISE
     for audio in (clicks(rate), clicks(rate) + hiss):
         assert sanity.attacks(audio)[0] == pytest.approx(int(2.9 * rate) / 3, rel=0.1)
