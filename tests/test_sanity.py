@@ -86,10 +86,13 @@ def test_noise_steady_tones_and_swells_have_no_attacks():
     """White noise, noise that falls with frequency, a chord that lasts, a chord reversed."""
     spectrum = torch.fft.rfft(NOISE)
     pink = torch.fft.irfft(spectrum / (1 + torch.arange(spectrum.shape[1])).sqrt(), len(T))
-    gate = (20 * (T % 0.5)).clamp(max=1)            # 50 ms, so that the end is no click
-    swells = (notes(2) * gate).flip(1)
-    for audio in (NOISE, pink, tones(*PARTIALS), swells):
-        assert sanity.attacks(audio)[0] < 0.2
+    for audio in (NOISE, pink, tones(*PARTIALS)):
+        assert sanity.attacks(audio)[0] < 0.1
+    # Reversed notes, that end without a click: up to 175 dB a second.
+    for rate in (2, 4):
+        gate = (20 * (T % (1 / rate))).clamp(max=1)
+        swells = (notes(rate) * gate).flip(1)
+        assert sanity.attacks(swells)[0] < 0.5
 
 
 def test_a_note_in_a_sounding_chord_counts():
@@ -113,9 +116,9 @@ def test_attacks_do_not_depend_on_gain_and_equalisation():
 
 
 def test_regular_attacks_are_told_from_irregular_ones():
-    """Clicks in time, clicks anywhere between, and none."""
+    """Clicks in time, clicks in between, where some intervals are equal by chance, and none."""
     assert sanity.attacks(clicks(4))[1] > 0.7
-    assert sanity.attacks(clicks(4, jitter=0.5))[1] < 0.45
+    assert sanity.attacks(clicks(4, jitter=0.5, seed=2))[1] < 0.35
     assert sanity.attacks(NOISE)[1] < 0.2
 
 
