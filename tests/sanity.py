@@ -324,7 +324,8 @@ def noised(study, t, in_one_step):
             x_0 = x0_from_v(x_t, v, t)
         else:
             x_0 = guidance.sample(study.predict, x_t, guidance.Task(x_t, (), t), sampler="ddpm",
-                                  steps=math.ceil(t * study.settings.steps), generator=random)
+                                  steps=max(1, round(t * study.settings.steps)),
+                                  generator=random)
         clips.append(study.checkpoint.decode(x_0)[0].cpu())
     return clips
 
