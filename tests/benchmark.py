@@ -1,15 +1,16 @@
 """How large the networks are, and how fast, as ratios between things timed in the same run.
 
-    python tests/benchmark.py                       # all rows this machine can do, a few minutes on two cores
-    python tests/benchmark.py --only presets        # or: attention, dit, vae, unet, gpu; several with commas
-    OMP_NUM_THREADS=1 python tests/benchmark.py --cpu-time      # beside other work: processor time, not the clock
+    python tests/benchmark.py                   # all rows that this machine can do, a few minutes
+    python tests/benchmark.py --only presets    # or: attention, dit, vae, unet, gpu; with commas
+    OMP_NUM_THREADS=1 python tests/benchmark.py --cpu-time      # processor time: on a busy machine
 
-The presets: parameters of each network, and the FLOPs of one forward over its window (PaSST 10 s; the VAE, which takes
-any length, 5.94 s there and back). Then each row says what was reached, beside its bound, if it has one. What is
-compared takes turns, after one warm-up each, and the medians over all rounds are divided. A model's yardstick is the
-rate of a large matrix product (GEMM) that takes turns with it. FLOPs are those of matrix products and convolutions, a
-multiply-add counted as two. Peak memory is what one call adds at its fullest: on CUDA from the allocator, on the CPU as
-the running sum of torch.profiler's allocation events.
+The presets: parameters of each network, and the FLOPs of one forward over its window (PaSST 10 s;
+the VAE, which takes any length, 5.94 s there and back). Every other row gives a measured value and,
+if it has one, its bound. What is compared takes turns, after one warm-up each; the medians over all
+rounds are divided. A model is compared with the rate of a large matrix product (GEMM), in turns
+with it. FLOPs are those of matrix products and convolutions, a multiply-add counted as two. Peak
+memory is what one call adds at its fullest: on CUDA from the allocator, on the CPU as the running
+sum of torch.profiler's allocation events.
 """
 import argparse
 import contextlib
@@ -37,13 +38,16 @@ clock = time.perf_counter
 
 
 def medians(runs, rounds, device):
-    """{name: function} -> {name: seconds}, taking turns so that whatever else the machine does hits all alike."""
+    """{name: function} -> {name: seconds}.
+
+    They take turns, so that whatever else the machine does slows all of them alike.
+    """
     seconds = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
             start = now(device)
             run()
-            if i > 0:                                                       # the first round warms up
+            if i > 0:                                               # the first round warms up
                 seconds[name].append(now(device) - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
 
@@ -55,9 +59,12 @@ def now(device):
 
 
 def flops(run):
-    """What run() does, {operation: FLOPs} and in all; on the meta device too, which torch.autocast does not know."""
-    autocast = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())
-    with autocast if torch.empty(0).is_meta else contextlib.nullcontext(), FlopCounterMode(display=False) as counter:
+    """({operation: FLOPs}, the sum) of run(), on the meta device too."""
+    # torch.autocast does not know the meta device
+    autocast = contextlib.nullcontext()
+    if torch.empty(0).is_meta:
+        autocast = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())
+    with autocast, FlopCounterMode(display=False) as counter:
         run()
     return counter.get_flop_counts().get("Global", {}), counter.get_total_flops()
 
@@ -70,21 +77,25 @@ def peak_memory(run, device):
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / MiB
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         run()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":                                      # one per allocation (+) and release (-)
+        if event.name() == "[memory]":              # one per allocation (+) and release (-)
             held += event.nbytes()
             peak = max(peak, held)
     return peak / MiB
 
 
 def gemm(device, dtype=torch.float32):
-    """The yardstick: one product of square matrices, and its FLOPs. On the CPU as a 1 x 1 convolution, which oneDNN
-    computes; F.linear may take a slower library."""
+    """(a function, its FLOPs): the product of two square matrices that models are compared with.
+
+    On the CPU as a 1 x 1 convolution, which oneDNN computes; F.linear may take a slower library.
+    """
     size = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
     if device.type == "cuda":
         return lambda: a @ b, 2 * size**3
     x, w = a.reshape(1, size, size), b[:, :, None]
@@ -92,11 +103,13 @@ def gemm(device, dtype=torch.float32):
 
 
 def row(what, reached, bound, at_most=True, unit=""):
-    """One printed line: what was reached, beside its bound if there is one."""
+    """Print a line: what was reached, and its bound if there is one."""
     target = verdict = ""
     if bound is not None:
-        target = f"{'<=' if at_most else '>='} {bound:.3g}{unit}"
-        verdict = "reached" if (reached <= bound if at_most else reached >= bound) else "MISSED"
+        sign = "<=" if at_most else ">="
+        met = reached <= bound if at_most else reached >= bound
+        target = f"{sign} {bound:.3g}{unit}"
+        verdict = "reached" if met else "MISSED"
     print(f"{what:58}{reached:9.2f}{unit:5}{target:>12}  {verdict}", flush=True)
 
 
@@ -110,23 +123,35 @@ def at_random(model, device):
 
 @torch.no_grad()
 def presets(rounds, device):
-    """Parameters, and FLOPs of one forward over each preset's window; large ones take no memory (meta device)."""
-    forwards = {
-        vae.VAE: (vae.PRESETS, lambda net: net.decode(net.encode(torch.empty(1, 2, 2**18)))),
-        dit.build: (dit.PRESETS, lambda net: net(torch.empty(1, net.config.channels, net.config.frames), torch.empty(1))),
-        unet1d.UNet1D: (unet1d.PRESETS, lambda net: net(torch.empty(1, 2, net.config.samples), torch.empty(1))),
-        PaSST: (PASST_PRESETS, lambda net: net(torch.empty(1, 128, 1000)))}
-    for network, (configs, forward) in forwards.items():
+    """Parameters, and FLOPs of one forward over each preset's window."""
+    def there_and_back(net):
+        return net.decode(net.encode(torch.empty(1, 2, 2**18)))
+
+    def over_frames(net):
+        return net(torch.empty(1, net.config.channels, net.config.frames), torch.empty(1))
+
+    def over_samples(net):
+        return net(torch.empty(1, 2, net.config.samples), torch.empty(1))
+
+    def over_mel(net):
+        return net(torch.empty(1, 128, 1000))
+
+    networks = ((vae.VAE, vae.PRESETS, there_and_back), (dit.build, dit.PRESETS, over_frames),
+                (unet1d.UNet1D, unet1d.PRESETS, over_samples), (PaSST, PASST_PRESETS, over_mel))
+    for network, configs, forward in networks:
         for size, config in configs.items():
-            with torch.device("cpu" if getattr(config, "hops", ()) else "meta"):     # times of spectra are computed
+            # On the meta device large ones take no memory; but the times of spectra are computed.
+            spectral = getattr(config, "hops", ())
+            with torch.device("cpu" if spectral else "meta"):
                 net = network(config)
-                millions, (_, work) = sum(p.numel() for p in net.parameters()) / 1e6, flops(lambda: forward(net))
-                name = f"{type(net).__name__} {size}"
-                print(f"    {name:16}{millions:9.2f} M parameters{work / 1e9:10.1f} GF a forward")
+                millions = sum(p.numel() for p in net.parameters()) / 1e6
+                _, work = flops(lambda: forward(net))
+            name = f"{type(net).__name__} {size}"
+            print(f"    {name:16}{millions:9.2f} M parameters{work / 1e9:10.1f} GF a forward")
 
 
 def attention(rounds, device):
-    """L 2048, 6 heads of 64, distances clipped at 64, against the same attention without positions."""
+    """L 2048, 6 heads of 64, distances up to 64, against the same attention without positions."""
     q, k, v = (torch.randn(1, 6, 2048, 64, device=device, requires_grad=True) for _ in range(3))
     r = torch.randn(129, 64, device=device, requires_grad=True)
     forms = {"plain": lambda: F.scaled_dot_product_attention(q, k, v),
@@ -144,14 +169,17 @@ def attention(rounds, device):
         s = medians({form: lambda form=form: run(form) for form in forms}, 3 * rounds, device)
         row(f"relative attention / plain, {what}", s["relative"] / s["plain"], bound, unit=" x")
         for form, limit in (("plain", None), ("relative", 100)):
-            row(f"{form} attention, {what}, peak memory", peak_memory(lambda: run(form), device), limit, unit=" MiB")
+            memory = peak_memory(lambda: run(form), device)
+            row(f"{form} attention, {what}, peak memory", memory, limit, unit=" MiB")
 
 
 def transformer(rounds, device):
-    """A DiT's forward over 2048 frames as a share of the GEMM rate; guided steps of it and of `small`."""
+    """A DiT's forward over 2048 frames as a share of the GEMM rate; guided steps of two DiTs."""
     config = dit.DiTConfig(channels=16, frames=2048, width=192, depth=6, heads=3)
-    model, spectral = (at_random(dit.build(c), device) for c in (config, dit.PRESETS["small"]))
-    x_t, t = torch.randn(1, config.channels, config.frames, device=device), torch.full((1,), 0.5, device=device)
+    model = at_random(dit.build(config), device)
+    spectral = at_random(dit.build(dit.PRESETS["small"]), device)
+    x_t = torch.randn(1, config.channels, config.frames, device=device)
+    t = torch.full((1,), 0.5, device=device)
     share_of_gemm("DiT 6 x 192, forward", lambda: no_grad(model, x_t, t), 0.7, rounds, device)
     guided("DiT 6 x 192", model, config.channels, config.frames, 2.5, rounds, device)
     guided("SpectralDiT small", spectral, config.channels, config.frames, 2.5, rounds, device)
@@ -168,11 +196,15 @@ def share_of_gemm(what, run, bound, rounds, device, dtype=torch.float32, work=No
     work = work or flops(run)[1]
     s = medians({"run": run, "product": product}, rounds, device)
     rate, gemm_rate = work / s["run"], product_flops / s["product"]
-    row(f"{what} ({rate / 1e9:.0f} of {gemm_rate / 1e9:.0f} GF/s)", rate / gemm_rate, bound, at_most=False)
+    name = f"{what} ({rate / 1e9:.0f} of {gemm_rate / 1e9:.0f} GF/s)"
+    row(name, rate / gemm_rate, bound, at_most=False)
 
 
 def guided(what, model, C, n, bound, rounds, device):
-    """A guided step (x0_hat, gradient of L1 on kept ends) against the unguided step, as guidance.sample takes them."""
+    """A guided step (x0_hat, gradient of L1 on kept ends) against the unguided one.
+
+    As guidance.sample takes them.
+    """
     x_t = torch.randn(1, C, n, device=device)
     A = KeepEnds(n, n // 4, n // 4)
     term = Term(A, l1, A(torch.randn_like(x_t)))
@@ -182,13 +214,15 @@ def guided(what, model, C, n, bound, rounds, device):
                "forward": lambda: guided_estimate(model, x_t, t, [])}
         s = medians(run, rounds, device)
         memory = peak_memory(run["guided"], device)
-    assert all(p.grad is None for p in model.parameters()), "a guided step must leave no parameter gradient"
-    row(f"{what}, guided step / forward ({s['forward']:.3f} s)", s["guided"] / s["forward"], bound, unit=" x")
+    assert all(p.grad is None for p in model.parameters()), \
+        "a guided step must leave no parameter gradient"
+    ratio = s["guided"] / s["forward"]
+    row(f"{what}, guided step / forward ({s['forward']:.3f} s)", ratio, bound, unit=" x")
     row(f"{what}, guided step, peak memory", memory, None, unit=" MiB")
 
 
 def unet(rounds, device):
-    """A guided step of the U-Net; and its forward as a share of the GEMM rate, which has no bound."""
+    """A guided step of the U-Net; its forward as a share of the GEMM rate, without a bound."""
     config = unet1d.PRESETS["small"]
     model, n = at_random(unet1d.UNet1D(config), device), config.samples
     guided("U-Net small", model, 2, n, 2.1, rounds, device)
@@ -197,7 +231,10 @@ def unet(rounds, device):
 
 
 def autoencoder(rounds, device):
-    """At least 60% of the GEMM rate times the matrix products' share of the FLOPs; the rest is depthwise."""
+    """At least 60% of the GEMM rate times the matrix products' share of the FLOPs.
+
+    The rest is depthwise.
+    """
     config = vae.PRESETS["paper"]
     model, n = at_random(vae.VAE(config), device), 2**17
     audio = 0.1 * torch.randn(1, 2, n, device=device)
@@ -208,12 +245,14 @@ def autoencoder(rounds, device):
         loss = vae.reconstruction_loss(reconstruction, audio) + vae.KL_WEIGHT * vae.kl(mean, logvar)
         torch.autograd.grad(loss, list(model.parameters()))
 
-    for what, run in (("encode", lambda: model.encode(audio)), ("decode", lambda: no_grad(model.decode, latents)),
-                      ("training step", train)):
+    runs = {"encode": lambda: model.encode(audio), "decode": lambda: no_grad(model.decode, latents),
+            "training step": train}
+    for what, run in runs.items():
         by_kind, total = flops(run)
         products = sum(work for kind, work in by_kind.items() if "conv" not in str(kind))
         share = products / total
-        share_of_gemm(f"VAE paper, {what}, x{share:.2f}", run, 0.6 * share, rounds, device, work=products)
+        share_of_gemm(f"VAE paper, {what}, x{share:.2f}", run, 0.6 * share, rounds, device,
+                      work=products)
 
 
 def gpu(rounds, device):
@@ -221,10 +260,13 @@ def gpu(rounds, device):
     if device.type != "cuda":
         print("no CUDA device here: paper presets in bf16 not measured")
         return
-    for name, net, config, C, n in (("DiT", dit.DiT, dit.PRESETS["paper"], 32, 2048),
-                                    ("U-Net", unet1d.UNet1D, unet1d.PRESETS["paper"], 2, 2**19)):
+    models = (("DiT", dit.DiT, dit.PRESETS["paper"], 32, 2048),
+              ("U-Net", unet1d.UNet1D, unet1d.PRESETS["paper"], 2, 2**19))
+    for name, net, config, C, n in models:
         model = at_random(net(config), device)
-        x_0, eps, t = torch.randn(1, C, n, device=device), torch.randn(1, C, n, device=device), torch.tensor([0.5])
+        x_0 = torch.randn(1, C, n, device=device)
+        eps = torch.randn(1, C, n, device=device)
+        t = torch.tensor([0.5])
         A = KeepEnds(n, n // 4, n // 4)
         term = Term(A, l1, A(x_0))
 
@@ -237,26 +279,39 @@ def gpu(rounds, device):
             with torch.autocast("cuda", torch.bfloat16), frozen(model):
                 guided_estimate(model, eps, t[0].double(), [term])
 
-        forward = flops(lambda: no_grad(model, x_0, t.to(device)))[1]       # what is recomputed does not count
+        # A backward pass counts as one forward, or two with the weights' gradients; what is
+        # recomputed does not count.
+        _, forward = flops(lambda: no_grad(model, x_0, t.to(device)))
         for what, run, forwards in (("guided step", guide, 2), ("training step", train, 3)):
-            share_of_gemm(f"{name} paper, {what}", run, 0.5, rounds, device, torch.bfloat16, forwards * forward)
+            share_of_gemm(f"{name} paper, {what}", run, 0.5, rounds, device, torch.bfloat16,
+                          work=forwards * forward)
         del model
 
 
-BENCHMARKS = {"presets": presets, "attention": attention, "dit": transformer, "vae": autoencoder, "unet": unet,
-              "gpu": gpu}
+BENCHMARKS = {
+    "presets": presets,
+    "attention": attention,
+    "dit": transformer,
+    "vae": autoencoder,
+    "unet": unet,
+    "gpu": gpu,
+}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(BENCHMARKS), help="comma separated: " + ", ".join(BENCHMARKS))
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median is taken")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of the clock; one thread only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    every = ",".join(BENCHMARKS)
+    add("--only", default=every, help="with commas (%(default)s)")
+    add("--rounds", type=int, default=7, help="timed rounds; the median is taken (%(default)s)")
+    add("--cpu-time", action="store_true",
+        help="processor time instead of the clock; one thread only")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     args = parser.parse_args(argv)
     names = args.only.split(",")
-    if unknown := set(names) - set(BENCHMARKS):
-        parser.error(f"--only has no benchmark {', '.join(sorted(unknown))}: choose among {', '.join(BENCHMARKS)}")
+    unknown = sorted(set(names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"--only has no benchmark {', '.join(unknown)}: choose among {every}")
     if args.cpu_time:
         if torch.get_num_threads() > 1:
             parser.error("--cpu-time adds up the time of all threads: set OMP_NUM_THREADS=1")
@@ -264,9 +319,11 @@ def main(argv=None):
         clock = time.process_time
     device = torch.device(args.device)
     torch.manual_seed(0)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    print(f"{where}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
-          f"torch {torch.__version__}")
+    where = f"{platform.machine()} CPU"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"{where}, {torch.backends.cpu.get_cpu_capability()}, "
+          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
     if names == ["presets"]:
         return presets(args.rounds, device)
     for dtype in (torch.float32, torch.bfloat16):

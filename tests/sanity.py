@@ -1,26 +1,33 @@
-"""What a checkpoint's music is like, where Table 1 is silent: six tables, each by itself or together.
+"""What a checkpoint's music is like, where Table 1 says nothing: seven tables, alone or together.
 
-    python tests/sanity.py likeness v-loss --data path/to/test
-    python tests/sanity.py likeness --task infill --data path/to/test --sampler ddpm
+    python tests/sanity.py likeness attacks v-loss --data path/to/test
+    python tests/sanity.py likeness --task infill --data path/to/test --sampler ddim
     python tests/sanity.py prompts memory --data path/to/test --train path/to/train --clips 18
     python tests/sanity.py example class --data path/to/test --train path/to/train
 
-likeness   Does it sound like music? Four measures of the generated part alone, not spliced, beside those of what really
-           stood there, of its reconstruction by the VAE, of the context repeated and of white noise. tonal: the share
-           of the power between 80 and 5000 Hz that lies at spectral peaks. pitch: how much more alike the notes are to
-           those of the clip's own context than to those of other clips'. beat: how regular the onsets are. flux: how
-           uneven, onsets against a steady wash. To be read beside the real row: more is not better.
-v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, each at a time in every
-           quarter of (0, 1), the noise fixed. Comparable between models of one kind.
-prompts    Of continuations: is each nearer to its own prompt than to other clips' prompts, has it the spectrum and the
-           level of the music that really follows, and do the clips differ among each other as real ones do?
-memory     Is a continuation an excerpt of the training music? Its highest correlation with any place there, and its
-           distance to the nearest window; both to be compared with those of real music that was not trained on.
-example    Guidance by example against samples of the same seeds without it: does the distance fall? And to a listener
-           that never guides and is no network (tests/judge.py): the cosine of a sample's embedding with that of its own
-           reference and with those of the others, how often the nearest reference is its own, and all of that for
-           samples that have only their reference's spectrum, and for other seconds of the references' own tracks.
-class      Guidance by class, likewise: do the log-odds rise, for the guide and for the other listener?
+likeness   Four measures of the generated part alone, unspliced, with the same measures of real
+           audio, of its reconstruction by the VAE, of the repeated context and of white noise.
+           tonal: share of the power between 80 and 5000 Hz that lies at spectral peaks. pitch: how
+           much more the notes agree with the clip's own context than with other clips' contexts.
+           beat: how regular the spectral flux is. flux: how uneven it is. The real row is the aim:
+           more is not better.
+attacks    How many notes and strokes begin in a second, and how regularly (see `attacks`). For the
+           rows of likeness, and for real latents that are noised to a time t and denoised again, by
+           sampling from there or in one step. Shows at which times the model loses attacks.
+v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, each at
+           one time in every quarter of (0, 1), with fixed noise. Comparable between models of one
+           kind.
+prompts    Of continuations: is each nearer to its own context than to those of other clips? Does it
+           have the spectrum and level of the real continuation? Do the clips differ from each other
+           as real ones do?
+memory     Is a continuation a copy of training music? Its highest correlation with any place there,
+           and its distance to the nearest window, with those of real music that was not trained on.
+example    Guidance by example against unguided samples of the same seeds. Does the distance fall?
+           And for a judge that never guides and is no network (tests/judge.py): cosine of a sample
+           with its own example and with the others, and how often its own is the nearest. Also for
+           unguided samples that get the example's spectrum, and for other seconds of the examples'
+           tracks.
+class      Guidance by class, likewise: do log-probabilities rise, for the guide and for the judge?
 """
 import argparse
 import functools
@@ -34,28 +41,29 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
+import guidance
 import sample
-import tasks
-from diffusion import v_loss
+from diffusion import add_noise, v_loss, x0_from_v
 from judge import Judge
-from sample import ABOVE
-from sample import SAMPLE_RATE
+from sample import SAMPLE_RATE, resample
 
-BANDS = [1000 * 2 ** (k / 3) for k in range(-13, 11)]       # middles of the third-octave bands from 50 Hz to 12 kHz
-SLOW_RATE = 11025                                           # Hz, at which waveforms are compared
+SLOW_RATE = 11025                                   # Hz, at which waveforms are compared
+# Centres of the third-octave bands from 50 Hz to 12 kHz.
+THIRD_OCTAVES = [1000 * 2 ** (k / 3) for k in range(-13, 11)]
 
 
 class Study:
-    """The models, the clips of the test music, and what the model made of them; audio is a list of (2, samples)."""
+    """The models, the test clips, and what the model makes of them: lists of audio (2, samples)."""
 
     def __init__(self, options):
-        self.options, device = options, sample.pick_device(options.device)
-        self.checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
-        classifier = sample.open_checkpoint("classifier", options.listener, device)
-        self.listener, self.classes = classifier.net, classifier.classes
+        self.options = options
+        self.device = sample.pick_device(options.device)
+        self.checkpoint = sample.open_checkpoint(options.model, options.checkpoint, self.device)
         self.settings = sample.Settings.of(options, self.checkpoint)
-        self.window, self.device = self.checkpoint.window * self.checkpoint.hop, device
-        self.spans, self.known = evaluate.layout(self.window, self.checkpoint.hop), {}
+        self.classifier = sample.open_checkpoint("classifier", options.classifier, self.device)
+        self.window = self.checkpoint.window * self.checkpoint.hop              # samples
+        self.spans = evaluate.layout(self.window, self.checkpoint.hop)
+        self.generated = {}                         # by task, see `made`
 
     @functools.cached_property
     def clips(self):
@@ -66,115 +74,315 @@ class Study:
         return Judge(self.options.train, self.options.seconds)
 
     def excerpts(self, limit):
-        """Whole windows of the test music: one of each track, then a second of each, and so on, up to the limit."""
+        """Up to `limit` whole windows of test music: one of each track, then a second of each."""
         found = evaluate.find_excerpts(self.options.data, self.window, limit, self.options.seed)
-        return [audio[0] for excerpt in found if (audio := evaluate.read_or_skip([excerpt]))]
+        clips = []
+        for excerpt in found:
+            audio = evaluate.read_or_skip([excerpt])
+            if audio:
+                clips += audio
+        return clips
+
+    def random(self, j):
+        """The random numbers of clip j."""
+        return evaluate.generator_of(self.options.seed, j)
+
+    def predict(self, x_t, t):
+        """v, in the precision of the settings, as sample.generate has it."""
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return self.checkpoint.net(x_t, t).float()
 
     @torch.no_grad()
     def made(self, task):
         """The part of each clip that the model generates in this task."""
-        if task not in self.known:
-            span, self.known[task] = self.spans[task], []
+        if task not in self.generated:
+            a, b = self.spans[task].a, self.spans[task].b
+            C_L = a // self.checkpoint.hop
+            C_R = (self.window - b) // self.checkpoint.hop
+            parts = []
             for j, clip in enumerate(sample.progress(self.clips, task, unit="clip")):
-                clips = evaluate.Batch(task, span, clip[None].to(self.device), None,
-                                       [evaluate.generator_of(self.options.seed, j)])
-                audio = evaluate.unspliced(self.checkpoint, clips, self.settings)[0].cpu()
-                self.known[task].append(audio[:, span.a:span.b])
-        return self.known[task]
+                audio = sample.fill(self.checkpoint, task, clip[None].to(self.device), C_L, C_R,
+                                    self.settings, self.random(j))
+                parts.append(audio[0, :, a:b].cpu())
+            self.generated[task] = parts
+        return self.generated[task]
+
+    @torch.no_grad()
+    def through_vae(self):
+        """Each whole clip, encoded and decoded."""
+        clips = []
+        for clip in self.clips:
+            x = self.checkpoint.encode(clip[None].to(self.device))
+            clips.append(self.checkpoint.decode(x)[0].cpu())
+        return clips
+
+    def fillers(self, task):
+        """{name: the part of each clip} of two ways to fill it without a model."""
+        a, b = self.spans[task].a, self.spans[task].b
+        repeated = [clip[:, torch.arange(a, b) % a] for clip in self.clips]
+        noise = []
+        for j, clip in enumerate(self.clips):
+            noise.append(torch.randn(2, b - a, generator=self.random(j)) * clip.std())
+        return {"context repeated": repeated, "white noise": noise}
 
 
 @torch.no_grad()
-def embed(listener, clips):
-    """The listener's embeddings (n, width) of clips (2, samples)."""
-    device = next(listener.parameters()).device
-    return torch.stack([listener.listen(clip[None].to(device), SAMPLE_RATE)[1][0].cpu() for clip in clips])
+def embed(classifier, clips):
+    """The classifier's embeddings (n, width) of clips (2, samples)."""
+    device = next(classifier.parameters()).device
+    embeddings = []
+    for clip in clips:
+        _, embedding = classifier.listen(clip[None].to(device), SAMPLE_RATE)
+        embeddings.append(embedding[0].cpu())
+    return torch.stack(embeddings)
 
 
-# ---- likeness -------------------------------------------------------------------------------------------------------
+def autocorrelation(x):
+    """x (n,) without its mean -> its correlation with itself at lags 0 .. n - 1, 1 at lag 0."""
+    x = x - x.mean()
+    spectrum = torch.fft.rfft(x, 2 * len(x)).abs().square()
+    products = torch.fft.irfft(spectrum)[:len(x)]
+    return products / (products[0] + 1e-9)
+
+
+# ---- likeness ------------------------------------------------------------------------------------
 
 def power(x, n, hop):
     """x (samples,) -> power spectra (frames, n / 2 + 1) under a symmetric Hann window."""
-    frames = F.pad(x, (0, max(0, n - len(x)))).unfold(-1, n, hop) * torch.hann_window(n, periodic=False, dtype=x.dtype)
+    window = torch.hann_window(n, periodic=False, dtype=x.dtype)
+    frames = F.pad(x, (0, max(0, n - len(x)))).unfold(-1, n, hop) * window
     return torch.fft.rfft(frames).abs().square() + 1e-12
 
 
 def around(S, width):
-    """The `width` bins around each bin of S (frames, bins), mirrored at the ends: (frames, bins, width)."""
+    """The `width` bins around each bin of S, mirrored at the ends: (frames, bins, width)."""
     return F.pad(S, (width // 2, width // 2), mode="reflect").unfold(-1, width, 1)
 
 
 def peaks(x):
-    """Power (frames, bins) from 80 to 5000 Hz in frames of 186 ms, as it is and only within two bins of peaks that
-    stand 12 dB above the median of 61 bins; and the frequencies of the bins."""
-    S, f = power(x, 8192, 2048), torch.arange(4097, dtype=x.dtype) * SAMPLE_RATE / 8192
-    S, f = S[:, (f >= 80) & (f < 5000)], f[(f >= 80) & (f < 5000)]
+    """Power spectra S (frames, bins), the same at peaks only, and the bins' frequencies.
+
+    From 80 to 5000 Hz, in frames of 186 ms. A peak stands 12 dB above the median of 61 bins; it
+    includes two bins on each side.
+    """
+    S = power(x, 8192, 2048)
+    f = torch.arange(4097, dtype=x.dtype) * SAMPLE_RATE / 8192
+    inside = (f >= 80) & (f < 5000)
+    S, f = S[:, inside], f[inside]
     top = (S == around(S, 5).amax(-1)) & (S > 10**1.2 * around(S, 61).median(-1).values)
-    return S, S * around(top.to(x.dtype), 5).amax(-1), f
+    near_top = around(top.to(x.dtype), 5).amax(-1)
+    return S, S * near_top, f
 
 
 def chroma(at_peaks, f):
-    """Of the power at peaks (frames, bins) and the frequencies (bins,) that `peaks` gives: amplitudes in the twelve
-    classes of pitch, as a vector of length 1."""
+    """Amplitudes in the twelve pitch classes, a vector of length 1; inputs are from `peaks`."""
+    pitch = (12 * (f / 440).log2()).round().long() % 12
     classes = torch.zeros(12, dtype=f.dtype)
-    classes.index_add_(0, (12 * (f / 440).log2()).round().long() % 12, at_peaks.sqrt().sum(0))
+    classes.index_add_(0, pitch, at_peaks.sqrt().sum(0))
     return classes / (classes.norm() + 1e-9)
 
 
 def likeness(x, context, others):
-    """tonal, pitch, beat and flux (4,) of audio (2, samples); context: chroma of its own, others: (n, 12)."""
+    """tonal, pitch, beat and flux (4,) of audio (2, samples).
+
+    context     the chroma of its own context, (12,); others: of other clips', (n, 12)
+    """
     x = x.mean(0).double()
     S, at_peaks, f = peaks(x)
+    tonal = at_peaks.sum() / S.sum()
     notes = chroma(at_peaks, f)
-    rise = (power(x, 1024, 512) + 1e-6).log().diff(dim=0).clamp(min=0).mean(1)                 # (frames - 1,)
-    onsets = rise - rise.mean()
-    spectrum = torch.fft.rfft(onsets, 2 * len(onsets)).abs().square()
-    lags = torch.fft.irfft(spectrum)[:len(onsets)]                                              # autocorrelation
-    beat = lags[SAMPLE_RATE // 2048:SAMPLE_RATE // 512].max() / (lags[0] + 1e-9)                # 0.25 to 1 s
-    return torch.stack([at_peaks.sum() / S.sum(), notes @ context - (others @ notes).mean(), beat,
-                        rise.std(correction=0) / rise.mean()])
+    pitch = notes @ context - (others @ notes).mean()
+
+    # Spectral flux, and its highest autocorrelation at lags of 0.25 to 1 s.
+    log_power = (power(x, 1024, 512) + 1e-6).log()
+    rise = log_power.diff(dim=0).clamp(min=0).mean(1)                           # (frames - 1,)
+    beat = autocorrelation(rise)[SAMPLE_RATE // 2048:SAMPLE_RATE // 512].max()
+    flux = rise.std(correction=0) / rise.mean()
+    return torch.stack([tonal, pitch, beat, flux])
 
 
 @torch.no_grad()
 def about_likeness(study):
     task = study.options.task
-    a, b, checkpoint = study.spans[task].a, study.spans[task].b, study.checkpoint
+    a, b = study.spans[task].a, study.spans[task].b
     systems = {"model": study.made(task), "real": [clip[:, a:b] for clip in study.clips]}
-    if checkpoint.kind == "latent":
-        systems["VAE"] = [checkpoint.decode(checkpoint.encode(clip[None].to(study.device)))[0, :, a:b].cpu()
-                          for clip in study.clips]
-    systems["context repeated"] = [clip[:, torch.arange(a, b) % a] for clip in study.clips]
-    systems["white noise"] = [torch.randn(2, b - a, generator=evaluate.generator_of(study.options.seed, j)) * clip.std()
-                              for j, clip in enumerate(study.clips)]
-    beside = [torch.cat([clip[:, :a], clip[:, b:]], 1).mean(0).double() for clip in study.clips]
-    contexts = torch.stack([chroma(*peaks(x)[1:]) for x in beside])                             # (clips, 12)
+    if study.checkpoint.kind == "latent":
+        systems["VAE"] = [clip[:, a:b] for clip in study.through_vae()]
+    systems |= study.fillers(task)
+
+    contexts = []
+    for clip in study.clips:
+        context = torch.cat([clip[:, :a], clip[:, b:]], 1)
+        _, at_peaks, f = peaks(context.mean(0).double())
+        contexts.append(chroma(at_peaks, f))
+    contexts = torch.stack(contexts)                                            # (clips, 12)
+
     print(f"likeness, {task}, {len(study.clips)} clips\n{'':18} tonal  pitch   beat   flux")
     for name, clips in systems.items():
-        values = torch.stack([likeness(clip, contexts[j], contexts[torch.arange(len(clips)) != j])
-                              for j, clip in enumerate(clips)]).mean(0)
+        measured = []
+        for j, clip in enumerate(clips):
+            others = contexts[torch.arange(len(clips)) != j]
+            measured.append(likeness(clip, contexts[j], others))
+        values = torch.stack(measured).mean(0)
         print(f"  {name:16}" + " ".join(f"{value:6.3f}" for value in values))
 
 
-# ---- v-loss ---------------------------------------------------------------------------------------------------------
+# ---- attacks -------------------------------------------------------------------------------------
+
+FRAME, HOP = 2048, 256                  # samples
+LOWEST, OCTAVES = 250, 5                # the bands: Hz, and up to 8 kHz
+BEFORE, AFTER = 0.08, 0.06              # seconds whose mean powers are compared
+AROUND = 0.25                           # seconds a side, of the mean rise
+APART = 0.04                            # seconds between onsets in a band, at least
+RISE = 0.7                              # the least rise: a factor of 2
+CHANCE = 3                              # standard deviations that noise must not reach
+FLOOR, QUIETEST = 1e-3, 1e-6            # of the band's own mean power, of that of all bands
+NOISED = (0.1, 0.2, 0.35, 0.5, 0.8)     # times t
+
+
+def in_frames(seconds):
+    return max(1, round(seconds * SAMPLE_RATE / HOP))
+
+
+def semitones(x):
+    """x (samples,) -> power (60, frames) in each semitone from 250 Hz to 8 kHz; widths in Hz."""
+    S = power(x, FRAME, HOP)
+    f = torch.arange(FRAME // 2 + 1) * SAMPLE_RATE / FRAME
+    edges = LOWEST * 2 ** (torch.arange(12 * OCTAVES + 1) / 12)
+    inside = ((f >= edges[:-1, None]) & (f < edges[1:, None])).to(x.dtype)      # (60, bins)
+    return inside @ S.T, inside.sum(1) * SAMPLE_RATE / FRAME
+
+
+def onsets(x):
+    """x (samples,) -> where sounds begin, in each third of an octave: (15, frames) boolean.
+
+    An attack is a rise in power that lasts: the mean of the next 60 ms against that of the last 80
+    ms, as a log ratio, in one semitone. So a note in a sounding chord counts, too. It must exceed
+    the rises around it, so that a slow swell has none; and what noise of that bandwidth does by
+    chance. Gain and equalisation change nothing, since only ratios count.
+    """
+    P, width = semitones(x)
+    P = P + FLOOR * P.mean(1, keepdim=True) + QUIETEST * P.mean() + 1e-12
+
+    # The rise, and by how much it exceeds the mean rise around it.
+    before, after, around = in_frames(BEFORE), in_frames(AFTER), in_frames(AROUND)
+    past = F.avg_pool1d(F.pad(P, (before, 0), mode="replicate"), before, 1)[:, :P.shape[1]]
+    coming = F.avg_pool1d(F.pad(P, (0, after - 1), mode="replicate"), after, 1)
+    rise = (coming / past).log().clamp(min=0)                                   # (60, frames)
+    usual = F.avg_pool1d(rise, 2 * around + 1, 1, around, count_include_pad=False)
+
+    # The mean power of noise over T seconds and B Hz varies by about 1 / sqrt(1 + B T) of itself.
+    deviation = (1 / (1 + width * BEFORE) + 1 / (1 + width * AFTER)).sqrt()
+    excess = (rise - usual) / (RISE + CHANCE * deviation)[:, None]
+    excess = excess.unflatten(0, (-1, 4)).amax(1)                               # (15, frames)
+
+    # Onsets are peaks above 1; the first frame of a level one.
+    excess = excess - 1e-6 * torch.arange(excess.shape[1])
+    apart = in_frames(APART)
+    return (excess > 1) & (excess == F.max_pool1d(excess, 2 * apart + 1, 1, apart))
+
+
+def regularity(marks):
+    """Of onsets (bands, frames): 0 to 1, how well they match themselves one and two beats later.
+
+    The mean of the autocorrelations at a lag and at twice that lag, for the best of lags from 0.2
+    to 1 s; onsets count as equal when they are less than about 40 ms apart.
+    """
+    t = torch.arange(-in_frames(0.06), in_frames(0.06) + 1) * HOP / SAMPLE_RATE
+    bell = torch.exp(-(t / 0.02) ** 2 / 2)
+    density = F.conv1d(marks.float().sum(0)[None, None], bell[None, None], padding="same")[0, 0]
+    match = autocorrelation(density)
+    near = in_frames(0.02)
+    again = F.max_pool1d(match[None], 2 * near + 1, 1, near)[0]
+    lags = torch.arange(in_frames(0.2), min(in_frames(1.0), (len(match) - 1) // 2) + 1)
+    if not len(lags):
+        return 0.0
+    return max(0.0, ((match[lags] + again[2 * lags]) / 2).max().item())
+
+
+def attacks(x):
+    """Audio (2, samples) -> onsets a second, the mean over third-octave bands; their regularity."""
+    marks = onsets(x.mean(0).double())
+    seconds = marks.shape[1] * HOP / SAMPLE_RATE
+    return marks.sum(1).double().mean().item() / seconds, regularity(marks)
+
+
+@torch.no_grad()
+def noised(study, t, in_one_step):
+    """Each whole clip, noised to time t in the model's space and denoised by the model.
+
+    By sampling from there, with DDPM in steps as long as those of a whole run; or x0_hat.
+    """
+    clips = []
+    for j, clip in enumerate(sample.progress(study.clips, f"t = {t:g}", unit="clip")):
+        random = study.random(j)
+        x_0 = study.checkpoint.encode(clip[None].to(study.device))
+        x_t, _ = add_noise(x_0, guidance.draw_noise(x_0, random), t)
+        if in_one_step:
+            v = study.predict(x_t, torch.full((1,), t, device=study.device))
+            x_0 = x0_from_v(x_t, v, t)
+        else:
+            x_0 = guidance.sample(study.predict, x_t, guidance.Task(x_t, (), t), sampler="ddpm",
+                                  steps=max(1, round(t * study.settings.steps)),
+                                  generator=random)
+        clips.append(study.checkpoint.decode(x_0)[0].cpu())
+    return clips
+
+
+def about_attacks(study):
+    # Whole clips, of which the generated part is measured.
+    task = study.options.task
+    whole = {"real": study.clips}
+    if study.checkpoint.kind == "latent":
+        whole["VAE"] = study.through_vae()
+    for t in NOISED:
+        whole[f"from t = {t:g}, in steps"] = noised(study, t, in_one_step=False)
+    for t in NOISED:
+        whole[f"from t = {t:g}, in one step"] = noised(study, t, in_one_step=True)
+
+    # The rows that have that part alone.
+    a, b = study.spans[task].a, study.spans[task].b
+    systems = {name: [clip[:, a:b] for clip in clips] for name, clips in whole.items()}
+    systems |= {"model": study.made(task)} | study.fillers(task)
+
+    print(f"attacks, {task}, {len(study.clips)} clips")
+    print(f"{'':26} onsets/s  of real  regularity  of real")
+    for name, clips in systems.items():
+        rate, regular = torch.tensor([attacks(clip) for clip in clips]).mean(0).tolist()
+        if name == "real":
+            real_rate, real_regular = rate, regular
+        print(f"  {name:24} {rate:8.2f} {rate / max(real_rate, 1e-9):8.2f} "
+              f"{regular:11.2f} {regular / max(real_regular, 1e-9):8.2f}")
+
+
+# ---- v-loss --------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def about_v_loss(study):
-    clips = study.excerpts(2 * len(sample.find_files([study.options.data])))
-    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))        # a track's times lie apart
+    tracks = len(sample.find_files([study.options.data]))
+    clips = study.excerpts(2 * tracks)
+    # In random order, so that the times of a track's two windows are not alike.
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))
     losses = []
     for j, clip in enumerate(sample.progress(clips, "v-loss", unit="window")):
         x_0 = study.checkpoint.encode(clip[None].to(study.device))
         eps = torch.randn(x_0.shape, generator=evaluate.generator_of(0, j)).to(study.device)
-        t = (torch.arange(4, dtype=torch.float64) + (order[j] + 0.5) / len(clips)) / 4
-        losses.append(torch.cat([v_loss(study.checkpoint.net, x_0, t[i:i + 1], eps) for i in range(4)]))
-    quarters = torch.stack(losses).mean(0)
+        for quarter in range(4):
+            t = (quarter + (order[j:j + 1].double() + 0.5) / len(clips)) / 4
+            losses.append(v_loss(study.checkpoint.net, x_0, t, eps))
+    quarters = torch.cat(losses).reshape(-1, 4).mean(0)
     print(f"v-loss on {len(clips)} whole windows: {quarters.mean():.4f}; by quarter of t: "
           + " ".join(f"{loss:.4f}" for loss in quarters))
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 def own_prompt_wins(made, prompts):
-    """Embeddings (n, width) -> how often made[i] is nearest to prompts[i] of all, and nearer than to another one."""
+    """How often made[i] is nearest to prompts[i] of all prompts, and nearer than to another one.
+
+    Both are embeddings (n, width).
+    """
     distance = torch.cdist(made, prompts)
     own = distance.diag()[:, None]
     n = len(made)
@@ -184,167 +392,261 @@ def own_prompt_wins(made, prompts):
 
 def band_levels(clip):
     """Power of (2, n) in the third-octave bands, in dB: (bands,)."""
-    spectrum = torch.stft(clip, 8192, window=torch.hann_window(8192), return_complex=True).abs().square().mean((0, 2))
-    frequency = torch.linspace(0, SAMPLE_RATE / 2, len(spectrum))
-    inside = [(frequency >= middle * 2 ** (-1 / 6)) & (frequency < middle * 2 ** (1 / 6)) for middle in BANDS]
-    return 10 * torch.log10(torch.stack([spectrum[band].sum() for band in inside]) + 1e-9)
+    window = torch.hann_window(8192)
+    spectrum = torch.stft(clip, 8192, window=window, return_complex=True).abs().square()
+    spectrum = spectrum.mean((0, 2))
+    f = torch.linspace(0, SAMPLE_RATE / 2, len(spectrum))
+    powers = []
+    for centre in THIRD_OCTAVES:
+        inside = (f >= centre * 2 ** (-1 / 6)) & (f < centre * 2 ** (1 / 6))
+        powers.append(spectrum[inside].sum())
+    return 10 * torch.log10(torch.stack(powers) + 1e-9)
 
 
 def level(clip):
+    """In dB."""
     return 10 * torch.log10(clip.square().mean() + 1e-9)
 
 
 def about_prompts(study):
-    a, made = study.spans["continuation"].a, study.made("continuation")
-    prompts, real = [clip[:, :a] for clip in study.clips], [clip[:, a:] for clip in study.clips]
-    repeated = [prompt[:, torch.arange(clip.shape[1]) % a] for prompt, clip in zip(prompts, real)]
-    before, heard = embed(study.listener, prompts), embed(study.listener, made)
-    print(f"own prompt wins: nearest of all, and against one other (chance {1 / len(made):.2f} and 0.50)")
-    for name, embeddings in (("generated", heard), ("context repeated", embed(study.listener, repeated)),
-                             ("real continuation", embed(study.listener, real))):
-        print("  {:18} {:.2f}  {:.2f}".format(name, *own_prompt_wins(embeddings, before)))
-    print("mean distance among the clips' embeddings: generated "
-          f"{torch.pdist(heard).mean():.3f}, real {torch.pdist(embed(study.listener, real)).mean():.3f}")
-    difference = torch.stack([band_levels(x) - band_levels(y) for x, y in zip(made, real)])           # (clips, bands)
-    distance = torch.stack([evaluate.mel_distance(x, y, SAMPLE_RATE) for x, y in zip(made, real)]).mean()
+    made = study.made("continuation")
+    a = study.spans["continuation"].a
+    prompts = [clip[:, :a] for clip in study.clips]
+    real = [clip[:, a:] for clip in study.clips]
+    repeated = study.fillers("continuation")["context repeated"]
+
+    # Does each follow from its own prompt?
+    embeddings = {"generated": embed(study.classifier.net, made),
+                  "context repeated": embed(study.classifier.net, repeated),
+                  "real continuation": embed(study.classifier.net, real)}
+    of_prompts = embed(study.classifier.net, prompts)
+    print("own prompt wins: nearest of all, and against one other "
+          f"(chance {1 / len(made):.2f} and 0.50)")
+    for name, of_clips in embeddings.items():
+        nearest, nearer = own_prompt_wins(of_clips, of_prompts)
+        print(f"  {name:18} {nearest:.2f}  {nearer:.2f}")
+
+    # Do they differ from each other as real ones do?
+    spread = torch.pdist(embeddings["generated"]).mean()
+    real_spread = torch.pdist(embeddings["real continuation"]).mean()
+    print("mean distance among the clips' embeddings: "
+          f"generated {spread:.3f}, real {real_spread:.3f}")
+
+    # Have they the sound of what follows?
+    pairs = list(zip(made, real))
+    distance = torch.stack([evaluate.mel_distance(x, y, SAMPLE_RATE) for x, y in pairs]).mean()
+    louder = torch.stack([level(x) - level(y) for x, y in pairs])                   # (clips,)
+    difference = torch.stack([band_levels(x) - band_levels(y) for x, y in pairs])   # (clips, bands)
+    mean = difference.mean(0)
     print(f"mel distance to the real continuation: {distance:.2f}")
-    mean, each = difference.mean(0), torch.stack([level(x) - level(y) for x, y in zip(made, real)])
-    print(f"level against the real continuation: {each.mean():+.1f} dB on average, {each.abs().mean():.1f} dB in size")
+    print(f"level against the real continuation: {louder.mean():+.1f} dB on average, "
+          f"{louder.abs().mean():.1f} dB in size")
     print("third-octave bands against the real continuation, on average, dB:")
-    print("  " + "  ".join(f"{middle:.0f} Hz {value:+.1f}" for middle, value in zip(BANDS, mean)))
-    print(f"  largest: {mean.abs().max():.1f} dB; mean size for a single clip: {difference.abs().mean():.1f} dB")
+    by_band = zip(THIRD_OCTAVES, mean)
+    print("  " + "  ".join(f"{centre:.0f} Hz {value:+.1f}" for centre, value in by_band))
+    print(f"  largest: {mean.abs().max():.1f} dB; "
+          f"mean size for a single clip: {difference.abs().mean():.1f} dB")
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 def slow(clip):
-    return tasks.resample(clip.mean(0, keepdim=True), SAMPLE_RATE, SLOW_RATE)[0]
+    """(2, n) at 44.1 kHz -> mono at SLOW_RATE, (n',)."""
+    return resample(clip.mean(0, keepdim=True), SAMPLE_RATE, SLOW_RATE)[0]
 
 
 def best_correlation(excerpts, track):
-    """Highest normalised correlation of each excerpt (n,) with any place of the track (m,), m >= n: (excerpts,).
-    Places that are next to silent are taken as 40 dB under the track, so that they resemble nothing."""
+    """Highest normalised correlation of each excerpt (n,) with any place of the track (m,), m >= n.
+
+    Places that are nearly silent count as 40 dB below the track, so that they resemble nothing.
+    """
     n = len(excerpts[0])
     size = 2 ** math.ceil(math.log2(n + len(track)))
     spectrum = torch.fft.rfft(track, size)
-    energy = torch.cat([torch.zeros(1, dtype=torch.double), track.double().square().cumsum(0)])
-    norm = (energy[n:] - energy[:-n]).clamp(min=1e-4 * energy[-1] * n / len(track) + 1e-9).sqrt()
+    energy = F.pad(track.double().square().cumsum(0), (1, 0))
+    least = 1e-4 * energy[-1] * n / len(track) + 1e-9
+    norm = (energy[n:] - energy[:-n]).clamp(min=least).sqrt()       # of the track, at each place
     best = []
     for excerpt in excerpts:
-        products = torch.fft.irfft(spectrum * torch.fft.rfft(excerpt, size).conj(), size)[:len(norm)]
-        best.append((products.abs() / norm).max() / (excerpt.norm() + 1e-9))
+        products = torch.fft.irfft(spectrum * torch.fft.rfft(excerpt, size).conj(), size)
+        best.append((products[:len(norm)].abs() / norm).max() / (excerpt.norm() + 1e-9))
     return torch.stack(best).float()
 
 
 def about_memory(study):
-    """Nearest training music, to the listener (windows of the same length) and as waveforms."""
-    made, a = study.made("continuation"), study.spans["continuation"].a
+    """Nearest training music, by embeddings of windows of the same length and as waveforms."""
+    made = study.made("continuation")
+    a = study.spans["continuation"].a
     real = [clip[:, a:] for clip in study.clips]
-    n, excerpts = made[0].shape[1], [slow(clip) for clip in (*made, *real)]
-    best, heard = torch.zeros(len(excerpts)), []
-    for path in sample.progress(sample.find_files(study.options.train), "training music", unit="track"):
+    n = made[0].shape[1]
+
+    excerpts = [slow(clip) for clip in (*made, *real)]
+    best = torch.zeros(len(excerpts))
+    windows = []                                    # embeddings of the training music
+    for path in sample.progress(sample.find_files(study.options.train), "memory", unit="track"):
         track = sample.to_stereo_44k(*sample.read_audio(path))
         if track.shape[1] >= n:
             best = torch.maximum(best, best_correlation(excerpts, slow(track)))
-            heard.append(embed(study.listener, track.unfold(1, n, n // 2).transpose(0, 1)))
-    heard = torch.cat(heard)
-    print(f"nearest of {len(heard)} training windows: waveform correlation (median, highest); "
+            parts = track.unfold(1, n, n // 2).transpose(0, 1)                  # (windows, 2, n)
+            windows.append(embed(study.classifier.net, parts))
+    windows = torch.cat(windows)
+
+    print(f"nearest of {len(windows)} training windows: waveform correlation (median, highest); "
           "embedding distance (median)")
-    for name, correlations, clips in (("generated", best[:len(made)], made), ("real", best[len(made):], real)):
-        nearest = torch.cdist(embed(study.listener, clips), heard).min(1).values
-        print(f"  {name:18} {correlations.median():.2f} {correlations.max():.2f}   {nearest.median():.3f}")
+    both = {"generated": (made, best[:len(made)]), "real": (real, best[len(made):])}
+    for name, (clips, correlations) in both.items():
+        nearest = torch.cdist(embed(study.classifier.net, clips), windows).min(1).values
+        print(f"  {name:18} {correlations.median():.2f} {correlations.max():.2f}   "
+              f"{nearest.median():.3f}")
 
 
-# ---- guidance by example and by class -------------------------------------------------------------------------------
+# ---- guidance by example and by class ------------------------------------------------------------
 
 @torch.no_grad()
 def guided_pairs(study, guides, examples=None):
-    """For each guide (a function z -> Task): audio without and with it (and with the spectrum of its example), from the
-    same random numbers."""
-    checkpoint, plain, guided = study.checkpoint, [], []
-    frames = round(study.options.seconds * SAMPLE_RATE / checkpoint.hop)
-    nothing = torch.zeros(1, 2, frames * checkpoint.hop, device=study.device)
+    """(audio without guidance, audio with it), for each guide (a function z -> Task).
+
+    Both from the same random numbers. With its example, if any, guidance gives the spectrum, too.
+    """
+    frames = round(study.options.seconds * SAMPLE_RATE / study.checkpoint.hop)
+    nothing = torch.zeros(1, 2, frames * study.checkpoint.hop, device=study.device)
+    plain, guided = [], []
     for j, guide in enumerate(sample.progress(guides, "guidance", unit="case")):
-        example = examples[j][None].to(study.device) if examples else None
-        for out, how in ((plain, {}), (guided, {"guides": (guide,), "example": example})):
-            numbers = evaluate.generator_of(study.options.seed, j)
-            out.append(sample.fill(checkpoint, nothing, 0, 0, study.settings, numbers, **how)[0].cpu())
-    moved = torch.stack([evaluate.mel_distance(b, a, SAMPLE_RATE) for a, b in zip(plain, guided)]).mean()
-    return plain, guided, f"mel distance to the unguided {moved:.2f}"
+        example = None
+        if examples:
+            example = examples[j][None].to(study.device)
+        fixed = (study.checkpoint, "unconditional", nothing, 0, 0, study.settings)
+        without = sample.fill(*fixed, study.random(j))
+        plain.append(without[0].cpu())
+        along = sample.fill(*fixed, study.random(j), guides=(guide,), example=example)
+        guided.append(along[0].cpu())
+    return plain, guided
 
 
-def about_examples(study):
-    references, step = study.clips, sample.XI_GUIDE["embedding"]
-    hear = lambda x: sample.hear(study.listener, study.checkpoint, x)[1]
-    wanted = embed(study.listener, references)
-    guides = [lambda z, y=y[None].to(study.device): tasks.embedder_guidance(hear, y, z, step, above=ABOVE)
-              for y in wanted]
-    plain, guided, facts = guided_pairs(study, guides, references)
-    before, after = ((embed(study.listener, clips) - wanted).norm(dim=1) for clips in (plain, guided))
-    print(f"by example, {len(wanted)} cases, step {step:g}, {facts}: distance to the example, median "
-          f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
-    listen = lambda clips: F.normalize(torch.cat([study.judge.listen(clip[None])[1] for clip in clips]))
-    n, spectra = plain[0].shape[1], [sample.spectrum(x[None], torch.ones(x.shape[1])) for x in references]
-    coloured = [sample.equalise(x[None], torch.ones(n), spectrum)[0] for x, spectrum in zip(plain, spectra)]
-    print(f"  the judge: {'':22} cosine with its own, with others; nearest is its own (chance {1 / len(wanted):.2f})")
-    own = listen([clip[:, n:] for clip in references])             # of the first seconds, `real` below is made
-    for name, clips in (("unguided", plain), ("with its spectrum alone", coloured), ("guided", guided),
-                        ("real", [clip[:, :n] for clip in references])):
-        print("    {:24} {:.3f}  {:.3f}  {:.2f}".format(name, *own_and_others(listen(clips), own)))
+def change(plain, guided):
+    """Mean mel distance between samples without and with guidance."""
+    pairs = zip(plain, guided)
+    return torch.stack([evaluate.mel_distance(y, x, SAMPLE_RATE) for x, y in pairs]).mean()
 
 
 def own_and_others(made, aims):
-    """Unit vectors (n, width) twice: mean cosine with the own aim, with the others, and how often the nearest is the
-    own."""
+    """Mean cosine of made[i] with aims[i], with the others, and how often the nearest is its own.
+
+    Both are unit vectors (n, width).
+    """
     cosine, n = made @ aims.T, len(made)
     own = cosine.diag()
     right = (cosine.argmax(1) == torch.arange(n)).double().mean()
-    return own.mean().item(), ((cosine.sum() - own.sum()) / max(1, n * (n - 1))).item(), right.item()
+    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
+    return own.mean().item(), others.item(), right.item()
 
 
+def about_examples(study):
+    examples, passt = study.clips, study.classifier.net
+    guides = []
+    for clip in examples:
+        example = clip[None].to(study.device)
+        guides.append(sample.example_guide(study.checkpoint, passt, example))
+    plain, guided = guided_pairs(study, guides, examples)
+
+    # For the guide: distances to the example.
+    wanted = embed(passt, examples)
+    before = (embed(passt, plain) - wanted).norm(dim=1)
+    after = (embed(passt, guided) - wanted).norm(dim=1)
+    print(f"by example, {len(examples)} cases, mel distance to the unguided "
+          f"{change(plain, guided):.2f}: distance to the example, median "
+          f"{before.median():.3f} -> {after.median():.3f}, nearer in {(after < before).sum()}")
+
+    # For the judge: the end of each example is the aim, its start the row "real". Another row is
+    # unguided music with the example's spectrum.
+    n = plain[0].shape[1]
+    flat = torch.ones(n)
+    equalised = []
+    for x, example in zip(plain, examples):
+        wanted_spectrum = sample.spectrum(example[None], torch.ones(example.shape[1]))
+        equalised.append(sample.equalise(x[None], flat, wanted_spectrum)[0])
+    rows = {"unguided": plain, "with its spectrum alone": equalised, "guided": guided,
+            "real": [clip[:, :n] for clip in examples]}
+
+    def judged(clips):
+        return F.normalize(torch.cat([study.judge.embedding(clip[None]) for clip in clips]))
+
+    own_aims = judged([clip[:, n:] for clip in examples])
+    print(f"  the judge: {'':22} cosine with its own, with others; "
+          f"nearest is its own (chance {1 / len(examples):.2f})")
+    for name, clips in rows.items():
+        own, others, right = own_and_others(judged(clips), own_aims)
+        print(f"    {name:24} {own:.3f}  {others:.3f}  {right:.2f}")
+
+
+@torch.no_grad()
 def about_classes(study):
-    wanted, step = [j % len(study.classes) for j in range(study.options.clips)], sample.XI_GUIDE["classifier"]
-    if missing := {study.classes[i] for i in wanted} - set(study.judge.classes):
-        raise sample.UserError(f"--train has no folder {', '.join(sorted(missing))}: the listener knows these classes")
-    hear = lambda x, i: sample.hear(study.listener, study.checkpoint, x)[0][:, i:i + 1]
-    y = torch.ones(1, 1, device=study.device)
-    guides = [lambda z, i=i: tasks.classifier_guidance(lambda x: hear(x, i), y, z, step, above=ABOVE) for i in wanted]
-    plain, guided, facts = guided_pairs(study, guides)
-    print(f"by class, {len(wanted)} cases, step {step:g}, {facts}")
-    for name, listen, classes in (("the guide", lambda x: study.listener.listen(x, SAMPLE_RATE), study.classes),
-                                  ("the judge", lambda x: study.judge.listen(x.cpu()), study.judge.classes)):
-        with torch.no_grad():
-            before, after = (torch.stack([listen(clip[None].to(study.device))[0][0].log_softmax(0)[
-                classes.index(study.classes[i])] for clip, i in zip(clips, wanted)]) for clips in (plain, guided))
-        print(f"  log-probability to {name}: {(after - before).mean():+.2f} on average, up in {(after > before).sum()}")
+    classifier, judge = study.classifier, study.judge
+    wanted = [classifier.classes[j % len(classifier.classes)] for j in range(study.options.clips)]
+    missing = sorted(set(wanted) - set(judge.classes))
+    if missing:
+        raise sample.UserError(f"--train has no folder {', '.join(missing)}: "
+                               "the classifier has these classes")
+    guides = [sample.class_guide(study.checkpoint, classifier, {name: 1.0}) for name in wanted]
+    plain, guided = guided_pairs(study, guides)
+    print(f"by class, {len(wanted)} cases, mel distance to the unguided "
+          f"{change(plain, guided):.2f}")
+
+    def guide_scores(audio):
+        return classifier.net.listen(audio.to(study.device), SAMPLE_RATE)[0].cpu()
+
+    evaluators = {"the guide": (guide_scores, classifier.classes),
+                  "the judge": (judge.scores, judge.classes)}
+    for evaluator, (scores, classes) in evaluators.items():
+        changes = []
+        for name, without, along in zip(wanted, plain, guided):
+            both = torch.cat([scores(without[None]), scores(along[None])])      # (2, classes)
+            before, after = both.log_softmax(1)[:, classes.index(name)]
+            changes.append(after - before)
+        changes = torch.stack(changes)
+        print(f"  log-probability to {evaluator}: {changes.mean():+.2f} on average, "
+              f"up in {(changes > 0).sum()}")
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
-TABLES = {"likeness": about_likeness, "v-loss": about_v_loss, "prompts": about_prompts, "memory": about_memory,
-          "example": about_examples, "class": about_classes}
+TABLES = {
+    "likeness": about_likeness,
+    "attacks": about_attacks,
+    "v-loss": about_v_loss,
+    "prompts": about_prompts,
+    "memory": about_memory,
+    "example": about_examples,
+    "class": about_classes,
+}
+NEED_TRAIN = ("memory", "example", "class")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("tables", nargs="+", choices=TABLES)
-    add("--model", choices=("latent", "waveform"), default="latent")
-    add("--checkpoint")
-    add("--listener", help="the classifier that listens, and guides")
+    add("--model", choices=("latent", "waveform"), default="latent", help="(%(default)s)")
+    add("--checkpoint", help="of the model (the one shipped)")
+    add("--classifier", help="guides, and embeds for prompts and memory (the one shipped)")
     add("--data", required=True, help="folder of test music")
     add("--train", nargs="+", help="memory, example, class: folders of the training music")
-    add("--task", choices=("continuation", "infill", "regenerate"), default="continuation", help="of likeness")
-    add("--clips", type=sample.within(2, 100000, int), default=18, help="excerpts of the test music, or guided cases")
-    add("--seconds", type=sample.within(0.1, 2.9), default=2.0, help="example, class: length of a sample")
-    add("--sampler", choices=("ddim", "ddpm"))
-    add("--steps", type=sample.within(1, 100000, int))
+    add("--task", choices=("continuation", "infill", "regenerate"), default="continuation",
+        help="likeness, attacks: what the model makes (%(default)s)")
+    add("--clips", type=sample.within(2, 100000, int), default=18,
+        help="excerpts of the test music, or guided cases (%(default)s)")
+    add("--seconds", type=sample.within(0.1, 2.9), default=2.0,
+        help="example, class: length of a sample (%(default)s)")
+    add("--sampler", choices=("ddim", "ddpm"), help=f"({sample.Settings.sampler})")
+    add("--steps", type=sample.within(1, 100000, int), help=f"({sample.Settings.steps})")
     sample.Settings.add_flags(add)
-    add("--seed", type=sample.within(0, 2**63, int), default=0)
-    add("--device", default="auto")
+    add("--seed", type=sample.within(0, 2**63, int), default=0, help="(%(default)s)")
+    add("--device", default="auto", help="cpu, cuda or mps (%(default)s)")
     options = parser.parse_args(argv)
-    if {"memory", "example", "class"} & set(options.tables) and not options.train:
-        raise sample.UserError("--train is missing: memory, example and class need folders of training music")
+    for table in options.tables:
+        if table in NEED_TRAIN and not options.train:
+            raise sample.UserError(f"--train is missing: {table} needs folders of training music")
+
     study = Study(options)
     for table in options.tables:
         TABLES[table](study)
