@@ -17,7 +17,7 @@ import evaluate
 import golden
 import sample
 from evaluate import VGGish, frechet_distance, gaussian, kl_divergence, mel_distance, realism
-from tasks import PASST_PRESETS, PaSST, PaSSTConfig, load_official, mel_triangles, resample
+from tasks import PaSST, PaSSTConfig, load_official, mel_triangles, resample
 
 METRICS = Path(__file__).resolve().parents[2] / "shared" / "metrics"
 
@@ -308,7 +308,7 @@ def test_guidance_by_example_is_guided(studio, monkeypatch):
     x = normal(1, 2, 2**15, dtype=torch.float32) / 10
     passt = sample.load_checkpoint(studio / "classifier.pt").net
     guided, _ = unspliced(studio, "latent", "embedding", x, passt)
-    monkeypatch.setitem(sample.XI_GUIDE, "embedding", 0.0)
+    monkeypatch.setattr(sample, "GUIDE_STEP", 0.0)
     unguided, _ = unspliced(studio, "latent", "embedding", x, passt)
     assert (guided - unguided).abs().max() > 1e-4
 

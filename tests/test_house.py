@@ -13,7 +13,7 @@ PACKAGES = {"torch", "numpy", "soundfile", "tqdm"}
 
 
 def imports(path, anywhere=True):
-    """Names of the modules that a file imports, anywhere or at its top; in folders folder.module."""
+    """Names of the modules that a file imports, anywhere or at its top (folder.module)."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in ast.walk(tree) if anywhere else tree.body:

@@ -270,7 +270,6 @@ def test_every_task_has_a_page(task, seconds, mark, studio, folder):
         sample.main(arguments(studio, task))
 
 
-@pytest.mark.xfail(strict=True, reason="sample.py does not write the keys page.OF_EDIT yet")
 @pytest.mark.parametrize("task", [
     ["unconditional", "--length", "1"],
     ["continuation", *MONO, "--start", "1.5", "--length", "1", "--num", "2"],
