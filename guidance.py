@@ -89,10 +89,13 @@ def guided_estimate(model, x_t, t, terms):
     times = _time_of_clips(t, x_t)
     if not terms:
         return x0_from_v(x_t, model(x_t, times), t), torch.zeros_like(x_t)
+    # A graph from x_t to x0_hat, if some term needs it.
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         with torch.set_grad_enabled(any(term.on == "x0_hat" for term in terms)):
             x0_hat = x0_from_v(x_t, model(x_t, times), t)
+
+        # J_2 of Eq. 1: the weighted distances of all terms and clips.
         J_2 = 0
         for term in terms:
             d = term.distance(x0_hat if term.on == "x0_hat" else x_t)               # (B,)
@@ -125,18 +128,21 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, t_end=0.
     x_t = x_T
     with frozen(model, *[term.A for term in terms]):
         for t, s in zip(times, times[1:]):                              # the paper's i = N .. 1
+            # The estimate of x_0, and the gradient of the distances.
             x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
             for term in terms:
                 if term.project == "x0_hat":
-                    # departure: x0_hat is projected before the update, which adds the noise due at
-                    # s; not x_s after it
+                    # Departure: x0_hat is projected before the update, which adds the noise due at
+                    # s; not x_s after it.
                     x0_hat = data_consistency(x0_hat, term.y, term.A)
-                    # departure: so is the gradient; what y determines is left to y
+                    # Departure: so is the gradient; what y determines is left to y.
                     gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
+            # The update t -> s, moved against the gradient.
             if sampler == "ddpm":
                 x_s = ddpm_step(x_t, x0_hat, t, s, draw_noise(x_t, generator), xi * gradient)
             else:
                 x_s = ddim_step(x_t, x0_hat, t, s, xi * gradient)
+            # The data consistency step of Sect. 3.
             for term in terms:
                 if term.project == "x_t":
                     x_s = data_consistency(x_s, term.y, term.A)

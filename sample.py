@@ -200,6 +200,8 @@ def pick_device(name):
             name = "mps"
         else:
             name = "cpu"
+
+    # Try it: an allocation fails where there is no such device.
     full_name = name
     if name == "cuda":
         full_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -472,6 +474,7 @@ def survey(folders, samples, flag, remedy="give others, or shorter --windows"):
                 headers[path] = header
                 bar.update()
 
+    # What is long enough; and why the rest is left out.
     needed = samples / SAMPLE_RATE
     usable = {}
     total = 0.0
@@ -830,6 +833,7 @@ def limited(audio, reach):
     A sample's gain is a mean of gains, each of which is low enough for the whole stretch around it.
     So no peak passes.
     """
+    # The gain that brings the highest peak within reach to 1; then the mean of such gains.
     peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)    # (1, n)
     gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate")
     total = gain.double().cumsum(-1)
@@ -865,9 +869,13 @@ def windows(C_L, gap, C_R, window, overlap):
     n = C_L + gap + C_R
     if n <= window:
         return [(0, n)]
+
+    # From right to left: as the mirrored problem.
     if C_L < min(overlap, C_R):
         mirrored = windows(C_R, gap, C_L, window, overlap)
         return [(n - last, n - first) for first, last in mirrored]
+
+    # Equal shares of the gap; each window ends with its share.
     overlap = min(overlap, (window - C_R) // 2)
     count = math.ceil(gap / (window - overlap - C_R))
     ends = [C_L + gap * (i + 1) // count for i in range(count - 1)] + [n]
@@ -1041,6 +1049,7 @@ def listen(passt, checkpoint, x, part=slice(None)):
 
 def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
     """Embedder guidance towards an example (B, 2, m): a function z -> Task for `generate`."""
+    # y, A(x), and the row of Table 2.
     y = passt.listen(example, SAMPLE_RATE)[1]
 
     def embedding(x):
@@ -1056,6 +1065,7 @@ def class_guide(checkpoint, classifier, labels, weight=1.0):
 
     A function z -> Task.
     """
+    # y, A(x), and the row of Table 2.
     chosen = [classifier.classes.index(name) for name in labels]
     y = torch.tensor([list(labels.values())], device=next(classifier.net.parameters()).device)
 
@@ -1251,6 +1261,7 @@ def to_mono(audio):
 
 def crossfaded(one, two, fade):
     """The end of one track faded into the start of another: (Track, start and end of the fade)."""
+    # The second track in the first one's channels and rate.
     other = two.audio.expand(2, -1)
     if len(one.audio) == 1:
         other = to_mono(two.audio)
@@ -1260,6 +1271,8 @@ def crossfaded(one, two, fade):
     if fade < 1 or C_L < 1 or C_R < 1:
         raise UserError(f"--fade {fade / one.rate:g} s must be above 0 and shorter than both "
                         f"tracks, of {clock(one.seconds)} and {clock(two.seconds)}")
+
+    # Both on one axis of time, on which they overlap by the fade.
     left, right = F.pad(one.audio, (0, C_R)), F.pad(other, (C_L, 0))
     audio = tasks.crossfade(left[None], right[None], C_L, C_R)[0]
     subtype = one.subtype if one.subtype == two.subtype else "mixed"
@@ -1322,10 +1335,14 @@ def write_samples(file, path, track):
     """
     bits = PCM_BITS.get(track.subtype, 0)
     full_scale = 2.0 ** (bits - 1)
+
+    # The size that the header would have to count.
     kind = path.suffix[1:].upper()
     width = (bits or {"DOUBLE": 64}.get(track.subtype, 32)) // 8
     if kind == "WAV" and track.audio.numel() * width > WAV_LIMIT:
         kind = "RF64"
+
+    # Block by block.
     channels = len(track.audio)
     with sf.SoundFile(file, "w", track.rate, channels, track.subtype, format=kind) as out:
         for block in track.audio.T.split(2**20):                                # (n, channels)
@@ -1443,6 +1460,7 @@ def parse(argv, add_flags=Settings.add_flags):
 
 def check(o):
     """UserError for flags that are missing, or would do nothing."""
+    # Files, and flags that the task needs.
     for path in (o.input, o.input2, o.reference):
         if path and not Path(path).is_file():
             raise UserError(f"{path} is no file: check its name")
@@ -1451,6 +1469,7 @@ def check(o):
             raise UserError(f"{flag_of(name)} is missing: --task {o.task} needs it")
     refuse_idle(o, USED, o.task, f"--task {o.task}")
 
+    # Flags that need each other.
     guided = {"embedding": o.reference, "classifier": o.classes}
     if o.listener and not (o.reference or o.classes):
         raise UserError("--listener does nothing without --reference or --classes: leave it out")
@@ -1495,6 +1514,7 @@ def region(o, checkpoint):
         length = o.length or window - min(context, window / 2, a / rate)
         return Track(track.audio[:, :a], rate, track.subtype), a, a + round(length * rate), context
 
+    # Infill and regenerate: in the middle, where no time is given.
     start = o.start
     if start is None and o.end is None:
         start = max(0, (track.seconds - GAP) / 2)

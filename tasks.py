@@ -167,6 +167,8 @@ def crossfade(x_bar_L, x_bar_R, C_L, C_R):
     """
     n = x_bar_L.shape[-1]
     KeepEnds(n, C_L, C_R)                           # raises ValueError for a bad C_L or C_R
+
+    # f_out and f_in are a cosine and a sine, sampled in the middles of the steps.
     fade = math.pi / 2 * (torch.arange(n - C_L - C_R, dtype=torch.float64) + 0.5) / (n - C_L - C_R)
     f_out, f_in = fade.cos().to(x_bar_L), fade.sin().to(x_bar_L)
     middle = f_out * x_bar_L[..., C_L:n - C_R] + f_in * x_bar_R[..., C_L:n - C_R]
@@ -203,10 +205,12 @@ def combine(*tasks, weights=None):
         weights = [1.0] * len(tasks)
     if not tasks or len(weights) != len(tasks):
         raise ValueError(f"weights must be one per task: {len(weights)} for {len(tasks)} tasks")
+    # All terms, with their tasks' weights.
     terms = []
     for task, weight in zip(tasks, weights):
         terms += [replace(term, weight=weight * term.weight) for term in task.terms]
 
+    # The start of the first task with a linear operator.
     start = tasks[0]
     for task in reversed(tasks):
         if any(is_linear(term.A) for term in task.terms):
@@ -249,6 +253,7 @@ def _sinc_filters(up, down, dtype, device):
     reach = math.ceil(crossings / band)             # input samples on each side
     groups = []
     for phases in torch.arange(up).split(160):
+        # Distances of the taps from the output samples, in zero crossings.
         centre = phases.double() * down / up        # (phases,) in input samples
         first, last = int(centre[0]) - reach, int(centre[-1]) + reach + 1
         taps = torch.arange(first, last + 1, dtype=torch.float64)
@@ -267,15 +272,20 @@ def resample(x, rate_in, rate_out):
     """
     if rate_in == rate_out:
         return x
+    # Blocks of `down` samples in become blocks of `up` samples out.
     common = math.gcd(rate_in, rate_out)
     up, down, n = rate_out // common, rate_in // common, x.shape[-1]
     n_out = -(-n * up // down)
-    blocks = -(-n_out // up)        # of `down` samples in and `up` samples out
+    blocks = -(-n_out // up)
+
+    # Each output sample of a block has its own filter: one convolution with stride `down`.
     reach, groups = _sinc_filters(up, down, x.dtype, x.device)
     padded = F.pad(x.reshape(-1, 1, n), (reach, max(0, blocks * down - n) + reach + 1))
     with full_precision(x):
         parts = [F.conv1d(padded[..., first:], weight, stride=down)[..., :blocks]
                  for first, weight in groups]
+
+    # Interleave the filters' outputs.
     y = torch.cat(parts, 1).transpose(1, 2)         # (rows, blocks, up)
     return y.reshape(*x.shape[:-1], -1)[..., :n_out]
 
@@ -400,20 +410,24 @@ class PaSST(nn.Module):
         width = config.width
         rows = (PASST_BANDS - 16) // config.stride + 1
         columns = (PASST_LONGEST - 16) // config.stride + 1
+        # Two tokens more than patches, and learned positions: of the tokens, of rows, of columns.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
         self.new_pos_embed = nn.Parameter(torch.zeros(1, 2, width))
         self.freq_new_pos_embed = nn.Parameter(torch.zeros(1, width, rows, 1))
         self.time_new_pos_embed = nn.Parameter(torch.zeros(1, width, 1, columns))
+        # Patches, transformer, classifier.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, width, 16, config.stride)})
         self.blocks = nn.ModuleList(PaSSTBlock(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.classes))
         # In the official file, but unused.
         self.head_dist = nn.Linear(width, config.classes).requires_grad_(False)
+        # The initialisation of vision transformers.
         for name, p in self.named_parameters():
             if name.endswith(("token", "embed")) or p.dim() == 2:
                 nn.init.trunc_normal_(p, std=0.02)
+        # Of the mel spectrogram.
         window = torch.hann_window(800, periodic=False)
         triangles = mel_triangles(PASST_BANDS, 0, 15000, 513)
         self.register_buffer("window", window, persistent=False)
@@ -433,15 +447,20 @@ class PaSST(nn.Module):
         For training, patchout = (time columns, frequency rows) are dropped at random by B
         generators: see drop_patches.
         """
+        # Patches with their positions, some of them dropped in training.
         x = self.patch_embed.proj(mel[:, None])                         # (B, width, rows, columns)
         x = x + self.time_new_pos_embed[..., :x.shape[-1]] + self.freq_new_pos_embed
         if any(patchout):
             x = drop_patches(x, *patchout, generators)
         patches = x.flatten(2).transpose(1, 2)                          # (B, patches, width)
+
+        # The two tokens, then the patches, through the transformer.
         heads = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
         x = torch.cat([heads.expand(len(x), -1, -1), patches], 1)       # (B, 2 + patches, width)
         for block in self.blocks:
             x = block(x)
+
+        # The embedding is the mean of the two tokens.
         embedding = self.norm(x[:, :2]).mean(1)
         return self.head(embedding), embedding
 
