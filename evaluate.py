@@ -235,7 +235,7 @@ class Judges:
                 path = options.passt
                 passt = load_official(PaSST(PASST_PRESETS["paper"]), path, PASST_FILE)
             else:
-                checkpoint = sample.open_checkpoint("classifier", options.judge)
+                checkpoint = sample.open_checkpoint("classifier", options.classifier)
                 path, passt = checkpoint.path, checkpoint.net
             self.passt = self.fad = passt.to(device)
             passt_name = fad_name = f"PaSST {sample.file_digest(path)[:8]}"
@@ -1023,7 +1023,7 @@ def make_parser(add_flags):
     add("--reference", required=True, help="folder of training music")
     add("--reference-clips", type=number, default=REFERENCE_CLIPS,
         help="at most so many excerpts of it (%(default)s)")
-    add("--judge", help="checkpoint of train.py --model classifier (the one shipped)")
+    add("--classifier", help="checkpoint of train.py --model classifier (the one shipped)")
     add("--passt", help=f"official PaSST file, {PASST_FILE}".replace("%", "%%"))
     add("--vggish", help=f"official VGGish file, {VGGISH_FILE}")
 

@@ -1439,7 +1439,7 @@ def parse(argv, add_flags=Settings.add_flags):
     add("--model", choices=tuple(XI), default="latent",
         help="one of the two shipped models (default: %(default)s)")
     add("--checkpoint", help="a model that you trained (default: the shipped one)")
-    add("--listener",
+    add("--classifier",
         help="a classifier for --reference and --classes (default: the shipped one)")
     add("--sampler", choices=("ddpm", "ddim"),
         help=f"Algorithm 1 or 2 (default: {Settings.sampler})")
@@ -1471,8 +1471,8 @@ def check(o):
 
     # Flags that need each other.
     guided = {"embedding": o.reference, "classifier": o.classes}
-    if o.listener and not (o.reference or o.classes):
-        raise UserError("--listener does nothing without --reference or --classes: leave it out")
+    if o.classifier and not (o.reference or o.classes):
+        raise UserError("--classifier does nothing without --reference or --classes: leave it out")
     for name in o.weights or {}:
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: "
@@ -1609,7 +1609,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     # Guidance by example and by class.
     classifier = None
     if o.reference or o.classes:
-        classifier = open_checkpoint("classifier", o.listener, device)
+        classifier = open_checkpoint("classifier", o.classifier, device)
     guides, example = make_guides(o, checkpoint, classifier, device)
 
     # The format of the result. Peaks of the new audio stay below full scale, or below the track's

@@ -366,7 +366,7 @@ def test_guidance_by_example_joins_an_infill(official, listener, tmp_path):
     flags = "--task", "infill", "--start", "0.15", "--end", "0.25", "--no-equalise"
     plain = edit(official, tmp_path, track, *flags)
     guided = edit(official, tmp_path, track, *flags, "--recompute", "--reference",
-                  str(ROOT / "examples" / "other.flac"), "--listener", str(listener))
+                  str(ROOT / "examples" / "other.flac"), "--classifier", str(listener))
     assert np.isfinite(guided).all() and not np.array_equal(guided, plain)
 
 
@@ -411,7 +411,7 @@ def test_evaluate_prints_its_row_beside_its_ceiling(official, listener, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         cqtdiff.main(["evaluate", "--data", "test", "--reference", "train", "--tasks", "infill",
-                      "--judge", str(listener), "--device", "cpu", "--level", "0.1",
+                      "--classifier", str(listener), "--device", "cpu", "--level", "0.1",
                       "--pretrained", str(official), *SHORT])
     table = json.loads((tmp_path / "runs/evaluate-cqt_weights/table.json").read_text())
     rows = {name: row["infill"] for name, row in table["rows"].items()}

@@ -432,14 +432,14 @@ def test_a_clip_with_samples_that_are_not_finite_is_left_out(studio, tmp_path, c
 # ---- the command ---------------------------------------------------------------------------------
 
 def arguments(studio, out, *more):
-    return ["--checkpoint", str(studio / "latent.pt"), "--judge", str(studio / "classifier.pt"),
+    return ["--checkpoint", str(studio / "latent.pt"), "--classifier", str(studio / "classifier.pt"),
             "--data", str(studio / "test"), "--reference", str(studio / "train"),
             "--steps", "2", "--out", str(out), "--device", "cpu", *more]
 
 
 def file_arguments(studio, out, generated, originals, *more):
     return ["--generated", str(generated), "--originals", str(originals),
-            "--reference", str(studio / "train"), "--judge", str(studio / "classifier.pt"),
+            "--reference", str(studio / "train"), "--classifier", str(studio / "classifier.pt"),
             "--out", str(out), "--device", "cpu", *more]
 
 
@@ -686,7 +686,7 @@ def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
 
 @pytest.mark.parametrize("flags, said", [
     (["--data", "EMPTY"], "no usable file of 0.74 s or more"),
-    (["--judge", "latent.pt"], "holds a latent model, not a classifier"),
+    (["--classifier", "latent.pt"], "holds a latent model, not a classifier"),
     (["--model", "waveform"], "holds a latent model, not a waveform"),
     (["--passt", "latent.pt"], "passt-s-f128"),
     (["--vggish", "latent.pt"], "vggish-10086976"),

@@ -73,7 +73,7 @@ def call(folder, *arguments, model="latent", out="out.wav", steps=2):
     arguments = [str(argument) for argument in arguments]
     arguments += ["--steps", str(steps), "--force", "--output", str(folder / out)]
     if {"--reference", "--classes"} & set(arguments):
-        arguments += ["--listener", str(folder / "classifier.pt")]
+        arguments += ["--classifier", str(folder / "classifier.pt")]
     if isinstance(model, str):
         sample.main(["--model", model, "--checkpoint", str(folder / f"{model}.pt"), *arguments])
     else:
@@ -1201,7 +1201,7 @@ def bad(folder):
 
 EDIT = ("--task infill --input {folder}/long.wav --checkpoint {folder}/latent.pt --steps 1 "
         "--output {tmp}/no.wav ")
-LISTENER = " --listener {folder}/classifier.pt"
+CLASSIFIER = " --classifier {folder}/classifier.pt"
 BAD = [
     # what the error must name, and the command
     ("--task", "--input {folder}/long.wav"),
@@ -1216,8 +1216,8 @@ BAD = [
     ("text.wav", EDIT + "--input {folder}/text.wav"),
     ("three.wav has 3 channels", EDIT + "--input {folder}/three.wav"),
     ("broken.wav holds samples that are not finite", EDIT + "--input {folder}/broken.wav"),
-    ("silence.wav is silent", EDIT + "--reference {folder}/silence.wav" + LISTENER),
-    ("broken.wav is silent", EDIT + "--reference {folder}/broken.wav" + LISTENER),
+    ("silence.wav is silent", EDIT + "--reference {folder}/silence.wav" + CLASSIFIER),
+    ("broken.wav is silent", EDIT + "--reference {folder}/broken.wav" + CLASSIFIER),
     ("a latent model", EDIT + "--model waveform"),
     ("cut.pt", EDIT + "--checkpoint {folder}/cut.pt"),
     ("pickled.pt", EDIT + "--checkpoint {folder}/pickled.pt"),
@@ -1240,8 +1240,8 @@ BAD = [
     ("--device tpu cannot be used", EDIT + "--device tpu"),
     # guides
     ("--xi 0 turns off all guidance", EDIT + "--xi 0 --reference {folder}/other.wav"),
-    ("zither", EDIT + "--classes zither=1" + LISTENER),
-    ("--classes a=2", EDIT + "--classes a=2" + LISTENER),
+    ("zither", EDIT + "--classes zither=1" + CLASSIFIER),
+    ("--classes a=2", EDIT + "--classes a=2" + CLASSIFIER),
     ("name=1,other=0", EDIT + "--classes a"),
     # outputs
     (".mp3 must end in", EDIT + "--output {tmp}/a.mp3"),
@@ -1258,7 +1258,7 @@ BAD = [
     ("--fade does nothing", EDIT + "--fade 1"),
     ("--xi does nothing", "--task unconditional --xi 0.1"),
     ("--splice does nothing", "--task unconditional --splice 9"),
-    ("--listener does nothing", EDIT + "--listener x.pt"),
+    ("--classifier does nothing", EDIT + "--classifier x.pt"),
     ("--weights embedding does nothing", EDIT + "--weights embedding=3"),
     ("--weights classifier does nothing",
      EDIT + "--reference {folder}/other.wav --weights classifier=3"),

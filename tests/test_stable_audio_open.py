@@ -189,7 +189,7 @@ def test_guidance_by_example_joins_an_edit(folder, tmp_path):
     plain = edit(folder, tmp_path, short_track(), *SHORT)
     guided = edit(folder, tmp_path, short_track(), *SHORT,
                   "--reference", str(ROOT / "examples" / "other.flac"),
-                  "--listener", str(tmp_path / "classifier.pt"))
+                  "--classifier", str(tmp_path / "classifier.pt"))
     assert np.isfinite(guided).all() and not np.array_equal(guided, plain)
 
 
