@@ -432,7 +432,8 @@ def test_a_clip_with_samples_that_are_not_finite_is_left_out(studio, tmp_path, c
 # ---- the command ---------------------------------------------------------------------------------
 
 def arguments(studio, out, *more):
-    return ["--checkpoint", str(studio / "latent.pt"), "--classifier", str(studio / "classifier.pt"),
+    return ["--checkpoint", str(studio / "latent.pt"),
+            "--classifier", str(studio / "classifier.pt"),
             "--data", str(studio / "test"), "--reference", str(studio / "train"),
             "--steps", "2", "--out", str(out), "--device", "cpu", *more]
 
