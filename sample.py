@@ -1279,19 +1279,13 @@ def crossfaded(one, two, fade):
     return Track(audio, one.rate, subtype), C_L, C_L + fade
 
 
-def looped(track, o, checkpoint):
-    """Arguments of an Edit whose result repeats: the stretch, followed by its own beginning."""
-    a, b = round((o.start or 0) * track.rate), track.n
-    if o.end is not None:
-        b = round(o.end * track.rate)
-    n = b - a
-    fade = whole_frames(o.fade or FADE["loop"], checkpoint, track.rate)
-    if not 0 <= a < b <= track.n or n < fade + LITTLE * track.rate:
-        raise UserError(f"{o.input} lasts {clock(track.seconds)}: the stretch from --start to "
-                        f"--end must be a part of it, and longer than --fade by {LITTLE} s")
-    stretch = track.audio[:, a:b]
-    audio = torch.cat([stretch, stretch[:, :n - fade]], dim=-1)
-    return replace(track, audio=audio), n - fade, n, o.context, n
+def repeated(stretch, fade):
+    """(Track, a) of a loop: the stretch, then its beginning. From a on, `fade` samples are new.
+
+    They lie between their two contexts: what stands before them, and the beginning.
+    """
+    a = stretch.n - fade
+    return replace(stretch, audio=torch.cat([stretch.audio, stretch.audio[:, :a]], dim=-1)), a
 
 
 def whole_frames(time, checkpoint, rate):
@@ -1501,11 +1495,19 @@ def region(o, checkpoint):
     if o.task == "intro":
         n = whole_frames(o.length or window / 2, checkpoint, track.rate)
         return replace(track, audio=F.pad(track.audio, (n, 0))), 0, n, o.context
-    if o.task == "loop":
-        return looped(track, o, checkpoint)
 
     rate = track.rate
     lasts = f"{o.input} lasts {clock(track.seconds)}"
+    if o.task == "loop":
+        a = round((o.start or 0) * rate)
+        b = track.n if o.end is None else round(o.end * rate)
+        fade = whole_frames(o.fade or FADE["loop"], checkpoint, rate)
+        if not 0 <= a < b <= track.n or b - a < fade + LITTLE * rate:
+            raise UserError(f"{lasts}: the stretch from --start to --end must be a part of it, "
+                            f"and longer than --fade by {LITTLE} s")
+        n = b - a
+        track, a = repeated(replace(track, audio=track.audio[:, a:b]), fade)
+        return track, a, n, o.context, n
     if o.task == "continuation":
         a = track.n if o.start is None else round(o.start * rate)
         if not 0 < a <= track.n:

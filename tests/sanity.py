@@ -1,4 +1,4 @@
-"""What a checkpoint's music is like, where Table 1 says nothing: seven tables, alone or together.
+"""What a checkpoint's music is like, where Table 1 says nothing: eight tables, alone or together.
 
     python tests/sanity.py likeness attacks v-loss --data path/to/test
     python tests/sanity.py likeness --task infill --data path/to/test --sampler ddim
@@ -28,6 +28,9 @@ example    Guidance by example against unguided samples of the same seeds. Does 
            unguided samples that get the example's spectrum, and for other seconds of the examples'
            tracks.
 class      Guidance by class, likewise: do log-probabilities rise, for the guide and for the judge?
+seams      Loops of five seconds, by --task loop, played twice: the rank of the spectral flux at the
+           jump among all flux inside, which is 0.5 where there is no seam. Also of the same stretch
+           untreated, and of one that is cross-faded over two seconds, and so shorter.
 """
 import argparse
 import functools
@@ -610,6 +613,53 @@ def about_classes(study):
 
 # ---- command line --------------------------------------------------------------------------------
 
+# ---- seams of loops ------------------------------------------------------------------------------
+
+def looped(study, stretch, random):
+    """A stretch (2, n) as --task loop makes it."""
+    fade = sample.whole_frames(sample.FADE["loop"], study.checkpoint, SAMPLE_RATE)
+    track, a = sample.repeated(sample.Track(stretch, SAMPLE_RATE), fade)
+    n = stretch.shape[-1]
+    edit = sample.Edit(study.checkpoint, track, a, n, repeats=n)
+    audio = sample.fill(study.checkpoint, "infill", edit.context(whole=False).to(study.device),
+                        edit.C_L, edit.C_R, study.settings, random, spans=edit.spans)
+    return edit.splice(audio[0].cpu(), sample.SPLICE)
+
+
+def cross_faded(stretch):
+    """The stretch without its first two seconds, which its end fades into."""
+    fade = round(sample.FADE["loop"] * SAMPLE_RATE)
+    end = sample.blend(stretch[:, -fade:], stretch[:, :fade])
+    return torch.cat([stretch[:, fade:-fade], end], 1)
+
+
+def rank_of_jump(loop):
+    """Of the flux where a loop (2, n) begins again, among all flux inside it: from 0 to 1."""
+    n = loop.shape[-1]
+    twice = torch.cat([loop, loop], 1).mean(0).double()
+
+    def flux(x):
+        log_power = (power(x, 1024, 512) + 1e-6).log()
+        return log_power.diff(dim=0).clamp(min=0).mean(1)
+    at_jump = flux(twice[n - 768:n + 768])[0]               # of frames around n - 256 and n + 256
+    inside = flux(twice[:n])
+    return (inside < at_jump).double().mean().item()
+
+
+@torch.no_grad()
+def about_seams(study):
+    ranks = {"loop": [], "untreated": [], "cross-faded": []}
+    for j, clip in enumerate(sample.progress(study.clips, "loops", unit="clip")):
+        stretch = clip[:, :5 * SAMPLE_RATE]
+        ranks["loop"].append(rank_of_jump(looped(study, stretch, study.random(j))))
+        ranks["untreated"].append(rank_of_jump(stretch))
+        ranks["cross-faded"].append(rank_of_jump(cross_faded(stretch)))
+    print(f"rank of the flux at the jump, {len(study.clips)} loops: median, highest")
+    for name, values in ranks.items():
+        values = torch.tensor(values)
+        print(f"  {name:12} {values.quantile(0.5):.2f}  {values.max():.2f}")
+
+
 TABLES = {
     "likeness": about_likeness,
     "attacks": about_attacks,
@@ -618,6 +668,7 @@ TABLES = {
     "memory": about_memory,
     "example": about_examples,
     "class": about_classes,
+    "seams": about_seams,
 }
 NEED_TRAIN = ("memory", "example", "class")
 

@@ -972,6 +972,72 @@ def test_the_region_to_be_generated_does_not_leak(folder, model, task, name):
     assert np.array_equal(*made)
 
 
+LOOPS = [("long.wav", 44100), ("mono.wav", 48000), ("slow.wav", 22050)]
+
+
+@pytest.fixture(scope="module")
+def slow(folder):
+    """A clip at 22.05 kHz, beside those of `folder`."""
+    write_music(folder / "slow.wav", 3, 22050, 2)
+
+
+@pytest.mark.parametrize("name, rate", LOOPS)
+@pytest.mark.parametrize("k", [[], ["--k", "0.5"]])
+def test_a_loop_is_new_before_its_jump_alone(folder, slow, name, rate, k):
+    """All but the last half second and two fades is the stretch's own, bit for bit, and as long."""
+    before = read(folder / name)[round(0.5 * rate):round(2.5 * rate)]
+    after = call(folder, "--task", "loop", "--input", folder / name, "--start", 0.5, "--end", 2.5,
+                 "--fade", 0.5, *k)
+    assert after.shape == before.shape
+    changed = np.flatnonzero((after != before).any(1)) / rate
+    head, tail = changed[changed < 1], changed[changed > 1]
+    assert head.max() < 0.031 and tail.min() > 2 - 0.5 - 0.031 - 0.003
+    assert tail.max() > 1.99 and len(tail) > 0.4 * rate
+
+
+@pytest.mark.parametrize("name, rate", LOOPS)
+def test_a_loop_does_not_read_what_it_replaces(folder, slow, name, rate):
+    """Scrambled, the last half second gives the same loop."""
+    audio = read(folder / name)[:2 * rate]
+    loops = []
+    for i in range(2):
+        part = audio[-rate // 2 + 300:]
+        part[:] = np.random.default_rng(i).uniform(-0.5, 0.5, part.shape)
+        sf.write(folder / "stretch.wav", audio, rate, subtype="DOUBLE")
+        loops.append(call(folder, "--task", "loop", "--input", folder / "stretch.wav",
+                          "--fade", 0.5))
+    assert np.array_equal(*loops)
+
+
+def test_a_loop_goes_on_where_it_begins(folder):
+    """With a model that knows the music, the jump of a loop is no larger than its other steps."""
+    t = np.arange(2 * 44100) / 44100
+    period = np.sin(2 * np.pi * 441 * t)                        # 100 samples
+    stretch = 0.3 * np.stack([period, period], 1)[:88_150]      # ends in the middle of a period
+    sf.write(folder / "tone.wav", stretch, 44100, subtype="FLOAT")
+    after = call(folder, "--task", "loop", "--input", folder / "tone.wav", "--fade", 0.5)
+    steps = np.abs(np.diff(np.concatenate([after, after[:1]]), axis=0)).max(1)
+    assert steps[-1] <= steps[:-1].max()
+
+
+def test_a_stretch_that_is_too_short_for_its_fade_is_refused(folder, capsys):
+    """In one sentence."""
+    with pytest.raises(UserError, match="longer than --fade by 0.25 s"):
+        call(folder, "--task", "loop", "--input", folder / "long.wav", "--end", 0.6, "--fade", 0.5)
+
+
+@pytest.mark.parametrize("name, rate", LOOPS)
+@pytest.mark.parametrize("length", [0.4, 1.9])
+def test_an_intro_leads_into_the_track(folder, slow, name, rate, length):
+    """In one pass or several; the track follows, bit for bit after its first 30 ms."""
+    before = read(folder / name)
+    after = call(folder, "--task", "intro", "--input", folder / name, "--length", length)
+    n = len(after) - len(before)
+    assert length * rate <= n <= length * rate + 140
+    assert np.array_equal(after[n + math.ceil(0.031 * rate):], before[math.ceil(0.031 * rate):])
+    assert np.abs(after[:n]).max(0).min() > 0
+
+
 @pytest.mark.parametrize("model", ["latent", toy()], ids=["latent", "toy"])
 def test_transition_joins_two_tracks(folder, model):
     """Both keep their own samples outside the fade."""

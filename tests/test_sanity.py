@@ -194,3 +194,24 @@ def test_every_table_is_printed(studio, tmp_path, capsys):
         sanity.main(["memory", *command])
     with pytest.raises(sample.UserError, match="no folder a, b, c"):
         sanity.main(["class", *command, "--train", str(studio / "test")])
+
+
+# ---- seams ---------------------------------------------------------------------------------------
+
+def test_a_jump_is_found_and_a_period_has_none():
+    """A tone that fits into the loop goes on; one that is cut in its middle, or a step, does not."""
+    n = 2 * 44100
+    steady = tones(220)[:, :n] + NOISE[:, :n] / 50
+    assert sanity.rank_of_jump(steady) < 0.98
+    cut = torch.cat([steady[:, :n // 2], 0 * steady[:, n // 2:]], 1) + NOISE[:, :n] / 500
+    assert sanity.rank_of_jump(cut) > 0.98
+
+
+def test_a_cross_fade_leads_to_where_it_begins():
+    """Its last sample is followed, in the stretch, by its first."""
+    stretch = tones(220)[:, :3 * 44100] * torch.linspace(0, 1, 3 * 44100)
+    loop = sanity.cross_faded(stretch)
+    assert loop.shape[-1] == 44100
+    fade = 2 * 44100
+    assert torch.allclose(loop[:, 0], stretch[:, fade])
+    assert torch.allclose(loop[:, -1], stretch[:, fade - 1], atol=1e-3)
