@@ -18,8 +18,8 @@ import torch
 def cosine_schedule(t):
     """Signal and noise level (alpha_t, sigma_t) at times t in [0, 1] (App. B.1).
 
-    t: a tensor; alpha_t and sigma_t have its shape, its type and its device. Networks call this
-    function, so that they need not wait for a GPU. Samplers call alpha_sigma.
+    t: a tensor; alpha_t and sigma_t have its shape, type and device. Networks call this one, which
+    stays on t's device; samplers call alpha_sigma, in float64.
     """
     # alpha_t = cos(pi t / 2), written as a sine so that alpha(1) is exactly 0.
     alpha_t = torch.sin(math.pi / 2 * (1 - t))
@@ -92,7 +92,7 @@ def v_loss(model, x_0, t, eps):
     """L(theta) of App. B.1 for each clip: ||v_t - v_theta(x_t, t)||^2 per element, (B,).
 
     x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the
-    clip's length.
+    clip's length. (train.py squares v_error itself, since the U-Net weighs it first.)
     """
     error = v_error(model, x_0, t, eps)
     return error.square().flatten(1).mean(1)
@@ -114,15 +114,15 @@ def ddpm_step(x_t, x0_hat, t, s, noise, xi_gradient=0.0):
     """
     alpha_t, sigma_t = alpha_sigma(t)
     alpha_s, sigma_s = alpha_sigma(s)
-    fresh = 1 - (alpha_t / alpha_s) ** 2          # share of the signal that this step supplies anew
+    added = 1 - (alpha_t / alpha_s) ** 2          # variance of the noise that q adds from s to t
 
     # The mean of p(x_s | x_t), between x0_hat and x_t.
-    c_x0 = alpha_s / sigma_t**2 * fresh
+    c_x0 = alpha_s / sigma_t**2 * added
     c_xt = alpha_t * sigma_s**2 / (alpha_s * sigma_t**2)
     mean = _for_clips(c_x0, x_t) * x0_hat + _for_clips(c_xt, x_t) * x_t
 
     # App. B.1 prints sigma_{t->s} as the variance; Algorithm 1 multiplies eps by it. Take the root.
-    sigma_ts = sigma_s / sigma_t * fresh.sqrt()
+    sigma_ts = sigma_s / sigma_t * added.sqrt()
     x_s = mean + _for_clips(sigma_ts, x_t) * noise
     return x_s - xi_gradient
 
@@ -136,7 +136,7 @@ def ddim_step(x_t, x0_hat, t, s, xi_gradient=0.0):
     alpha_s, sigma_s = alpha_sigma(s)
     eps_hat = (x_t - _for_clips(alpha_t, x_t) * x0_hat) / _for_clips(sigma_t, x_t)
 
-    # The paper prints d(y - A(x_t)); read d(y, A(x_t)). The sign holds because x0_hat is not
-    # recomputed from eps_hat.
+    # The paper prints d(y - A(x_t)); read d(y, A(x_t)). x0_hat is left as it is, so that the minus
+    # sign moves x_s against the gradient.
     eps_hat = eps_hat - _for_clips(sigma_t, x_t) * xi_gradient
     return _for_clips(alpha_s, x_t) * x0_hat + _for_clips(sigma_s, x_t) * eps_hat

@@ -26,11 +26,11 @@ class Term:
     d       distance, (y, A(x)) -> one number per clip, (B,)
     y       the measurement, in the shape of A(x)
     weight  its effective step is xi * weight; a number, or (B,)
-    on      what A measures: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first
+    on      A's input: "x0_hat" ("alternatively" in Algorithms 1 and 2), or "x_t" as first
             printed there
     project what the data consistency step projects onto y = A x: "x_t" at the end of each
-            iteration, as in Sect. 3; or "x0_hat" before the update, which adds the noise that x_s
-            should have (as in DDNM, Wang et al., 2022); "none", nothing
+            iteration, as in Sect. 3; or "x0_hat" before the update, so that x_s has
+            the noise of time s in the kept positions too (as in DDNM, Wang et al., 2022); "none"
     """
     A: Callable[[Tensor], Tensor]
     d: Callable[[Tensor, Tensor], Tensor]
@@ -83,8 +83,8 @@ def guided_estimate(model, x_t, t, terms):
     """x0_hat, and the gradient of the terms' weighted sum of distances with respect to x_t.
 
     Clips never mix: each distance is a number per clip, summed only for the one backward pass that
-    all terms share. A graph is built only through what some term looks at; without terms there is
-    none, and the gradient is 0.
+    all terms share. The network is differentiated only if some term has on="x0_hat"; without
+    terms the gradient is 0.
     """
     times = _time_of_clips(t, x_t)
     if not terms:
@@ -135,7 +135,7 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, t_end=0.
                     # Departure: x0_hat is projected before the update, which adds the noise due at
                     # s; not x_s after it.
                     x0_hat = data_consistency(x0_hat, term.y, term.A)
-                    # Departure: so is the gradient; what y determines is left to y.
+                    # Departure: so is the gradient; no step along the rows of A.
                     gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
             # The update t -> s, moved against the gradient.
             if sampler == "ddpm":

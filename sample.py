@@ -4,8 +4,8 @@
     python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
 
 The result is the whole track in its own sample rate, channels and word length. New are the
-requested region and cross-fades of at most 50 ms at its borders; all else is the input's own
-samples, bit for bit (but with --splice 0).
+requested region and cross-fades of 30 ms at its borders (--splice, at most 50); all else is the
+input's own samples, bit for bit (but with --splice 0).
 
 Top to bottom: what all scripts share (errors, devices, audio files, checkpoints); from a context
 to new audio (`generate`, `fill`); from a track to an edited track (`Edit`); the command line.
@@ -92,11 +92,11 @@ def run(main, need_memory="lower --batch"):
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
-        # Who read the output has left. Nothing is written to it any more, at exit neither.
+        # The reader of stdout has closed it: write nothing more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        # The words of CUDA and MPS, of the CPU's allocator, of cuBLAS.
+        # Messages of CUDA and MPS, of the CPU's allocator, of cuBLAS.
         words = ("out of memory", "can't allocate", "bad_alloc", "ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
             raise
@@ -215,7 +215,7 @@ def pick_device(name):
 
 
 def join_processes(device):
-    """Meet the other processes, if torchrun started any."""
+    """Join the process group, if torchrun started several processes."""
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -255,7 +255,7 @@ def read_audio(path):
     """The whole file: (audio (channels, n) float32, rate in Hz). UserError naming it if that fails.
 
     Whole also where files were joined end to end, as recorders of radio do, and where an mp3 does
-    not say how long it is: libsndfile alone stops early there, without a word.
+    not say how long it is: libsndfile alone stops early there, silently.
     """
     try:
         parts = [decode(source) for source in streams(path)]
@@ -305,7 +305,8 @@ def streams(path):
         elif suffix == ".mp3":
             data = start + file.read()
             parts = mp3_parts(data)
-            if parts and (len(parts) > 1 or parts[0][0] > 0 or not parts[0][2]):
+            first_start, _, first_counted = parts[0] if parts else (0, 0, True)
+            if len(parts) > 1 or first_start > 0 or not first_counted:
                 return [mp3_source(data[a:b], counted) for a, b, counted in parts]
     return [path]
 
@@ -442,7 +443,7 @@ def find_files(folders):
 
 
 def probe(path):
-    """[frames, rate, channels] of a file, or the reason why it cannot be used."""
+    """[frames, rate, channels] of a file; else the reason why it cannot be used, as text."""
     try:
         if not os.path.isfile(path):            # opening a pipe would wait for ever
             return "no such file"
@@ -498,8 +499,11 @@ def survey(folders, samples, flag, remedy="give others, or shorter --windows"):
 
 @dataclass
 class Checkpoint:
-    """What sampling and evaluation need of a trained model.
+    """What sampling and evaluation need of a trained model; an example may make its own.
 
+    net is model(x_t, t) -> v, with net.config: `frames` and `channels` of a latent model, `samples`
+    of a waveform model, whose audio is divided by net.scale. A VAE has hop (samples in a frame),
+    encoder_field (samples that a frame depends on, at each side), encode and decode.
     The model's own space: latents (B, C, frames) of the latent model, audio / scale (B, 2, samples)
     of the waveform model.
     """
@@ -637,7 +641,8 @@ def open_checkpoint(kind, path=None, device="cpu"):
     shipped = "latent" if kind == "vae" else kind
     if path is None:
         path = Path(__file__).parent / "checkpoints" / f"{shipped}.pt"
-    checkpoint = load_checkpoint(path, device, (kind,) if kind == shipped else (kind, shipped))
+    kinds = (kind,) if kind == shipped else (kind, shipped)
+    checkpoint = load_checkpoint(path, device, kinds)
     if checkpoint.kind != kind:
         checkpoint = replace(checkpoint, kind=kind, net=checkpoint.vae, vae=None, step=None)
     return checkpoint
@@ -689,9 +694,10 @@ class Settings:
             if value is not None:
                 given[setting.name] = value
 
-        # Defaults that depend on the model. Large models keep the level by themselves.
-        small = checkpoint.size in ("tiny", "small")
-        preset = {"xi": XI[checkpoint.kind], "keep_level": checkpoint.kind == "latent" and small}
+        # Defaults that depend on the model. Large models keep the level, and draw details, well.
+        preset = {"xi": XI[checkpoint.kind], "keep_level": False}
+        if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
+            preset = preset | {"keep_level": True, "t_end": T_END}
         if options.as_printed:
             # App. C.3 has one xi whatever the number of steps; `generate` divides by them.
             steps = given.get("steps", cls.steps)
@@ -704,13 +710,14 @@ class Settings:
 # step size of the L1 sum; its product with the steps is what matters
 XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
+T_END = 0.28                                    # below it a small model draws details at random
 GUIDE_STEP = 3.0                                # step size of a guiding term, L2 or BCE
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                              # App. C.3
 AS_PRINTED = {
     "k": 0.85,                                  # App. C.3
     "start_from": "paper",                      # Table 2, x_T
     "project": "x_t",                           # Algorithms 1 and 2, the last line
-    "t_end": 0.0,
+    "t_end": 0.0,                               # ours
     "equalise": False,                          # ours
     "keep_level": False,                        # ours
 }
@@ -744,8 +751,8 @@ def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
         local = F.avg_pool1d(power[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)
         gain = (context / local.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
 
-        # x0_hat = alpha_t x_t - sigma_t v: to scale x0_hat by 1 + change, v moves by -change x0_hat
-        # / sigma_t.
+        # x0_hat = alpha_t x_t - sigma_t v. So to scale x0_hat by 1 + change, v moves by
+        # -change x0_hat / sigma_t.
         change = torch.zeros_like(power)
         change[..., gap] = torch.where(t[:, None, None] > above, gain - 1, 0.0)
         sigma_t = alpha_sigma(t)[1].to(x_t)[:, None, None]
@@ -811,6 +818,8 @@ def image_map(given, wanted):
     a = torch.linalg.det(given).sqrt()[..., None, None]
     b = torch.linalg.det(wanted).sqrt()[..., None, None]
     adjugate = power(given)[..., None, None] * eye - given      # given^-1 times its determinant
+    # The geometric mean of 2 x 2 matrices A and B, of the determinants alpha^2 and beta^2, is
+    # sqrt(alpha beta / det(C)) C with C = A / alpha + B / beta. Here A = given^-1, B = wanted.
     M = adjugate / a + wanted / b
     M = M * (b / a / torch.linalg.det(M)[..., None, None]).sqrt()
     return M.float().to(device)
@@ -830,10 +839,10 @@ def no_louder(audio, original, new, loudest=1.6):
 def limited(audio, reach):
     """Audio (channels, n) turned down smoothly, `reach` samples a side, around peaks above 1.
 
-    A sample's gain is a mean of gains, each of which is low enough for the whole stretch around it.
-    So no peak passes.
+    The gain is a moving average of local minima, so it is never above what a peak allows.
     """
-    # The gain that brings the highest peak within reach to 1; then the mean of such gains.
+    # The gain that brings the highest peak within reach to 1; then, by running sums, its moving
+    # average over 2 reach + 1 samples.
     peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)    # (1, n)
     gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate")
     total = gain.double().cumsum(-1)
@@ -882,11 +891,11 @@ def windows(C_L, gap, C_R, window, overlap):
     return [(max(0, end - window), end) for end in ends]
 
 
-def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
+def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
              spans=None, guides=(), callback=None):
     """x_bar (B, C, n) with new content between its first C_L and its last C_R frames.
 
-    task        a row of TABLE_2, or another name: then nothing but the guides holds the result
+    name        a row of TABLE_2; or another name (embedding, unconditional): only guides apply
     spans       see `windows`; default: one window for all
     guides      functions z -> Task: their terms join in every window; their weights are step sizes
     callback    see guidance.sample
@@ -910,22 +919,24 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
         z = guidance.draw_noise(window, generator)
 
         # Its row of Table 2. L1's gradient has no level, so the context's own is the term's weight.
-        row, estimator, level = row_for(task, left, right), model, 1.0
+        row = row_for(name, left, right)
+        estimator = model
+        level = 1.0
         if settings.keep_level and left + right:
-            context = torch.cat([window[..., :left], window[..., last - first - right:]], -1)
+            context = torch.cat([window[..., :left], window[..., window.shape[-1] - right:]], -1)
             level = context.square().mean((1, 2)).sqrt()                        # (B,)
             if row not in FROM_X_BAR:
                 reach = round(LEVEL_SECONDS * SAMPLE_RATE / checkpoint.hop)
                 estimator = level_kept(model, left, right, reach)
-        problem = guidance.Task(z, ())
+        task = guidance.Task(z, ())
         if row:
-            problem = TABLE_2[row](window, left, right, z, settings,
-                                   weight=level, project=settings.project)
-        problem = tasks.combine(problem, *[guide(z) for guide in guides], weights=weights)
+            task = TABLE_2[row](window, left, right, z, settings,
+                                weight=level, project=settings.project)
+        task = tasks.combine(task, *[guide(z) for guide in guides], weights=weights)
 
         # Sample it. The result is context for the next window.
         x[..., first:last] = guidance.sample(
-            estimator, problem.x_T, problem, steps=settings.steps, sampler=settings.sampler,
+            estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
             xi=xi, t_end=settings.t_end, generator=generator, callback=callback)
         if first <= lo:
             lo = last
@@ -934,13 +945,13 @@ def generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, *,
     return x
 
 
-def row_for(task, left, right):
+def row_for(name, left, right):
     """The row of TABLE_2 for one window of a task, by its frames of context; None without any.
 
     A long infill begins with continuations; the window that reaches its right context is an infill.
     """
-    if task in TABLE_2 and task not in ("continuation", "infill"):
-        return task
+    if name in TABLE_2 and name not in ("continuation", "infill"):
+        return name
     if right:
         return "infill"
     if left:
@@ -948,34 +959,38 @@ def row_for(task, left, right):
     return None
 
 
-def fill(checkpoint, task, audio, C_L, C_R, settings, generator, *, guides=(), example=None, **how):
+def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
+         spans=None, guides=(), example=None, callback=None):
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
 
     Encode, generate, decode, equalise.
 
-    example     audio (B, 2, m) whose spectrum the new part gets; without, guides leave it free
-    how         see generate
+    example     audio (B, 2, m) whose spectrum the new part gets; None with guides: no equalising
+    name, spans, guides, callback: see generate
     """
     # A task from x_bar reads all of it; the others, nothing of the gap.
-    from_x_bar = task in FROM_X_BAR
+    from_x_bar = name in FROM_X_BAR
     if from_x_bar:
         x_bar = encode_context(checkpoint, audio, audio.shape[-1] // checkpoint.hop, 0)
     else:
         x_bar = encode_context(checkpoint, audio, C_L, C_R)
-    x_0 = generate(checkpoint, task, x_bar, C_L, C_R, settings, generator, guides=guides, **how)
+    x_0 = generate(checkpoint, name, x_bar, C_L, C_R, settings, generator,
+                   spans=spans, guides=guides, callback=callback)
 
     # Guidance by class should be free to change the sound.
-    matched = settings.equalise and (example is not None or not guides)
-    if matched:
+    has_example = example is not None
+    equalised = settings.equalise and (has_example or not guides)
+    if equalised:
         new = decode_like(checkpoint, x_0, audio, C_L, C_R, from_x_bar, example)
     else:
         new = checkpoint.decode(x_0)
 
-    # Music from nothing has no context to take its level from.
+    # Music from nothing has no context to take its level from, but perhaps an example.
     from_nothing = not (C_L or C_R or from_x_bar)
-    if settings.keep_level and from_nothing and not (matched and example is not None):
-        power = new.square().mean((1, 2), keepdim=True)
-        new = new * LEVEL / power.sqrt().clamp(min=1e-6)
+    level_is_set = equalised and has_example
+    if settings.keep_level and from_nothing and not level_is_set:
+        mean_square = new.square().mean((1, 2), keepdim=True)
+        new = new * LEVEL / mean_square.sqrt().clamp(min=1e-6)
     return new
 
 
@@ -1021,13 +1036,16 @@ def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=N
         if colour is not None:
             everywhere = torch.ones_like(audio[0, 0])
             audio = equalise(audio, everywhere, recoloured(spectrum(audio, everywhere), colour))
-        return no_louder(audio, original, new) if (new < 1).any() else audio
+        if (new < 1).any():
+            audio = no_louder(audio, original, new)
+        return audio
 
     # Equalise the contexts and the new part, each to its own spectrum.
     of_context = spectrum(original, 1 - new)
     wanted = spectrum(original, new) if from_x_bar else of_context
     if colour is not None:
-        wanted = recoloured(wanted, colour * (power(wanted).sum(1) / colour.sum(1))[:, None])
+        loudness = power(wanted).sum(1) / colour.sum(1)                         # (B,)
+        wanted = recoloured(wanted, colour * loudness[:, None])
     made = equalise(audio, new, wanted)
     if not from_x_bar:
         made = no_louder(made, original, new)
@@ -1040,9 +1058,9 @@ def recoloured(covariance, colour):
 
 
 def listen(passt, checkpoint, x, part=slice(None)):
-    """A(x) = PaSST(resample(decode(x))), Sect.
+    """A(x) of Sect. 4.3: PaSST of the decoded x (B, C, n), or of a `part` of its samples.
 
-    4.3: logits and embedding of x (B, C, n), of a `part` of its samples.
+    Returns logits and embedding.
     """
     return passt.listen(checkpoint.decode(x)[..., part], SAMPLE_RATE)
 
@@ -1086,6 +1104,7 @@ LIMITER = 0.05    # seconds that a peak above full scale is turned down before a
 
 def excerpt(x, first, last, lo, hi):
     """Samples [first, last) of x (..., n). Only [lo, hi) are read; beyond, x is mirrored."""
+    # The mirrored signal has the period 2 (hi - lo): up, then down.
     i = (torch.arange(first, last) - lo) % (2 * (hi - lo))
     return x[..., lo + torch.minimum(i, 2 * (hi - lo) - 1 - i)]
 
@@ -1153,7 +1172,7 @@ class Edit:
     """
 
     def __init__(self, checkpoint, track, a, b, context=None, repeats=None):
-        """repeats: samples after which a loop begins again; the track goes on with a copy of it."""
+        """repeats: of a loop, its length in samples; the track goes on with its beginning."""
         self.checkpoint, self.track, self.repeats = checkpoint, track, repeats
         self.frame = checkpoint.hop * track.rate / SAMPLE_RATE    # the track's samples in a frame
         self.gap = math.ceil((b - a) / self.frame - 1e-6)
@@ -1177,9 +1196,9 @@ class Edit:
         if self.C_R:
             self.end = a + math.ceil(self.gap * self.frame - 1e-6)
         # The contexts' mean, a constant that some recorders add. The model works without it.
-        before = track.audio[:, a - int(self.C_L * self.frame):a]
-        after = track.audio[:, self.end:self.end + int(self.C_R * self.frame)]
-        self.offset = torch.cat([before, after], -1).mean(-1, keepdim=True).nan_to_num()
+        left = track.audio[:, a - int(self.C_L * self.frame):a]
+        right = track.audio[:, self.end:self.end + int(self.C_R * self.frame)]
+        self.offset = torch.cat([left, right], -1).mean(-1, keepdim=True).nan_to_num()
         self.spans = windows(self.C_L, self.gap, self.C_R, window, min(longest, room // 2))
 
     def context(self, whole):
@@ -1215,8 +1234,9 @@ class Edit:
 
         # The new part and its cross-fades, at the track's rate. A mono track takes one channel: the
         # mean of two that differ would be quieter.
+        length = end - a
         new = resample_part(decoded, SAMPLE_RATE, rate, self.C_L * self.checkpoint.hop,
-                            -before, end - a + after, 0, decoded.shape[-1])
+                            -before, length + after, 0, decoded.shape[-1])
         new = new[:len(audio)] + self.offset
         over = new.abs().max() / top
         if over > 1:
@@ -1226,8 +1246,8 @@ class Edit:
 
         if fade:
             fade_in = blend(audio[:, a - before:a], new[:, :before])
-            fade_out = blend(new[:, before + end - a:], audio[:, end:end + after])
-            new = torch.cat([fade_in, new[:, before:before + end - a], fade_out], dim=-1)
+            fade_out = blend(new[:, before + length:], audio[:, end:end + after])
+            new = torch.cat([fade_in, new[:, before:before + length], fade_out], dim=-1)
         result = torch.cat([audio[:, :a - before], new, audio[:, end + after:]], dim=-1)
         if self.repeats:
             # The end of the cross-fade lies where the loop begins again.
@@ -1523,11 +1543,25 @@ def region(o, checkpoint):
     elif start is None:
         start = max(0, o.end - GAP)
     a = round(start * rate)
-    b = min(track.n, round((start + GAP) * rate)) if o.end is None else round(o.end * rate)
+    if o.end is None:
+        b = min(track.n, round((start + GAP) * rate))
+    else:
+        b = round(o.end * rate)
     if not 0 <= a < b <= track.n or b - a == track.n:
         raise UserError(f"{lasts}: --start {clock(a / rate)} to --end {clock(b / rate)} "
                         "must be a part of it")
     return track, a, b, o.context
+
+
+def row_of(o):
+    """The row of TABLE_2 that --task names.
+
+    A loop and an intro are infills whose contexts stand in another place; a loop may keep an
+    outline of what stood there.
+    """
+    if o.task not in ("loop", "intro"):
+        return o.task
+    return "infill" if o.k in (None, 1) else "regenerate"
 
 
 def make_guides(o, checkpoint, classifier, device):
@@ -1590,7 +1624,7 @@ def output_paths(o):
 
 
 def main(argv=None, add_flags=Settings.add_flags, open_model=None):
-    """An example brings its own model by add_flags(add) and open_model(options, device)."""
+    """Run the command. add_flags and open_model let examples/ bring another model."""
     # Refuse what cannot be done before any work begins.
     o = parse(argv, add_flags)
     check(o)
@@ -1642,10 +1676,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
     }
 
-    # A loop and an intro are infills whose contexts stand in another place.
-    row = o.task
-    if o.task in ("loop", "intro"):
-        row = "infill" if o.k in (None, 1) else "regenerate"
+    row = row_of(o)
 
     # Steps of all windows, for the progress bar.
     t_T = 1.0

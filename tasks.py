@@ -75,7 +75,7 @@ class KeepMask:
 # ---- distances: one number per clip, (B,), never divided by the batch ----------------------------
 
 def l1(y, Ax):
-    """||y - A x||_1, a sum over a clip's elements: with a mean, the paper's xi would do nothing."""
+    """||y - A x||_1, a sum over a clip's elements: for a mean the paper's xi would be too small."""
     return (y - Ax).abs().flatten(1).sum(1)
 
 
@@ -95,11 +95,11 @@ def bce(y, logits):
 
 # ---- the rows of Table 2 -------------------------------------------------------------------------
 
-def reconstruct(x_bar, A, z, project="x0_hat", **term):
-    """The first rows of Table 2 for any linear A: y = A x_bar, d = L1.
+def reconstruct(x_bar, A, z, project="x0_hat", d=l1, **term):
+    """The first rows of Table 2 for any linear A, and another distance d: y = A x_bar.
 
-    x_T = A^T y + (I - A^T A) z as printed. Departure: with project="x0_hat" (see Term) it is z
-    alone, as noisy in the context as elsewhere.
+    x_T = A^T y + (I - A^T A) z as printed. Departure: with project="x0_hat" (see Term) x_T is pure
+    noise z, in the contexts too.
     """
     if x_bar.shape != z.shape:
         raise ValueError("x_bar and z must have the same shape, "
@@ -108,7 +108,7 @@ def reconstruct(x_bar, A, z, project="x0_hat", **term):
     x_T = z
     if project != "x0_hat":
         x_T = data_consistency(z, y, A)             # the printed x_T, for A A^T != I as well
-    return Task(x_T, (Term(A, l1, y, project=project, **term),))
+    return Task(x_T, (Term(A, d, y, project=project, **term),))
 
 
 def continuation(x_bar, C_L, z, **term):
@@ -128,7 +128,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     start_from  "paper": from k z + (1 - k) x_bar at t = 1, as Table 2 prints it.
                 "matched": the same mixture scaled to unit variance, at the time t_T whose alpha_t :
                 sigma_t is (1 - k) : k, which is Sect. 4.3's "partially noised using the forward
-                process". From t = 1, DDPM takes x_bar for noise and forgets it.
+                process". Started at t = 1, DDPM treats x_bar as noise and loses it.
     """
     k = torch.as_tensor(k, dtype=torch.float64)
     if start_from not in ("paper", "matched"):
@@ -148,7 +148,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     if not C_L + C_R:
         return Task(mixed, (), t_T)                 # without a context there is no term
 
-    # At t = 1 the context is noise (infill makes it y, where that is printed).
+    # In the contexts x_T is noise at t = 1; or y, with project="x_t": infill sees to that.
     if start_from == "paper":
         A = KeepEnds(z.shape[-1], C_L, C_R)
         mixed = data_consistency(mixed, A(z), A)
@@ -211,10 +211,8 @@ def combine(*tasks, weights=None):
         terms += [replace(term, weight=weight * term.weight) for term in task.terms]
 
     # The start of the first task with a linear operator.
-    start = tasks[0]
-    for task in reversed(tasks):
-        if any(is_linear(term.A) for term in task.terms):
-            start = task
+    linear = [task for task in tasks if any(is_linear(term.A) for term in task.terms)]
+    start = linear[0] if linear else tasks[0]
     return Task(start.x_T, tuple(terms), start.t_T)
 
 
@@ -222,10 +220,10 @@ def combine(*tasks, weights=None):
 
 @contextmanager
 def full_precision(x):
-    """Within the context, float32 work on the device of x is just that.
+    """Within the context, float32 stays float32 on the device of x.
 
-    No half precision of an autocast around it; and on NVIDIA GPUs none of TF32's 10 bits, which
-    convolutions have by default. Either is good for -60 dB only.
+    No autocast around it; and on NVIDIA GPUs no TF32, which convolutions have by default: its 10
+    bits give errors of -60 dB.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
@@ -293,13 +291,13 @@ def resample(x, rate_in, rate_out):
 def to_resample(rate_in, rate_out, first, last):
     """The samples [begin, end) at rate_in from which samples [first, last) at rate_out are made.
 
-    The filter's margin is included. Both rates have a sample at time 0, and again after every block
-    of `down` samples, which become `up`. These are whole blocks, so begin * rate_out / rate_in is a
-    whole number: the place of resample's first output.
+    The filter's margin is included. Both are whole blocks of `down` samples, which become `up`; so
+    begin * rate_out / rate_in is a whole number, the place of resample's first output.
     """
     common = math.gcd(rate_in, rate_out)
     down, up = rate_in // common, rate_out // common
-    margin = math.ceil(64 * max(1, rate_in / rate_out) / down)          # blocks
+    reach = 64 * max(1, rate_in / rate_out)         # samples: 48 crossings / 0.945, and some more
+    margin = math.ceil(reach / down)                # blocks
     return (first // up - margin) * down, (math.ceil(last / up) + margin) * down
 
 
@@ -333,8 +331,8 @@ def mel_triangles(bands, low, high, bins):
     From low to high Hz, linear in mel; FFT bins 31.25 Hz apart (32 kHz / 1024 for PaSST, 16 kHz /
     512 for VGGish).
     """
-    low, high = (1127 * math.log1p(hertz / 700) for hertz in (low, high))
-    edges = torch.linspace(low, high, bands + 2, dtype=torch.float64)
+    mel_low, mel_high = (1127 * math.log1p(hertz / 700) for hertz in (low, high))
+    edges = torch.linspace(mel_low, mel_high, bands + 2, dtype=torch.float64)
     left, centre, right = (edges[i:bands + i, None] for i in range(3))
     mel = 1127 * torch.log1p(31.25 * torch.arange(bins, dtype=torch.float64) / 700)
     rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)
