@@ -37,9 +37,9 @@ import vae as autoencoder
 from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
-                    join_processes, load_state, open_checkpoint, pick_device, progress,
-                    random_numbers, read_audio, reason, refuse_idle, run, save_atomic, say,
-                    survey, to_stereo_44k, within, write_atomic)
+                    join_processes, load_state, open_audio, open_checkpoint, pick_device,
+                    progress, random_numbers, read_audio, reason, refuse_idle, run, save_atomic,
+                    say, survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
@@ -550,7 +550,7 @@ class AudioFiles:
         rate = self.rates[i]
         begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
         begin = max(begin, 0)
-        with sf.SoundFile(self.paths[i]) as file:
+        with open_audio(self.paths[i]) as file:
             file.seek(min(begin, file.frames))
             audio = file.read(max(end, 0) - begin, dtype="float32", always_2d=True)
         audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
