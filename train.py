@@ -48,6 +48,10 @@ MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
+# No sample is so far beyond full scale, not even 16-bit numbers that were written as floats; and
+# its square, summed over a clip, is still finite in float32.
+LOUDEST = 1e6
+FEW = 20                                # files to hold out that are looked at more closely
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
 PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
 
@@ -355,7 +359,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     save(o, header, step, seconds, objective, ema, optimizers)
     play(o, ema, averaged, held_out, step)
     barrier()                           # rank 0 validates and saves; what comes next may read that
-    farewell(o, step, validation, clips.source.broken)
+    farewell(o, step, validation, clips.source.broken | held_out.source.broken)
 
 
 def learning_rate(o, step):
@@ -492,12 +496,18 @@ def continued(checkpoint, audio, C_L):
 
 
 def farewell(o, step, validation, broken):
-    """Say where the model is, what could not be read, and the command that comes next."""
+    """Say what could not be read, where the model is, and the command that comes next.
+
+    UserError if the validation is not finite: such a model is of no use.
+    """
     file = shlex.quote(f"{o.out}/model.pt")
-    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
-    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     for path, why in broken.items():
         say(f"  could not be read: {path} ({why})")
+    if not all(map(math.isfinite, validation.values())):
+        raise UserError(f"the validation of step {step} is not finite: begin again with a lower "
+                        "--lr, or with --precision fp32", status=1)
+    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
+    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     if step < o.steps:
         again = f"python train.py --model {o.model} --out {shlex.quote(o.out)} --resume"
         say(f"stopped; to go on: {again}")
@@ -535,9 +545,10 @@ class AudioFiles:
                 clip = self.read(i, start, n)
                 if not clip.size:
                     raise ValueError("nothing is left of it")
+                check_samples(clip)
                 return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), i
             except (OSError, RuntimeError, ValueError) as error:
-                # Damaged, or gone: note it, and look elsewhere.
+                # Damaged, gone, or with bad samples: note it, and look elsewhere.
                 self.broken[self.paths[i]] = reason(error)
                 place = (place + 0.618) % 1
         raise UserError(f"ten clips in a row could not be read, the last in {self.paths[i]}",
@@ -555,6 +566,12 @@ class AudioFiles:
             audio = file.read(max(end, 0) - begin, dtype="float32", always_2d=True)
         audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
         return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
+
+
+def check_samples(audio):
+    """ValueError if samples are not finite, or beyond any scale: one spoils all that it is in."""
+    if not np.abs(audio).max() <= LOUDEST:                  # true of NaN too
+        raise ValueError("samples that are not finite, or far beyond full scale")
 
 
 class Latents(AudioFiles):
@@ -603,13 +620,14 @@ class Latents(AudioFiles):
     def encode(self, path, files):
         """Write those versions of the audio at path that are not there yet.
 
-        None, if it is damaged where no probe looked.
+        None, if it is damaged where no probe looked, or has bad samples.
         """
         if all(file.exists() for file in files):
             return
         try:
             audio = to_stereo_44k(*read_audio(path))                        # (2, n)
-        except UserError:
+            check_samples(audio.numpy())
+        except (UserError, ValueError):
             return
         for version, file in enumerate(files):
             if not file.exists():
@@ -739,10 +757,52 @@ def music(o):
         return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
 
     # Few files are all trained on, also the one that is validated on.
-    held_out = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
+    count = max(1, round(len(files) / 20))
+    held_out = readable(sorted(files, key=digest), count)
     trained = sorted(files.keys() - held_out) if len(files) >= 4 else files
     return (AudioFiles({path: files[path] for path in trained}),
             AudioFiles({path: files[path] for path in held_out}))
+
+
+def readable(paths, count):
+    """The first `count` of the paths; where that is few, of those that can be read throughout.
+
+    A bad file would be most of a small validation; in a large one, crop finds another.
+    """
+    if count > FEW:
+        return paths[:count]
+    chosen = []
+    for path in paths:
+        why = unreadable(path)
+        if why:
+            say(f"  not held out: {path} ({why})")
+        else:
+            chosen.append(path)
+        if len(chosen) == count:
+            break
+    # With no good one at all, crop takes what can be read of the first.
+    return chosen or paths[:count]
+
+
+def unreadable(path):
+    """What is wrong with an audio file, or None: all of it is read."""
+    try:
+        check_samples(read_audio(path)[0].numpy())
+    except UserError:
+        return "damaged"
+    except ValueError as error:
+        return str(error)
+
+
+def refuse_silence(source):
+    """UserError if clips from all over the music of --data hold no sound.
+
+    There would be nothing to learn, and no scale to learn it in.
+    """
+    for i in range(MEASURED):
+        if source.crop((i + 0.5) / MEASURED, 2**15)[0].any():
+            return
+    raise UserError("--data: all clips are digital silence: give music")
 
 
 @torch.no_grad()
@@ -987,6 +1047,12 @@ def main(argv=None):
             raise UserError("--init: no folder has the name of one of its classes, "
                             f"{', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
+
+    # Before anything is made of it: there is sound in it, and the clips of a validation can be read.
+    if o.data:
+        refuse_silence(source)
+        for i in range(VALIDATED):
+            held_out.crop((i + 0.5) / VALIDATED, max(o.windows))
 
     # The network: a new one, or the starting checkpoint's.
     torch.manual_seed(o.seed)
