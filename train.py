@@ -299,10 +299,10 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     schedule = (clips.of_step(i)[RANK::WORLD] for i in range(step, o.steps))
     batches = prefetch(clips, schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
-    stop = Stop(o.device)
+    ending = step >= o.steps
 
-    with bar:
-        while step < o.steps and not stop():
+    with bar, Stop(o.device) as stop:
+        while not ending:
             # The clips of this step, with all that is random about them.
             batch = to_device(next(batches), o.device)
 
@@ -343,21 +343,26 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             seconds = time.monotonic() - began
             entry = {"step": step, "seconds": round(seconds, 3), "loss": loss.item(), "lr": lr,
                      "gradient_norm": norm}
+            ending = stop() or step >= o.steps
             due = step % o.save_every == 0
             if RANK == 0:
-                if due or step == o.steps:
+                if due or ending:
                     validation = validate(averaged, held_out, autocast, o.device)
                     entry["validation"] = validation["loss"]
                 write_log(out, entry)
-            if due and step < o.steps:
+            if due and not ending:
                 save(o, header, step, seconds, objective, ema, optimizers)
                 play(o, ema, averaged, held_out, step)
             bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.1e}", refresh=False)
             bar.update()
 
-    batches.close()
-    save(o, header, step, seconds, objective, ema, optimizers)
-    play(o, ema, averaged, held_out, step)
+        # The end, where a signal still waits for it. A run without a step is validated here.
+        batches.close()
+        if RANK == 0 and not validation:
+            validation = validate(averaged, held_out, autocast, o.device)
+        save(o, header, step, seconds, objective, ema, optimizers)
+        play(o, ema, averaged, held_out, step)
+
     barrier()                           # rank 0 validates and saves; what comes next may read that
     farewell(o, step, validation, clips.source.broken | held_out.source.broken)
 
@@ -396,12 +401,21 @@ def to_device(batch, device):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
+    """While entered, Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at
+    once. Afterwards they do what they did before."""
 
     def __init__(self, device):
         self.asked, self.device = False, device
+        self.before = {}                # {number of a signal: its handler outside}
+
+    def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, *_):
         self.asked = True
