@@ -14,6 +14,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import io
 import math
 import os
 import shlex
@@ -142,10 +143,10 @@ class Denoising(nn.Module):
             drawn["share"] = share.astype(np.float32)[None]                 # (1, n)
         return drawn
 
-    def forward(self, x, t, eps, start=None, fresh=None, share=None, **_):
+    def forward(self, x, t, eps, start=None, fresh=None, share=None, encoded=None, **_):
         # Into model space, where the clips are not yet latents from the cache.
         x_0 = x
-        if x.shape[1] == 2:
+        if encoded is None or not encoded[0]:
             with full_precision(x):
                 x_0 = self.space.encode(x)                                  # (B, C, n)
         model = self.net
@@ -286,7 +287,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     optimizers = make_optimizers(objective, o)
     step, seconds, validation, bad_in_a_row = 0, 0.0, {}, 0
     if state:
-        step, seconds = state["step"], state["seconds"]
+        step, seconds = state["run_step"], state["seconds"]
         objective.load_state_dict(state["objective"])
         ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
@@ -300,6 +301,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     batches = prefetch(clips, schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
     ending = step >= o.steps
+    if RANK == 0:
+        begin_log(out, step)
 
     with bar, Stop(o.device) as stop:
         while not ending:
@@ -341,7 +344,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             # Log every step; validate, save and play the model every so many.
             step += 1
             seconds = time.monotonic() - began
-            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss.item(), "lr": lr,
+            loss = mean_of_all(loss)
+            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
                      "gradient_norm": norm}
             ending = stop() or step >= o.steps
             due = step % o.save_every == 0
@@ -353,7 +357,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             if due and not ending:
                 save(o, header, step, seconds, objective, ema, optimizers)
                 play(o, ema, averaged, held_out, step)
-            bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.1e}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}", refresh=False)
             bar.update()
 
         # The end, where a signal still waits for it. A run without a step is validated here.
@@ -445,14 +449,41 @@ def validate(averaged, held_out, autocast, device):
             for name in shown[0]}
 
 
+def begin_log(folder, step):
+    """log.csv with the names of its columns, and the lines of the run to resume up to that step.
+
+    What a crashed run did after its last save is done again, and logged again.
+    """
+    kept = []
+    if step > 0 and (folder / "log.csv").exists():
+        with open(folder / "log.csv", newline="") as file:
+            for entry in csv.DictReader(file):
+                number = entry["step"] or ""
+                if number.isdecimal() and int(number) <= step:
+                    kept.append(entry)
+    text = io.StringIO()
+    log = log_writer(text)
+    log.writeheader()
+    log.writerows(kept)
+    write_atomic(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
+
+
 def write_log(folder, entry):
-    """Append a line to log.csv; the first step of a run begins the file with the columns' names."""
-    first = entry["step"] == 1
-    with open(folder / "log.csv", "w" if first else "a", newline="") as file:
-        log = csv.DictWriter(file, LOG, restval="", lineterminator="\n")
-        if first:
-            log.writeheader()
-        log.writerow(entry)
+    """Append a line to log.csv."""
+    with open(folder / "log.csv", "a", newline="") as file:
+        log_writer(file).writerow(entry)
+
+
+def log_writer(file):
+    return csv.DictWriter(file, LOG, restval="", extrasaction="ignore", lineterminator="\n")
+
+
+def mean_of_all(loss):
+    """The mean over the processes, which have as many clips each, of a number on the device."""
+    loss = loss.detach()
+    if WORLD > 1:
+        dist.all_reduce(loss)
+    return loss.item() / WORLD
 
 
 def save(o, header, step, seconds, objective, ema, optimizers):
@@ -460,15 +491,15 @@ def save(o, header, step, seconds, objective, ema, optimizers):
     if RANK > 0:
         return
 
-    # Settings are saved with the state, so that --resume needs no other option.
+    # Settings are saved with the state, so that --resume needs no other option. The steps of a model
+    # are all that its weights have had, in earlier runs too.
     save_atomic(Path(o.out) / "state.pt", {
-        **header, "step": step, "seconds": seconds,
+        **header, "step": o.before + step, "run_step": step, "seconds": seconds,
         "ema": ema.state_dict(),
         "objective": objective.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
 
-    # The steps of a model are all that its weights have had, in earlier runs too.
     model = {**header, "step": o.before + step, "ema": halved(ema.state_dict())}
     if header["vae"]:
         model["vae"] = {**header["vae"], "weights": halved(header["vae"]["weights"])}
@@ -716,7 +747,8 @@ class Clips:
         # Audio is varied for training. Latents cannot be: their cache holds versions of each track.
         if self.stream == TRAIN and self.source.unit == 1:
             x = varied(x, rng)
-        return {"x": x, "label": label, **self.draw(rng, window)}
+        encoded = np.bool_(self.source.unit > 1)
+        return {"x": x, "label": label, "encoded": encoded, **self.draw(rng, window)}
 
     def excerpt(self, n):
         """n samples of the music where the first of `count` clips is, (1, 2, n)."""
@@ -939,7 +971,7 @@ def settle(o):
     state = None
     if o.resume and state_file.exists():
         state = load_state(state_file)
-        if "seconds" not in state:
+        if "run_step" not in state:
             raise UserError(f"{state_file} is of another version of this program: "
                             "begin another run, with --init and its model.pt")
     elif any(Path(o.out).glob("*.pt")):
