@@ -785,9 +785,11 @@ def prefetch(load, schedule, workers):
             yield batch.result()
 
 
-def music(o):
+def music(o, origin=None):
     """Where clips come from, for training and for validation.
 
+    origin: the folders that were --data when the run began, if they were others. A moved file takes
+    the place that it had, among the clips and among those held out.
     Held out are the files of --valid, else one file in twenty of --data, which training leaves out
     if there are four or more. The choice depends on the names of file and folder alone.
     """
@@ -796,16 +798,25 @@ def music(o):
 
     # Files that are too short, or damaged, are named and left out.
     files = survey(o.data, max(o.windows), "--data")
+
+    def former(path):
+        for folder, first in zip(o.data, origin or o.data):
+            if path == folder or path.startswith(folder + os.sep):
+                return first + path[len(folder):]
+
+    files = {path: files[path] for path in sorted(files, key=former)}
     if o.valid:
         return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
 
     def digest(path):
-        return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
+        return hashlib.sha256(os.fsencode("/".join(Path(former(path)).parts[-2:]))).digest()
 
     # Few files are all trained on, also the one that is validated on.
     count = max(1, round(len(files) / 20))
     held_out = readable(sorted(files, key=digest), count)
-    trained = sorted(files.keys() - held_out) if len(files) >= 4 else files
+    trained = files
+    if len(files) >= 4:
+        trained = [path for path in files if path not in held_out]
     return (AudioFiles({path: files[path] for path in trained}),
             AudioFiles({path: files[path] for path in held_out}))
 
@@ -893,8 +904,11 @@ TAKEN_BY = {
 # Options that do something with --data only.
 OF_FILES = ("valid", "cache")
 DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
-# Options that may differ when a run is resumed.
+# Options that may differ when a run is resumed; the others are saved with the run. Of these, the
+# second ones may be given anew: music can move, but it cannot come where there was none.
 PER_CALL = ("resume", "save_every", "device", "workers", "out")
+ANEW = ("steps", "data", "valid", "cache", "compile", "precision")
+MUSIC = ("data", "valid")
 
 
 def parse(argv):
@@ -920,7 +934,7 @@ def parse(argv):
          help="held-out music; without it, one file in twenty is held out")
     data("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS",
          help="lengths of clips, in turns; default: the recipe's, below")
-    data("--cache", action="store_true", default=None,
+    data("--cache", action=argparse.BooleanOptionalAction,
          help=f"latent: encode all music once, in {VERSIONS} versions, into the run's folder")
     data("--workers", type=count, default=workers,
          help="threads that prepare clips; here: %(default)s")
@@ -933,7 +947,7 @@ def parse(argv):
         help="share of the steps, at the end, over which the rate falls to zero")
     how("--seed", type=within(0, 2**63, int), help=f"default: {DEFAULTS['seed']}")
     how("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
-    how("--compile", action="store_true", default=None,
+    how("--compile", action=argparse.BooleanOptionalAction,
         help="latent: compile the transformer's blocks, faster after a minute or two")
     how("--device", default="auto", help="auto, cpu, cuda, mps; default: %(default)s")
 
@@ -942,7 +956,8 @@ def parse(argv):
     output("--save-every", type=count, metavar="STEPS",
            help="save, validate and play the model; default: a tenth of the steps, 50 to 1000")
     output("--resume", action="store_true", default=None,
-           help="go on with the run in --out, with its own settings; --steps may prolong it")
+           help="go on with the run in --out, with its own settings; --steps may prolong it, and "
+           "--data, --valid, --cache, --compile and --precision may be given anew")
     return parser.parse_args(argv)
 
 
@@ -969,7 +984,10 @@ def settle(o):
 
     # The state of the run to resume; a new run never goes where a model is.
     state = None
-    if o.resume and state_file.exists():
+    if o.resume:
+        if not state_file.exists():
+            raise UserError(f"--resume: there is no {state_file} to go on with: check --out; "
+                            "every machine of a run needs a copy")
         state = load_state(state_file)
         if "run_step" not in state:
             raise UserError(f"{state_file} is of another version of this program: "
@@ -977,12 +995,6 @@ def settle(o):
     elif any(Path(o.out).glob("*.pt")):
         raise UserError(f"{o.out} holds a model: choose another --out; "
                         "or --resume goes on, if state.pt is there")
-
-    # Options that would do nothing.
-    if not state:
-        refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
-    if not state and not o.data:
-        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
     start, settled = None, {}
@@ -994,17 +1006,28 @@ def settle(o):
         settled = {"size": start.size}
     o.windows = o.windows and [in_samples(window) for window in o.windows]
     for name, value in settled.items():
-        if name != "steps" and getattr(o, name, None) not in (None, value):
+        given = getattr(o, name, None)
+        may_change = name in ANEW and (value is not None or name not in MUSIC)
+        if given not in (None, value) and not may_change:
             raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
                             "or begin another run")
+
+    # Options that would do nothing.
+    refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
+    if not o.data and not settled.get("data"):
+        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # Defaults.
     size = o.size or settled.get("size", DEFAULTS["size"])
     before = start.step or 0 if start else 0                # steps that the weights have had
-    defaults = {**DEFAULTS, "before": before, **asdict(RECIPES[o.model][size]), **settled}
+    defaults = {**DEFAULTS, "before": before, "origin": o.data, **asdict(RECIPES[o.model][size]),
+                **settled}
     for name, value in defaults.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
+    if o.data and len(o.data) != len(o.origin):
+        raise UserError(f"--data: the music of this run was in {len(o.origin)} folder(s): "
+                        "give as many, in the same order")
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     if o.precision is None:
@@ -1012,6 +1035,51 @@ def settle(o):
     if o.batch % WORLD:
         raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, start
+
+
+def gathered(value):
+    """[value of process 0, of process 1, ...]; all processes call this."""
+    values = [value]
+    if WORLD > 1:
+        values = [None] * WORLD
+        dist.all_gather_object(values, value)
+    return values
+
+
+def in_all(work, *given):
+    """work(*given), in all processes; what one of them refuses, all refuse."""
+    result, refused = None, None
+    try:
+        result = work(*given)
+    except UserError as error:
+        refused = error.args[0]
+    for sentence in gathered(refused):
+        if sentence:
+            raise UserError(sentence)
+    return result
+
+
+def facts(o, state, source, held_out):
+    """{name: value} of what must be the same in all processes, however their folders are called."""
+    of_folders = (*MUSIC, "origin", "vae", "init")
+    found = {"step": state["run_step"] if state else 0}
+    for name, value in vars(o).items():
+        if name not in PER_CALL and name not in of_folders:
+            found[flag_of(name)] = value
+    for name, tracks in (("--data", source), ("validation", held_out)):
+        if o.data:
+            found[f"files of {name}"] = sum(map(os.path.isfile, tracks.paths))
+    return found
+
+
+def agree(found):
+    """UserError in all processes if one has another of the facts than the first."""
+    first, *others = gathered(found)
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise UserError(f"the processes differ in {name}: {value} in process 0, "
+                                f"{other.get(name)} in process {rank}: let them have the same")
 
 
 def kind_of(o):
@@ -1068,9 +1136,10 @@ def same_latents(one, two):
 
 def main(argv=None):
     # Options: those given, then those of the run to resume, then the recipe's.
+    # What one process cannot use ends them all.
     o = parse(argv)
-    state, start = settle(o)
-    join_processes(o.device)
+    join_processes(pick_device(o.device))
+    state, start = in_all(settle, o)
     kind = kind_of(o)
     make, _, presets = NETS[kind]
     config = start.net.config if start else presets[o.size]
@@ -1085,10 +1154,15 @@ def main(argv=None):
         config = replace(config, channels=vae.config.latent_channels)
 
     # Music, and the classes that it is labelled with: the names of its folders.
-    source, held_out = music(o)
+    source, held_out = music(o, o.origin)
+    agree(facts(o, state, source, held_out))
     classes = []
     if o.model == "classifier":
         classes = start.classes if start else sorted(set(source.names))
+        strange = sorted(set(source.names) - set(classes))
+        if state and strange:
+            raise UserError(f"--data: {strange[0]} is no class of this run: its folders must keep "
+                            "their names")
         if not set(classes) & set(source.names):
             raise UserError("--init: no folder has the name of one of its classes, "
                             f"{', '.join(classes)}: rename one")
