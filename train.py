@@ -495,8 +495,8 @@ def save(o, header, step, seconds, objective, ema, optimizers):
     if RANK > 0:
         return
 
-    # Settings are saved with the state, so that --resume needs no other option. The steps of a model
-    # are all that its weights have had, in earlier runs too.
+    # Settings are saved with the state, so that --resume needs no other option. The steps of a
+    # model are all that its weights have had, in earlier runs too.
     save_atomic(Path(o.out) / "state.pt", {
         **header, "step": o.before + step, "run_step": step, "seconds": seconds,
         "ema": ema.state_dict(),
@@ -1172,7 +1172,7 @@ def main(argv=None):
                             f"{', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
 
-    # Before anything is made of it: there is sound in it, and the clips of a validation can be read.
+    # Before anything is made of it: there is sound, and the clips of a validation can be read.
     if o.data:
         refuse_silence(source)
         for i in range(VALIDATED):

@@ -20,7 +20,7 @@ import torch
 import sample
 import train
 from examples import synthetic
-from test_train import (MUSIC, RATE, ROOT, SHORT, column, few_statistics, files_of, fit, losses,  # noqa: F401
+from test_train import (MUSIC, RATE, ROOT, SHORT, column, few_statistics, files_of, fit, losses,
                         music, same, save_checkpoint, tiny, vae_file, words)
 
 PAPER = MUSIC.parent / "paper.md"
@@ -483,8 +483,9 @@ def test_the_numbers_above_are_in_the_paper():
     """In its own words."""
     text = PAPER.read_text()
     for model, (steps, batch) in OF_THE_PAPER.items():
-        says = f"{model} model (is trained )?for {steps // 1000}k steps with a batch size of {batch} "
-        assert re.search(says, text)
+        thousands = steps // 1000
+        assert re.search(f"{model} model (is trained )?for {thousands}k steps "
+                         f"with a batch size of {batch} ", text)
     assert "a warmup of 5000 steps" in text
 
 
