@@ -46,6 +46,7 @@ from vae import VAE
 MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE, of kind "vae"
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
+HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
@@ -516,9 +517,14 @@ class AudioFiles:
         self.paths = list(files)
         self.rates = [rate for _, rate, _ in files.values()]
         lengths = [frames * SAMPLE_RATE // rate for frames, rate, _ in files.values()]
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.names = [Path(os.path.abspath(path)).parent.name for path in files]
+        self.set_lengths(np.array(lengths, dtype=np.int64))
+        self.names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in files]
         self.broken = {}                # {path: why} of what could be opened before, but not read
+
+    def set_lengths(self, lengths):
+        """lengths: of all files, in frames. `ends` is where each ends if all are one after another."""
+        self.lengths = lengths
+        self.ends = np.cumsum(lengths)
 
     def crop(self, place, window):
         """(clip (C, window / unit) float32, number of its file); UserError if ten in a row fail.
@@ -526,7 +532,7 @@ class AudioFiles:
         place: where in all the music, 0 <= place < 1. A file shorter than the clip is repeated.
         """
         n = window // self.unit
-        ends = np.cumsum(self.lengths)
+        ends = self.ends
         for _ in range(10):
             i = int(np.searchsorted(ends, place * ends[-1], side="right"))
             into = 1 - (ends[i] - place * ends[-1]) / self.lengths[i]       # a share of the file
@@ -590,13 +596,14 @@ class Latents(AudioFiles):
         barrier()
 
         # A file that could not be decoded has no length, so no clip is taken from it.
-        self.broken, self.lengths = {}, np.zeros(len(self.files), dtype=np.int64)
+        self.broken, lengths = {}, np.zeros(len(self.files), dtype=np.int64)
         for i, file in enumerate(self.files):
             if file.exists():
-                self.lengths[i] = len(np.load(file, mmap_mode="r"))
+                lengths[i] = len(np.load(file, mmap_mode="r"))
             else:
                 self.broken[self.paths[i]] = "damaged"
-        if not self.lengths.any():
+        self.set_lengths(lengths)
+        if not lengths.any():
             raise UserError(f"none of the {len(tracks.paths)} files of --data can be decoded: "
                             "give others")
 
@@ -724,25 +731,36 @@ def prefetch(load, schedule, workers):
 def music(o):
     """Where clips come from, for training and for validation.
 
-    Held out are the files of --valid, else one file in twenty of --data, which training leaves out
-    if there are four or more. The choice depends on the names of file and folder alone.
+    Held out are the files of --valid, else one file in twenty of --data, but no more than 80 hours.
+    Training leaves them out if there are four files or more. The choice depends on the names of
+    file and folder alone.
     """
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
 
     # Files that are too short, or damaged, are named and left out.
-    files = survey(o.data, max(o.windows), "--data")
+    index = Path(o.out) / "files.json"
+    files = survey(o.data, max(o.windows), "--data", index=index)
     if o.valid:
-        return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
+        return (AudioFiles(files),
+                AudioFiles(survey(o.valid, max(o.windows), "--valid", index=index)))
 
     def digest(path):
-        return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
+        return hashlib.sha256(os.fsencode("/".join(path.split(os.sep)[-2:]))).digest()
+
+    held_out, hours = {}, 0.0
+    for path in sorted(files, key=digest)[:max(1, round(len(files) / 20))]:
+        frames, rate, _ = files[path]
+        hours += frames / rate / 3600
+        if held_out and hours > HELD_OUT_HOURS:
+            break
+        held_out[path] = files[path]
 
     # Few files are all trained on, also the one that is validated on.
-    held_out = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
-    trained = sorted(files.keys() - held_out) if len(files) >= 4 else files
-    return (AudioFiles({path: files[path] for path in trained}),
-            AudioFiles({path: files[path] for path in held_out}))
+    trained = files
+    if len(files) >= 4:
+        trained = {path: files[path] for path in files if path not in held_out}
+    return AudioFiles(trained), AudioFiles(held_out)
 
 
 @torch.no_grad()

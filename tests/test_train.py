@@ -324,12 +324,12 @@ def test_a_version_is_faster_or_slower_swapped_and_quieter():
     assert not torch.equal(again[:, :9], train.encoded_as(tone, "a.wav", 1, 5)[:, :9])
 
 
-def test_what_is_held_out_is_not_trained_on(music):
+def test_what_is_held_out_is_not_trained_on(music, tmp_path):
     """One file of twenty if there are four or more, each of them on one side; fewer are all trained
     on."""
     files = set(sample.find_files([music]))
     for some, held_out in ((files, 1), (sorted(files)[:4], 1), (sorted(files)[:3], 0)):
-        options = Namespace(data=some, valid=None, windows=[2**12])
+        options = Namespace(data=some, valid=None, windows=[2**12], out=tmp_path)
         trained, valid = (set(tracks.paths) for tracks in train.music(options))
         assert trained | valid == set(some) and len(valid) == 1 and len(valid - trained) == held_out
 

@@ -1,0 +1,99 @@
+"""train.py on much music and in many processes, played on two cores.
+
+Files without audio stand for a large collection, processes of gloo for GPUs, folders for disks.
+"""
+import json
+import os
+import time
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+import sample
+import train
+
+RATE = sample.SAMPLE_RATE
+
+
+# ---- the index of files --------------------------------------------------------------------------
+
+def opened(monkeypatch):
+    """The paths that are probed from now on, in a list that grows."""
+    paths = []
+    probe = sample.probe
+    monkeypatch.setattr(sample, "probe", lambda path: paths.append(path) or probe(path))
+    return paths
+
+
+def test_a_file_is_probed_again_only_when_it_has_changed(tmp_path, monkeypatch, capsys):
+    """Changed are size or time; new files are found, lost ones forgotten, and one that could not be
+    used is looked at each time. A damaged index is made anew."""
+    music, index = tmp_path / "music", tmp_path / "files.json"
+    music.mkdir()
+    for name in "abc":
+        sf.write(music / f"{name}.wav", np.zeros((RATE, 2)), RATE)
+    (music / "empty.wav").touch()
+    paths = opened(monkeypatch)
+
+    def names(samples=RATE):
+        paths.clear()
+        files = sample.survey([music], samples, "--data", index=index)
+        return "".join(path[-5] for path in files), "".join(path[-5] for path in sorted(paths))
+
+    assert names() == ("abc", "abcy")
+    assert names() == ("abc", "y") and capsys.readouterr().out.count("it is empty") == 2
+    os.utime(music / "b.wav", ns=(0, 0))
+    (music / "c.wav").unlink()
+    sf.write(music / "d.wav", np.zeros((RATE // 2, 1)), 48000)
+    assert names() == ("ab", "bdy")
+    assert names(RATE // 4) == ("abd", "y")
+    index.write_text("no json")
+    assert names(RATE // 4) == ("abd", "abdy")
+
+
+def test_at_most_eighty_hours_are_held_out(monkeypatch, tmp_path):
+    """And never more than one file in twenty: 40 of 800 files of 4 minutes, 20 of 800 of 4 hours."""
+    for minutes, held_out in ((4, 40), (240, 20)):
+        files = {f"/music/{i}.wav": [minutes * 60 * RATE, RATE, 2] for i in range(800)}
+        monkeypatch.setattr(train, "survey", lambda *args, files=files, **more: files)
+        trained, valid = train.music(Namespace(data=["/music"], valid=None, windows=[1],
+                                               out=tmp_path))
+        assert len(valid.paths) == held_out and len(trained.paths) == 800 - held_out
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_known_files_are_soon_ready(tmp_path, monkeypatch):
+    """Under 5 s of CPU from the options to the clips, and no file is opened; a clip costs no look
+    at all files, and is the same after a resume."""
+    index, known = tmp_path / "files.json", {}
+    for folder in range(100):
+        (tmp_path / "music" / str(folder)).mkdir(parents=True)
+        for i in range(1000):
+            path = tmp_path / "music" / str(folder) / f"{i:06d}.mp3"
+            path.touch()
+            known[str(path)] = [*sample.stamp(path), 240 * RATE + i, RATE, 2]
+    index.write_text(json.dumps(known))
+    paths = opened(monkeypatch)
+    monkeypatch.setattr(train.AudioFiles, "read", lambda self, i, start, n: np.full(
+        (2, n), i + start / 1e9, np.float32))
+    options = Namespace(data=[str(tmp_path / "music")], valid=None, windows=[2**17], out=tmp_path)
+
+    def ready():
+        source, held_out = train.music(options)
+        assert len(source.paths) + len(held_out.paths) == 100_000
+        return train.Clips(source, options.windows, lambda *_: {}, [], 0)
+
+    before = time.process_time()
+    clips = ready()
+    spent = time.process_time() - before
+    print(f"start: {spent:.2f} s of CPU")
+    assert paths == [] and spent < 5
+
+    before = time.process_time()
+    for k in range(200):
+        clips.source.crop(k / 200, 16)
+    print(f"crop: {(time.process_time() - before) / 200 * 1e6:.0f} us of CPU")
+    assert time.process_time() - before < 200 * 5e-4
+    assert np.array_equal(ready().clip(12345)["x"], clips.clip(12345)["x"])
