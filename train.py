@@ -7,8 +7,10 @@
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of
 (seed, k) alone, and a step's number says which clips it takes. So a resumed run needs no state of
-random numbers, and the numbers of threads and of processes do not change what is trained (except
-in a VAE's noise and in feature matching, which take means over the clips of one process).
+random numbers, and the numbers of threads, processes and micro-batches do not change what is
+trained. Two things of a VAE and its decoder are exceptions, since they are no means over clips: the
+deviation of a channel, which scales the noise in latents, and feature matching, a ratio. They are
+taken over one micro-batch of one process.
 """
 import argparse
 import copy
@@ -21,6 +23,7 @@ import signal
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,9 +140,10 @@ class Denoising(nn.Module):
             share = max(0, rng.uniform(-1, 1)) * ((first < position) & (position < last))
             drawn["fresh"] = rng.standard_normal(shape, dtype=np.float32)
             drawn["share"] = share.astype(np.float32)[None]                 # (1, n)
+            drawn["moved"] = np.bool_(share.any())
         return drawn
 
-    def forward(self, x, t, eps, start=None, fresh=None, share=None, **_):
+    def forward(self, x, t, eps, start=None, fresh=None, share=None, moved=None, **_):
         # Into model space, where the clips are not yet latents from the cache.
         x_0 = x
         if x.shape[1] == 2:
@@ -148,8 +152,11 @@ class Denoising(nn.Module):
         model = self.net
         if isinstance(self.net, dit.DiT):
             model = partial(self.net, start=start)
-        if self.training and share is not None and share.any():
-            eps = self.with_own_error(model, x_0, t, eps, fresh, share)
+        # A clip's noise must not depend on its batch: it is `fresh` in clips that are not moved too.
+        if self.training and fresh is not None:
+            if moved.any():
+                fresh = self.with_own_error(model, x_0, t, eps, fresh, share)
+            eps = fresh
         error = v_error(model, x_0, t, eps)
         if self.space.kind == "waveform":                                   # the U-Net weighs it
             error = self.net.weigh(error, t.to(error))
@@ -290,23 +297,31 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             optimizer.load_state_dict(kept)
     began = time.monotonic() - seconds
 
-    # Several processes share each step's clips and average their gradients in backward().
-    model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
+    # Several processes share each step's clips and average their gradients in backward(). Buffers
+    # are constants of the training set.
+    model = objective
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
+                                                    gradient_as_bucket_view=True)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
-    schedule = (clips.of_step(i)[RANK::WORLD] for i in range(step, o.steps))
+    schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
     batches = prefetch(clips, schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
     stop = Stop(o.device)
 
     with bar:
         while step < o.steps and not stop():
-            # The clips of this step, with all that is random about them.
-            batch = to_device(next(batches), o.device)
-
-            # The loss, and its gradient.
-            with autocast:
-                loss = model(**batch)["loss"]
-            loss.backward()
+            # The mean loss over this step's clips, and its gradient, micro-batch after micro-batch.
+            # The last one's backward() averages the gradients of all processes.
+            parts = clips.parts(step, o.micro_batch)
+            loss = torch.zeros((), device=o.device)
+            for i, ks in enumerate(parts):
+                batch = to_device(next(batches), o.device)
+                with averaging(model, now=i + 1 == len(parts)):
+                    with autocast:
+                        part = model(**batch)["loss"] * (len(ks) / sum(map(len, parts)))
+                    part.backward()
+                loss += part.detach()
 
             # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself.
             norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item()
@@ -385,6 +400,13 @@ def make_optimizers(objective, o):
         optimizers.append(torch.optim.Muon(matrices, o.lr, weight_decay=0.0,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def averaging(model, now):
+    """Here backward() averages the gradients of all processes, or, if not now, only adds them up."""
+    if WORLD == 1 or now:
+        return nullcontext()
+    return model.no_sync()
 
 
 def to_device(batch, device):
@@ -680,6 +702,18 @@ class Clips:
         first = step * self.most
         return range(first, first + self.batch * (max(self.windows) // window))
 
+    def parts(self, step, micro_batch=None):
+        """The clips that this process takes of that step, in micro-batches: a list of ranges.
+
+        A micro-batch, as a batch, is counted in clips of the longest window; None: all at once.
+        """
+        ks = self.of_step(step)
+        share = ks[RANK::WORLD]
+        size = len(share)
+        if micro_batch:
+            size = micro_batch * len(ks) // self.batch
+        return [share[i:i + size] for i in range(0, len(share), size)]
+
     def clip(self, k):
         """One clip: {name: number or array}."""
         # Where it is cut, and then what the objective draws: always in this order.
@@ -806,7 +840,7 @@ TAKEN_BY = {
 OF_FILES = ("valid", "cache")
 DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
 # Options that may differ when a run is resumed.
-PER_CALL = ("resume", "save_every", "device", "workers", "out")
+PER_CALL = ("resume", "save_every", "device", "workers", "out", "micro_batch")
 
 
 def parse(argv):
@@ -840,6 +874,9 @@ def parse(argv):
     how = parser.add_argument_group("how (by default as in the recipe, below)").add_argument
     how("--steps", type=steps)
     how("--batch", type=count, help="clips of the longest window in a step, of all processes")
+    how("--micro-batch", type=count, metavar="CLIPS",
+        help="of the longest window that a process takes at once, to fit into memory; the step "
+        "stays the same")
     how("--lr", type=within(1e-9, 1))
     how("--cooldown", type=within(0.01, 1),
         help="share of the steps, at the end, over which the rate falls to zero")

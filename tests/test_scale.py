@@ -4,16 +4,22 @@ Files without audio stand for a large collection, processes of gloo for GPUs, fo
 """
 import json
 import os
+import subprocess
+import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 
 import sample
 import train
+from conftest import save_checkpoint
 
+ROOT = Path(train.__file__).parent
 RATE = sample.SAMPLE_RATE
 
 
@@ -97,3 +103,77 @@ def test_a_hundred_thousand_known_files_are_soon_ready(tmp_path, monkeypatch):
     print(f"crop: {(time.process_time() - before) / 200 * 1e6:.0f} us of CPU")
     assert time.process_time() - before < 200 * 5e-4
     assert np.array_equal(ready().clip(12345)["x"], clips.clip(12345)["x"])
+
+
+# ---- one update, whatever the processes and micro-batches ----------------------------------------
+
+# Three steps in float64, of windows in turns: in float32, AdamW makes rounding into steps.
+UPDATES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import torch
+import train
+to_device, make_objective = train.to_device, train.make_objective
+train.MEASURED = train.VALIDATED = 2
+train.play = lambda *given: None
+train.make_objective = lambda o, net, vae: make_objective(o, net, vae and vae.double()).double()
+train.to_device = lambda batch, device: {
+    name: x.double() if x.is_floating_point() else x for name, x in to_device(batch, device).items()}
+folder, micro_batch, models = sys.argv[2], sys.argv[3], sys.argv[4:]
+for model in models:
+    more = ["--vae", folder + "/vae.pt"] if model in ("latent", "decoder") else []
+    train.main(["--model", model, "--size", "tiny", "--steps", "3", "--batch", "8", "--out",
+                f"{folder}/{train.WORLD}-{micro_batch}/{model}", "--device", "cpu",
+                "--micro-batch", micro_batch, "--windows", "0.2", "0.4", "--workers", "1", *more])
+"""
+
+
+def updates(folder, processes, micro_batch, models):
+    """{model: its weights after a run of UPDATES}"""
+    (folder / "updates.py").write_text(UPDATES)
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*python, folder / "updates.py", ROOT, folder, micro_batch, *models]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = {}
+    for model in models:
+        state = sample.load_state(folder / f"{processes}-{micro_batch}" / model / "state.pt")
+        assert state["step"] == 3
+        weights[model] = torch.cat([w.flatten() for w in state["objective"].values()])
+    return weights
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    make, _, presets = sample.NETS["vae"]
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "vae.pt", "vae", make(presets["tiny"]))
+    return tmp_path
+
+
+def difference(a, b):
+    return {model: ((a[model] - b[model]).norm() / b[model].norm()).item() for model in a}
+
+
+def test_micro_batches_change_nothing(vae_folder):
+    """Of 3 clips of the longest window, in batches of 8: the weights after three steps are the
+    same, also of a latent model that meets its own error, in only some of the micro-batches."""
+    models = ["latent", "waveform", "classifier"]
+    found = difference(updates(vae_folder, 1, 3, models), updates(vae_folder, 1, 8, models))
+    print(found)
+    assert max(found.values()) < 1e-6
+
+
+@pytest.mark.slow
+def test_eight_processes_make_the_update_of_one(vae_folder):
+    """Two clips or one of each in turns, in micro-batches of one, against one process and all clips
+    at once: weights after three steps, in norm. Every model runs; a VAE and its decoder differ,
+    since they take a deviation, and a ratio, over one micro-batch."""
+    models = ["latent", "waveform", "classifier", "vae", "decoder"]
+    found = difference(updates(vae_folder, 8, 1, models), updates(vae_folder, 1, 8, models))
+    print(found)
+    assert max(found[model] for model in models[:3]) < 1e-6
+    assert max(found.values()) < 0.05
