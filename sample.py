@@ -227,6 +227,14 @@ def barrier():
         dist.barrier()
 
 
+def gathered(value):
+    """A list of what each process gives here, the same in all of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 # ---- audio files ---------------------------------------------------------------------------------
 
 def open_audio(source):
@@ -489,11 +497,7 @@ def probe_new(folders, flag, index):
     headers, new = plan
 
     # Each process opens its share of the others.
-    shares = [probe_all(new[RANK::WORLD], flag)]
-    if WORLD > 1:
-        shares = shares * WORLD
-        dist.all_gather_object(shares, shares[0])
-    for share in shares:
+    for share in gathered(probe_all(new[RANK::WORLD], flag)):
         headers.update(share)
 
     # The index keeps what can be used; a file that cannot is looked at again next time.

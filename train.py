@@ -40,7 +40,7 @@ import vae as autoencoder
 from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
-                    join_processes, load_state, open_checkpoint, pick_device, progress,
+                    gathered, join_processes, load_state, open_checkpoint, pick_device, progress,
                     random_numbers, read_audio, reason, refuse_idle, run, save_atomic, say,
                     survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
@@ -48,7 +48,8 @@ from vae import VAE
 
 MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE, of kind "vae"
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
-MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
+MEASURED = {"tiny": 50, "small": 250, "paper": 1000}        # clips, for statistics
+VALIDATED = 32                          # clips in one validation
 HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
@@ -804,27 +805,41 @@ def measure(o, net, vae, source):
     For a latent model these are the mean, deviation and spectra of its latents, for a waveform
     model the deviations of its coefficients.
     """
-    # Clips spread evenly over the music, each as long as whole spectra need.
-    seen = []
-    for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
-        x = torch.from_numpy(source.crop((i + 0.5) / MEASURED, 2**15)[0])[None].to(o.device)
+    # Each process looks at its share of clips spread evenly over the music, each as long as whole
+    # spectra need.
+    count = MEASURED[o.size]
+    share = range(RANK, count, WORLD)
+    parts = [share[i:i + 4] for i in range(0, len(share), 4)]
+
+    def load(part):
+        return torch.from_numpy(np.stack([source.crop((k + 0.5) / count, 2**15)[0] for k in part]))
+
+    seen = {}
+    audio = prefetch(load, parts, o.workers)
+    for part in progress(parts, "statistics", unit="batch", leave=False):
+        x = next(audio).to(o.device)                                        # (4, 2, n)
         if vae:
-            seen.append(vae.posterior(x)[0].cpu())                          # (1, C, n)
+            found = vae.posterior(x)[0]                                     # (4, C, n / hop)
         else:
-            seen.append(net.coefficients(x).square().mean((0, 2)).cpu())    # (coefficients,)
+            found = net.coefficients(x).square().mean(2)                    # (4, coefficients)
+        seen.update(zip(part, found.cpu()))
+
+    # All of them, in the same order whatever the number of processes.
+    for others in gathered(seen):
+        seen.update(others)
+    seen = torch.stack([seen[k] for k in range(count)])
     # Of waveforms: powers, since the mean of music is zero.
     if not vae:
-        net.set_spectrum(torch.stack(seen).mean(0).sqrt())
+        net.set_spectrum(seen.mean(0).sqrt())
         return
 
     # Of latents: what makes them mean 0 and variance 1, and then their spectra.
-    latents = torch.cat(seen)                                               # (MEASURED, C, n)
-    mean = latents.mean((0, 2))
-    std = latents.std((0, 2)).clamp(min=1e-4)
+    mean = seen.mean((0, 2))
+    std = seen.std((0, 2)).clamp(min=1e-4)
     vae.latent_mean.copy_(mean)
     vae.latent_std.copy_(std)
     if net.config.hops:
-        net.set_spectrum([(latents - mean[:, None]) / std[:, None]])
+        net.set_spectrum([(seen - mean[:, None]) / std[:, None]])
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ SHORT = ("--windows", 0.2)
 
 @pytest.fixture(autouse=True)
 def few_statistics(monkeypatch):
-    """5 clips are measured, not 1000, and 2 validated, not 32, but where a test is about them; and
+    """5 clips are measured, not 50, and 2 validated, not 32, but where a test is about them; and
     a model that is played takes 3 steps, not 20."""
-    monkeypatch.setattr(train, "MEASURED", 5)
+    monkeypatch.setitem(train.MEASURED, "tiny", 5)
     monkeypatch.setattr(train, "VALIDATED", 2)
     monkeypatch.setattr(train, "PLAY_STEPS", 3)
 
@@ -630,7 +630,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import sample, train
-train.MEASURED, train.VALIDATED, out = 4, 2, Path(sys.argv[2])
+train.MEASURED["tiny"], train.VALIDATED, out = 4, 2, Path(sys.argv[2])
 validate = train.validate
 train.validate = lambda *given: time.sleep(2) or validate(*given)     # on the first process only
 tiny = ["--size", "tiny", "--batch", "2", "--device", "cpu", "--steps", "2"]
@@ -1254,11 +1254,11 @@ def test_what_the_diffusion_sees_has_variance_one(model, vae_file, tmp_path, mon
     """Over real music, within 5%: each latent channel has mean 0 and variance 1, waveforms
     variance 1."""
     music = MUSIC / "train-0" / "action_cdogs"
-    monkeypatch.setattr(train, "MEASURED", 250)
+    monkeypatch.setitem(train.MEASURED, "tiny", 250)
     more = ["--vae", vae_file] if model == "latent" else []
     fit(model, tmp_path / "run", "--data", music, "--steps", 0, *more)
     space = sample.load_checkpoint(tmp_path / "run" / "model.pt")
-    tracks = train.music(Namespace(data=[str(music)], valid=None, windows=[2**14]))[0]
+    tracks = train.music(Namespace(data=[str(music)], valid=None, windows=[2**14], out=tmp_path))[0]
     # Other clips than those measured.
     clips = train.Clips(tracks, [2**14], lambda *_: {}, [], 1, train.VALID, count=257)
     with torch.no_grad():
