@@ -18,6 +18,7 @@ import csv
 import hashlib
 import math
 import os
+import secrets
 import shlex
 import signal
 import time
@@ -587,70 +588,134 @@ class AudioFiles:
 
 
 class Latents(AudioFiles):
-    """Clips of what a VAE makes of audio files, each encoded whole into an array (frames, C).
+    """Clips of what a VAE makes of audio files, each encoded whole, as float16.
 
     Each track is there in several versions, which count as tracks of their own: see encoded_as.
-    The arrays are files in `folder`, named by all that they depend on: the VAE's weights, the
-    audio's path and time of change, and seed and number of a version that is varied.
     UserError if none of the audio files can be decoded.
+
+    In `folder`, each process that encodes writes one large file, name.f16, of rows (C,), and an
+    index, name.txt, with lines "key first frames". The key of a version is a hash of all that it
+    depends on: the VAE's weights, the audio's path and time of change, and seed and number of a
+    version that is varied. Whatever has a line is whole: a stopped run goes on where it was.
     """
     unit = VAE.hop
 
-    def __init__(self, tracks, folder, vae, seed, versions=VERSIONS):
-        self.vae, self.seed, self.versions = vae, seed, versions
+    def __init__(self, tracks, folder, vae, seed, workers=1, versions=VERSIONS):
+        self.vae, self.seed = vae, seed
+        self.folder, self.versions = folder, versions
         self.paths = [path for path in tracks.paths for _ in range(versions)]
         self.names = [name for name in tracks.names for _ in range(versions)]
-        weights = b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())
-        key = hashlib.sha256(weights).hexdigest()
-        self.files = []
-        for path in tracks.paths:
-            name = unvaried = f"{key} {path} {os.stat(path).st_mtime_ns}"
-            for version in range(versions):
-                if version > 0:
-                    name = f"{unvaried} {seed} {version}"
-                digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-                self.files.append(folder / f"{digest}.npy")
+        self.keys = list(self.make_keys(tracks.paths))
+        self.broken = {}
 
-        # Each process encodes its share of the tracks.
+        # The processes that have this folder on their disk encode what it lacks, each its share.
         folder.mkdir(parents=True, exist_ok=True)
-        share = list(enumerate(tracks.paths))[RANK::WORLD]
-        for i, path in progress(share, "cache", unit="track"):
-            self.encode(path, self.files[i * versions:(i + 1) * versions])
+        known, team = self.index(), sharing(folder)
+        lacking = {}                                    # {number of a track: [version, ...]}
+        for i, key in enumerate(self.keys):
+            if key not in known:
+                lacking.setdefault(i // versions, []).append(i % versions)
+        mine = list(lacking.items())[team.index(RANK)::len(team)]
+        if mine:
+            self.encode(mine, workers)
         barrier()
 
         # A file that could not be decoded has no length, so no clip is taken from it.
-        self.broken, lengths = {}, np.zeros(len(self.files), dtype=np.int64)
-        for i, file in enumerate(self.files):
-            if file.exists():
-                lengths[i] = len(np.load(file, mmap_mode="r"))
-            else:
-                self.broken[self.paths[i]] = "damaged"
-        self.set_lengths(lengths)
-        if not lengths.any():
+        known = self.index()
+        self.files, self.file, self.first, lengths = [], [], [], []
+        opened = {}
+        for path, key in zip(self.paths, self.keys):
+            name, first, frames = known.get(key, (None, 0, 0))
+            if name is None:
+                self.broken[path] = "damaged"
+            elif name not in opened:
+                opened[name] = len(opened)
+                shape = (-1, vae.config.latent_channels)
+                self.files.append(np.memmap(folder / name, np.float16, "r").reshape(shape))
+            self.file.append(opened.get(name))
+            self.first.append(first)
+            lengths.append(frames)
+        self.set_lengths(np.array(lengths, dtype=np.int64))
+        if not self.files:
             raise UserError(f"none of the {len(tracks.paths)} files of --data can be decoded: "
                             "give others")
+        if len(set(gathered(hashlib.sha256(self.lengths).hexdigest()))) > 1:
+            raise UserError("--cache: the machines do not have the same files: "
+                            "give each all of --data")
 
-    def encode(self, path, files):
-        """Write those versions of the audio at path that are not there yet.
+    def make_keys(self, paths):
+        """The keys of all versions of all tracks, in order."""
+        weights = b"".join(w.cpu().numpy().tobytes() for w in self.vae.state_dict().values())
+        vae = hashlib.sha256(weights).hexdigest()
+        for path in paths:
+            unvaried = f"{vae} {path} {os.stat(path).st_mtime_ns}"
+            for version in range(self.versions):
+                name = unvaried if version == 0 else f"{unvaried} {self.seed} {version}"
+                yield hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
-        None, if it is damaged where no probe looked.
+    def index(self):
+        """{key: (name of a file, first row, frames)} of all that is in the folder."""
+        known = {}
+        for index in sorted(self.folder.glob("*.txt")):
+            file = index.with_suffix(".f16").name
+            for line in index.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):                 # else the process was killed as it wrote it
+                    key, first, frames = line.split()
+                    known[key] = file, int(first), int(frames)
+        return known
+
+    def encode(self, lacking, workers):
+        """Add what is lacking, [(number of a track, [version, ...])], to the folder.
+
+        Threads decode ahead. A track that is damaged where no probe looked is left out.
         """
-        if all(file.exists() for file in files):
-            return
-        try:
-            audio = to_stereo_44k(*read_audio(path))                        # (2, n)
-        except UserError:
-            return
-        for version, file in enumerate(files):
-            if not file.exists():
-                x = encoded_as(audio, path, self.seed, version)
-                latents = self.vae.encode(x[None].to(self.vae.latent_mean.device))[0]
-                array = np.ascontiguousarray(latents.T.cpu())               # (frames, C)
-                write_atomic(file, partial(np.save, arr=array))
+        def load(track):
+            number, wanted = track
+            path = self.paths[number * self.versions]
+            try:
+                audio = to_stereo_44k(*read_audio(path))                    # (2, n)
+            except UserError:
+                return []
+            return [encoded_as(audio, path, self.seed, version) for version in wanted]
+
+        device = self.vae.latent_mean.device
+        name = self.folder / f"{RANK}-{secrets.token_hex(4)}"
+        first = 0
+        with open(f"{name}.f16", "xb") as rows, open(f"{name}.txt", "x") as index:
+            audios = prefetch(load, lacking, workers)
+            for number, wanted in progress(lacking, "cache", unit="track"):
+                lines = []
+                for version, audio in zip(wanted, next(audios)):
+                    latents = self.vae.encode(audio[None].to(device))[0]
+                    latents = latents.T.half().cpu().numpy()                # (frames, C)
+                    rows.write(latents.tobytes())
+                    key = self.keys[number * self.versions + version]
+                    lines.append(f"{key} {first} {len(latents)}\n")
+                    first += len(latents)
+                # The index must never promise what is not on the disk.
+                rows.flush()
+                os.fsync(rows.fileno())
+                index.writelines(lines)
+                index.flush()
 
     def read(self, i, start, n):
         """Frames [start, start + n) of track i: (C, n), or fewer at its end."""
-        return np.load(self.files[i], mmap_mode="r")[start:start + n].T
+        first = self.first[i] + start
+        last = self.first[i] + min(start + n, self.lengths[i])
+        return self.files[self.file[i]][first:last].T.astype(np.float32)
+
+
+def sharing(folder):
+    """The processes that see what this one writes in `folder`; not those on another disk.
+
+    All processes call this together.
+    """
+    mark = folder / f"{secrets.token_hex(8)}.mark"
+    mark.touch()
+    team = [rank for rank, name in enumerate(gathered(mark.name)) if (folder / name).exists()]
+    barrier()                           # all have looked
+    mark.unlink()
+    return team
 
 
 def encoded_as(audio, path, seed, version):
@@ -751,10 +816,11 @@ def varied(audio, rng):
 def prefetch(load, schedule, workers):
     """load(ks) for each ks of the schedule, in order, prepared by threads.
 
-    Threads are enough: libsndfile and numpy let others run.
+    Threads are enough: libsndfile and numpy let others run. Each computes alone: else the resampler
+    would start a team of threads in each of them.
     """
     waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for ks in schedule:
             waiting.append(pool.submit(load, ks))
             if len(waiting) > workers:
@@ -1078,7 +1144,7 @@ def main(argv=None):
 
     # Clips to train on, and the few that are always validated on.
     if o.cache:
-        source = Latents(source, Path(o.out) / "cache", vae, o.seed)
+        source = Latents(source, Path(o.out) / "cache", vae, o.seed, o.workers)
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID,
                        VALIDATED)

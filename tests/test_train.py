@@ -245,9 +245,9 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     vae.latent_std.uniform_(0.5, 2)
     tracks = SpiedFiles({path: sample.probe(path) for path in sample.find_files([music])})
     cached = SpiedLatents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    stamps = [file.stat().st_mtime_ns for file in cached.files]
+    files = sorted((tmp_path / "cache").iterdir())
     again = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    assert [file.stat().st_mtime_ns for file in again.files] == stamps
+    assert sorted((tmp_path / "cache").iterdir()) == files and again.keys == cached.keys
 
     edge = -(-vae.encoder_field // vae.hop)
     for i, first in ((0, 0), (1, 200), (4, 700)):
@@ -272,10 +272,11 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
 
     os.utime(tracks.paths[1], ns=(0, 0))
     changed = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    assert len(set(changed.files) - set(cached.files)) == 1
+    assert len(set(changed.keys) - set(cached.keys)) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 2
     vae.latent_mean.add_(1)
     other = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    assert not set(cached.files) & set(other.files)
+    assert not set(cached.keys) & set(other.keys)
 
 
 def test_the_cache_holds_versions_of_each_track(music, tmp_path):
@@ -287,15 +288,17 @@ def test_the_cache_holds_versions_of_each_track(music, tmp_path):
         return train.Latents(tracks, tmp_path / "cache", vae, seed, **more)
 
     cached, plain = latents(0), latents(0, versions=1)
-    stamps = [file.stat().st_mtime_ns for file in cached.files]
-    assert cached.files[::4] == plain.files and len(cached.files) == 4 * len(tracks.paths)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert cached.keys[::4] == plain.keys and len(cached.keys) == 4 * len(tracks.paths)
     assert cached.paths[::4] == cached.paths[3::4] == tracks.paths
     assert cached.names[::4] == cached.names[3::4] == tracks.names
     speeds = cached.lengths[::4, None] / cached.lengths.reshape(-1, 4)
     assert (speeds[:, 0] == 1).all()
     assert 0.83 < speeds.min() and speeds.max() < 1.21 and speeds[:, 1:].std() > 0.04
-    assert set(latents(1).files) & set(cached.files) == set(plain.files)
-    assert [file.stat().st_mtime_ns for file in latents(0).files] == stamps
+    assert set(latents(1).keys) & set(cached.keys) == set(plain.keys)
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 2
+    assert latents(0).keys == cached.keys
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 2
 
 
 def test_a_version_is_faster_or_slower_swapped_and_quieter():
