@@ -22,6 +22,7 @@ import secrets
 import shlex
 import signal
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -299,12 +300,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             optimizer.load_state_dict(kept)
     began = time.monotonic() - seconds
 
-    # Several processes share each step's clips and average their gradients in backward(). Buffers
-    # are constants of the training set.
-    model = objective
-    if WORLD > 1:
-        model = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
-                                                    gradient_as_bucket_view=True)
+    model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
     schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
     batches = prefetch(clips, schedule, o.workers)
@@ -402,6 +398,17 @@ def make_optimizers(objective, o):
         optimizers.append(torch.optim.Muon(matrices, o.lr, weight_decay=0.0,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def in_processes(objective):
+    """The same, but several processes share each step's clips: see averaging."""
+    if WORLD == 1:
+        return objective
+    # Buffers are constants of the training set. Newer versions of torch (2.13) call the option
+    # forward_sync_buffers, which older ones do not know, and warn.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
 
 
 def averaging(model, now):
