@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import io
 import math
 import os
 import secrets
@@ -42,9 +43,9 @@ import vae as autoencoder
 from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
-                    gathered, join_processes, load_state, open_checkpoint, pick_device, progress,
-                    random_numbers, read_audio, reason, refuse_idle, run, save_atomic, say,
-                    survey, to_stereo_44k, within, write_atomic)
+                    gathered, join_processes, load_state, open_audio, open_checkpoint, pick_device,
+                    progress, random_numbers, read_audio, reason, refuse_idle, run, save_atomic,
+                    say, survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
@@ -55,6 +56,10 @@ VALIDATED = 32                          # clips in one validation
 HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
+# No sample is so far beyond full scale, not even 16-bit numbers that were written as floats; and
+# its square, summed over a clip, is still finite in float32.
+LOUDEST = 1e6
+FEW = 20                                # files to hold out that are looked at more closely
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
 PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
 
@@ -146,10 +151,11 @@ class Denoising(nn.Module):
             drawn["moved"] = np.bool_(share.any())
         return drawn
 
-    def forward(self, x, t, eps, start=None, fresh=None, share=None, moved=None, **_):
+    def forward(self, x, t, eps, start=None, fresh=None, share=None, moved=None, encoded=None,
+                **_):
         # Into model space, where the clips are not yet latents from the cache.
         x_0 = x
-        if x.shape[1] == 2:
+        if encoded is None or not encoded[0]:
             with full_precision(x):
                 x_0 = self.space.encode(x)                                  # (B, C, n)
         model = self.net
@@ -293,7 +299,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     optimizers = make_optimizers(objective, o)
     step, seconds, validation, bad_in_a_row = 0, 0.0, {}, 0
     if state:
-        step, seconds = state["step"], state["seconds"]
+        step, seconds = state["run_step"], state["seconds"]
         objective.load_state_dict(state["objective"])
         ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
@@ -305,10 +311,12 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
     batches = prefetch(clips, schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
-    stop = Stop(o.device)
+    ending = step >= o.steps
+    if RANK == 0:
+        begin_log(out, step)
 
-    with bar:
-        while step < o.steps and not stop():
+    with bar, Stop(o.device) as stop:
+        while not ending:
             # The mean loss over this step's clips, and its gradient, micro-batch after micro-batch.
             # The last one's backward() averages the gradients of all processes.
             parts = clips.parts(step, o.micro_batch)
@@ -351,25 +359,31 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             # Log every step; validate, save and play the model every so many.
             step += 1
             seconds = time.monotonic() - began
-            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss.item(), "lr": lr,
+            loss = mean_of_all(loss)
+            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
                      "gradient_norm": norm}
+            ending = stop() or step >= o.steps
             due = step % o.save_every == 0
             if RANK == 0:
-                if due or step == o.steps:
+                if due or ending:
                     validation = validate(averaged, held_out, autocast, o.device)
                     entry["validation"] = validation["loss"]
                 write_log(out, entry)
-            if due and step < o.steps:
+            if due and not ending:
                 save(o, header, step, seconds, objective, ema, optimizers)
                 play(o, ema, averaged, held_out, step)
-            bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.1e}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}", refresh=False)
             bar.update()
 
-    batches.close()
-    save(o, header, step, seconds, objective, ema, optimizers)
-    play(o, ema, averaged, held_out, step)
+        # The end, where a signal still waits for it. A run without a step is validated here.
+        batches.close()
+        if RANK == 0 and not validation:
+            validation = validate(averaged, held_out, autocast, o.device)
+        save(o, header, step, seconds, objective, ema, optimizers)
+        play(o, ema, averaged, held_out, step)
+
     barrier()                           # rank 0 validates and saves; what comes next may read that
-    farewell(o, step, validation, clips.source.broken)
+    farewell(o, step, validation, clips.source.broken | held_out.source.broken)
 
 
 def learning_rate(o, step):
@@ -424,12 +438,21 @@ def to_device(batch, device):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
+    """While entered, Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at
+    once. Afterwards they do what they did before."""
 
     def __init__(self, device):
         self.asked, self.device = False, device
+        self.before = {}                # {number of a signal: its handler outside}
+
+    def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, *_):
         self.asked = True
@@ -459,14 +482,41 @@ def validate(averaged, held_out, autocast, device):
             for name in shown[0]}
 
 
+def begin_log(folder, step):
+    """log.csv with the names of its columns, and the lines of the run to resume up to that step.
+
+    What a crashed run did after its last save is done again, and logged again.
+    """
+    kept = []
+    if step > 0 and (folder / "log.csv").exists():
+        with open(folder / "log.csv", newline="") as file:
+            for entry in csv.DictReader(file):
+                number = entry["step"] or ""
+                if number.isdecimal() and int(number) <= step:
+                    kept.append(entry)
+    text = io.StringIO()
+    log = log_writer(text)
+    log.writeheader()
+    log.writerows(kept)
+    write_atomic(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
+
+
 def write_log(folder, entry):
-    """Append a line to log.csv; the first step of a run begins the file with the columns' names."""
-    first = entry["step"] == 1
-    with open(folder / "log.csv", "w" if first else "a", newline="") as file:
-        log = csv.DictWriter(file, LOG, restval="", lineterminator="\n")
-        if first:
-            log.writeheader()
-        log.writerow(entry)
+    """Append a line to log.csv."""
+    with open(folder / "log.csv", "a", newline="") as file:
+        log_writer(file).writerow(entry)
+
+
+def log_writer(file):
+    return csv.DictWriter(file, LOG, restval="", extrasaction="ignore", lineterminator="\n")
+
+
+def mean_of_all(loss):
+    """The mean over the processes, which have as many clips each, of a number on the device."""
+    loss = loss.detach()
+    if WORLD > 1:
+        dist.all_reduce(loss)
+    return loss.item() / WORLD
 
 
 def save(o, header, step, seconds, objective, ema, optimizers):
@@ -474,15 +524,15 @@ def save(o, header, step, seconds, objective, ema, optimizers):
     if RANK > 0:
         return
 
-    # Settings are saved with the state, so that --resume needs no other option.
+    # Settings are saved with the state, so that --resume needs no other option. The steps of a model
+    # are all that its weights have had, in earlier runs too.
     save_atomic(Path(o.out) / "state.pt", {
-        **header, "step": step, "seconds": seconds,
+        **header, "step": o.before + step, "run_step": step, "seconds": seconds,
         "ema": ema.state_dict(),
         "objective": objective.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
 
-    # The steps of a model are all that its weights have had, in earlier runs too.
     model = {**header, "step": o.before + step, "ema": halved(ema.state_dict())}
     if header["vae"]:
         model["vae"] = {**header["vae"], "weights": halved(header["vae"]["weights"])}
@@ -524,12 +574,18 @@ def continued(checkpoint, audio, C_L):
 
 
 def farewell(o, step, validation, broken):
-    """Say where the model is, what could not be read, and the command that comes next."""
+    """Say what could not be read, where the model is, and the command that comes next.
+
+    UserError if the validation is not finite: such a model is of no use.
+    """
     file = shlex.quote(f"{o.out}/model.pt")
-    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
-    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     for path, why in broken.items():
         say(f"  could not be read: {path} ({why})")
+    if not all(map(math.isfinite, validation.values())):
+        raise UserError(f"the validation of step {step} is not finite: begin again with a lower "
+                        "--lr, or with --precision fp32", status=1)
+    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
+    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     if step < o.steps:
         again = f"python train.py --model {o.model} --out {shlex.quote(o.out)} --resume"
         say(f"stopped; to go on: {again}")
@@ -572,9 +628,10 @@ class AudioFiles:
                 clip = self.read(i, start, n)
                 if not clip.size:
                     raise ValueError("nothing is left of it")
+                check_samples(clip)
                 return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), i
             except (OSError, RuntimeError, ValueError) as error:
-                # Damaged, or gone: note it, and look elsewhere.
+                # Damaged, gone, or with bad samples: note it, and look elsewhere.
                 self.broken[self.paths[i]] = reason(error)
                 place = (place + 0.618) % 1
         raise UserError(f"ten clips in a row could not be read, the last in {self.paths[i]}",
@@ -587,11 +644,17 @@ class AudioFiles:
         rate = self.rates[i]
         begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
         begin = max(begin, 0)
-        with sf.SoundFile(self.paths[i]) as file:
+        with open_audio(self.paths[i]) as file:
             file.seek(min(begin, file.frames))
             audio = file.read(max(end, 0) - begin, dtype="float32", always_2d=True)
         audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
         return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
+
+
+def check_samples(audio):
+    """ValueError if samples are not finite, or beyond any scale: one spoils all that it is in."""
+    if not np.abs(audio).max() <= LOUDEST:                  # true of NaN too
+        raise ValueError("samples that are not finite, or far beyond full scale")
 
 
 class Latents(AudioFiles):
@@ -674,14 +737,16 @@ class Latents(AudioFiles):
     def encode(self, lacking, workers):
         """Add what is lacking, [(number of a track, [version, ...])], to the folder.
 
-        Threads decode ahead. A track that is damaged where no probe looked is left out.
+        Threads decode ahead. A track is left out if it is damaged where no probe looked, or has bad
+        samples.
         """
         def load(track):
             number, wanted = track
             path = self.paths[number * self.versions]
             try:
                 audio = to_stereo_44k(*read_audio(path))                    # (2, n)
-            except UserError:
+                check_samples(audio.numpy())
+            except (UserError, ValueError):
                 return []
             return [encoded_as(audio, path, self.seed, version) for version in wanted]
 
@@ -798,7 +863,8 @@ class Clips:
         # Audio is varied for training. Latents cannot be: their cache holds versions of each track.
         if self.stream == TRAIN and self.source.unit == 1:
             x = varied(x, rng)
-        return {"x": x, "label": label, **self.draw(rng, window)}
+        encoded = np.bool_(self.source.unit > 1)
+        return {"x": x, "label": label, "encoded": encoded, **self.draw(rng, window)}
 
     def excerpt(self, n):
         """n samples of the music where the first of `count` clips is, (1, 2, n)."""
@@ -836,9 +902,11 @@ def prefetch(load, schedule, workers):
             yield batch.result()
 
 
-def music(o):
+def music(o, origin=None):
     """Where clips come from, for training and for validation.
 
+    origin: the folders that were --data when the run began, if they were others. A moved file takes
+    the place that it had, among the clips and among those held out.
     Held out are the files of --valid, else one file in twenty of --data, but no more than 80 hours.
     Training leaves them out if there are four files or more. The choice depends on the names of
     file and folder alone.
@@ -849,26 +917,73 @@ def music(o):
     # Files that are too short, or damaged, are named and left out.
     index = Path(o.out) / "files.json"
     files = survey(o.data, max(o.windows), "--data", index=index)
+
+    def former(path):
+        for folder, first in zip(o.data, origin or o.data):
+            if path == folder or path.startswith(folder + os.sep):
+                return first + path[len(folder):]
+
+    files = {path: files[path] for path in sorted(files, key=former)}
     if o.valid:
         return (AudioFiles(files),
                 AudioFiles(survey(o.valid, max(o.windows), "--valid", index=index)))
 
     def digest(path):
-        return hashlib.sha256(os.fsencode("/".join(path.split(os.sep)[-2:]))).digest()
+        return hashlib.sha256(os.fsencode("/".join(former(path).split(os.sep)[-2:]))).digest()
 
-    held_out, hours = {}, 0.0
-    for path in sorted(files, key=digest)[:max(1, round(len(files) / 20))]:
-        frames, rate, _ = files[path]
-        hours += frames / rate / 3600
-        if held_out and hours > HELD_OUT_HOURS:
-            break
-        held_out[path] = files[path]
+    count = max(1, round(len(files) / 20))
+    held_out = readable(sorted(files, key=digest), count)
+    hours = np.cumsum([files[path][0] / files[path][1] / 3600 for path in held_out])
+    held_out = held_out[:max(1, (hours <= HELD_OUT_HOURS).sum())]
 
     # Few files are all trained on, also the one that is validated on.
     trained = files
     if len(files) >= 4:
-        trained = {path: files[path] for path in files if path not in held_out}
-    return AudioFiles(trained), AudioFiles(held_out)
+        trained = sorted(files.keys() - held_out, key=former)
+    return (AudioFiles({path: files[path] for path in trained}),
+            AudioFiles({path: files[path] for path in held_out}))
+
+
+def readable(paths, count):
+    """The first `count` of the paths; where that is few, of those that can be read throughout.
+
+    A bad file would be most of a small validation; in a large one, crop finds another.
+    """
+    if count > FEW:
+        return paths[:count]
+    chosen = []
+    for path in paths:
+        why = unreadable(path)
+        if why:
+            say(f"  not held out: {path} ({why})")
+        else:
+            chosen.append(path)
+        if len(chosen) == count:
+            break
+    # With no good one at all, crop takes what can be read of the first.
+    return chosen or paths[:count]
+
+
+def unreadable(path):
+    """What is wrong with an audio file, or None: all of it is read."""
+    try:
+        check_samples(read_audio(path)[0].numpy())
+    except UserError:
+        return "damaged"
+    except ValueError as error:
+        return str(error)
+
+
+def refuse_silence(o, source):
+    """UserError if clips from all over the music of --data hold no sound.
+
+    There would be nothing to learn, and no scale to learn it in.
+    """
+    count = MEASURED[o.size]
+    for i in range(count):
+        if source.crop((i + 0.5) / count, 2**15)[0].any():
+            return
+    raise UserError("--data: all clips are digital silence: give music")
 
 
 @torch.no_grad()
@@ -927,8 +1042,11 @@ TAKEN_BY = {
 # Options that do something with --data only.
 OF_FILES = ("valid", "cache")
 DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
-# Options that may differ when a run is resumed.
+# Options that may differ when a run is resumed; the others are saved with the run. Of these, the
+# second ones may be given anew: music can move, but it cannot come where there was none.
 PER_CALL = ("resume", "save_every", "device", "workers", "out", "micro_batch")
+ANEW = ("steps", "data", "valid", "cache", "compile", "precision")
+MUSIC = ("data", "valid")
 
 
 def parse(argv):
@@ -954,7 +1072,7 @@ def parse(argv):
          help="held-out music; without it, one file in twenty is held out")
     data("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS",
          help="lengths of clips, in turns; default: the recipe's, below")
-    data("--cache", action="store_true", default=None,
+    data("--cache", action=argparse.BooleanOptionalAction,
          help=f"latent: encode all music once, in {VERSIONS} versions, into the run's folder")
     data("--workers", type=count, default=workers,
          help="threads that prepare clips; here: %(default)s")
@@ -970,7 +1088,7 @@ def parse(argv):
         help="share of the steps, at the end, over which the rate falls to zero")
     how("--seed", type=within(0, 2**63, int), help=f"default: {DEFAULTS['seed']}")
     how("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
-    how("--compile", action="store_true", default=None,
+    how("--compile", action=argparse.BooleanOptionalAction,
         help="latent: compile the transformer's blocks, faster after a minute or two")
     how("--device", default="auto", help="auto, cpu, cuda, mps; default: %(default)s")
 
@@ -979,7 +1097,8 @@ def parse(argv):
     output("--save-every", type=count, metavar="STEPS",
            help="save, validate and play the model; default: a tenth of the steps, 50 to 1000")
     output("--resume", action="store_true", default=None,
-           help="go on with the run in --out, with its own settings; --steps may prolong it")
+           help="go on with the run in --out, with its own settings; --steps may prolong it, and "
+           "--data, --valid, --cache, --compile and --precision may be given anew")
     return parser.parse_args(argv)
 
 
@@ -1006,20 +1125,17 @@ def settle(o):
 
     # The state of the run to resume; a new run never goes where a model is.
     state = None
-    if o.resume and state_file.exists():
+    if o.resume:
+        if not state_file.exists():
+            raise UserError(f"--resume: there is no {state_file} to go on with: check --out; "
+                            "every machine of a run needs a copy")
         state = load_state(state_file)
-        if "seconds" not in state:
+        if "run_step" not in state:
             raise UserError(f"{state_file} is of another version of this program: "
                             "begin another run, with --init and its model.pt")
     elif any(Path(o.out).glob("*.pt")):
         raise UserError(f"{o.out} holds a model: choose another --out; "
                         "or --resume goes on, if state.pt is there")
-
-    # Options that would do nothing.
-    if not state:
-        refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
-    if not state and not o.data:
-        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
     start, settled = None, {}
@@ -1031,17 +1147,28 @@ def settle(o):
         settled = {"size": start.size}
     o.windows = o.windows and [in_samples(window) for window in o.windows]
     for name, value in settled.items():
-        if name != "steps" and getattr(o, name, None) not in (None, value):
+        given = getattr(o, name, None)
+        may_change = name in ANEW and (value is not None or name not in MUSIC)
+        if given not in (None, value) and not may_change:
             raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
                             "or begin another run")
+
+    # Options that would do nothing.
+    refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
+    if not o.data and not settled.get("data"):
+        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # Defaults.
     size = o.size or settled.get("size", DEFAULTS["size"])
     before = start.step or 0 if start else 0                # steps that the weights have had
-    defaults = {**DEFAULTS, "before": before, **asdict(RECIPES[o.model][size]), **settled}
+    defaults = {**DEFAULTS, "before": before, "origin": o.data, **asdict(RECIPES[o.model][size]),
+                **settled}
     for name, value in defaults.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
+    if o.data and len(o.data) != len(o.origin):
+        raise UserError(f"--data: the music of this run was in {len(o.origin)} folder(s): "
+                        "give as many, in the same order")
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     if o.precision is None:
@@ -1049,6 +1176,42 @@ def settle(o):
     if o.batch % WORLD:
         raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, start
+
+
+def in_all(work, *given):
+    """work(*given), in all processes; what one of them refuses, all refuse."""
+    result, refused = None, None
+    try:
+        result = work(*given)
+    except UserError as error:
+        refused = error.args[0]
+    for sentence in gathered(refused):
+        if sentence:
+            raise UserError(sentence)
+    return result
+
+
+def facts(o, state, source, held_out):
+    """{name: value} of what must be the same in all processes, however their folders are called."""
+    of_folders = (*MUSIC, "origin", "vae", "init")
+    found = {"step": state["run_step"] if state else 0}
+    for name, value in vars(o).items():
+        if name not in PER_CALL and name not in of_folders:
+            found[flag_of(name)] = value
+    for name, tracks in (("--data", source), ("validation", held_out)):
+        if o.data:
+            found[f"files of {name}"] = sum(map(os.path.isfile, tracks.paths))
+    return found
+
+
+def agree(found):
+    """UserError in all processes if one has another of the facts than the first."""
+    first, *others = gathered(found)
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise UserError(f"the processes differ in {name}: {value} in process 0, "
+                                f"{other.get(name)} in process {rank}: let them have the same")
 
 
 def kind_of(o):
@@ -1105,9 +1268,10 @@ def same_latents(one, two):
 
 def main(argv=None):
     # Options: those given, then those of the run to resume, then the recipe's.
+    # What one process cannot use ends them all.
     o = parse(argv)
-    state, start = settle(o)
-    join_processes(o.device)
+    join_processes(pick_device(o.device))
+    state, start = in_all(settle, o)
     kind = kind_of(o)
     make, _, presets = NETS[kind]
     config = start.net.config if start else presets[o.size]
@@ -1122,14 +1286,25 @@ def main(argv=None):
         config = replace(config, channels=vae.config.latent_channels)
 
     # Music, and the classes that it is labelled with: the names of its folders.
-    source, held_out = music(o)
+    source, held_out = music(o, o.origin)
+    agree(facts(o, state, source, held_out))
     classes = []
     if o.model == "classifier":
         classes = start.classes if start else sorted(set(source.names))
+        strange = sorted(set(source.names) - set(classes))
+        if state and strange:
+            raise UserError(f"--data: {strange[0]} is no class of this run: its folders must keep "
+                            "their names")
         if not set(classes) & set(source.names):
             raise UserError("--init: no folder has the name of one of its classes, "
                             f"{', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
+
+    # Before anything is made of it: there is sound in it, and the clips of a validation can be read.
+    if o.data:
+        refuse_silence(o, source)
+        for i in range(VALIDATED):
+            held_out.crop((i + 0.5) / VALIDATED, max(o.windows))
 
     # The network: a new one, or the starting checkpoint's.
     torch.manual_seed(o.seed)

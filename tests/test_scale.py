@@ -117,11 +117,12 @@ import train
 to_device, make_objective = train.to_device, train.make_objective
 train.MEASURED["tiny"] = train.VALIDATED = 2
 train.play = lambda *given: None
-train.make_objective = lambda o, net, vae: make_objective(o, net, vae and vae.double()).double()
+train.make_objective = lambda o, net, vae: make_objective(o, net, vae and vae.to(kind)).to(kind)
 train.to_device = lambda batch, device: {
-    name: x.double() if x.is_floating_point() else x for name, x in to_device(batch, device).items()}
+    name: x.to(kind) if x.is_floating_point() else x for name, x in to_device(batch, device).items()}
 folder, micro_batch, models = sys.argv[2], sys.argv[3], sys.argv[4:]
 for model in models:
+    kind = torch.float32 if model == "decoder" else torch.float64   # its discriminator has float32
     more = ["--vae", folder + "/vae.pt"] if model in ("latent", "decoder") else []
     train.main(["--model", model, "--size", "tiny", "--steps", "3", "--batch", "8", "--out",
                 f"{folder}/{train.WORLD}-{micro_batch}/{model}", "--device", "cpu",
