@@ -178,3 +178,98 @@ def test_eight_processes_make_the_update_of_one(vae_folder):
     print(found)
     assert max(found[model] for model in models[:3]) < 1e-6
     assert max(found.values()) < 0.05
+
+
+# ---- the cache of latents ------------------------------------------------------------------------
+
+def music_of(folder, count=5):
+    """Wav files of two seconds of noise."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        noise = np.random.default_rng(i).uniform(-0.5, 0.5, (2 * RATE, 2))
+        sf.write(folder / f"{i}.wav", noise, RATE)
+    return train.AudioFiles({path: sample.probe(path) for path in sample.find_files([folder])})
+
+
+def tiny_vae():
+    make, _, presets = sample.NETS["vae"]
+    torch.manual_seed(0)
+    return make(presets["tiny"]).eval().requires_grad_(False)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_stopped_cache_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Killed in the third of five tracks, after a part of its rows, and of a line of the index:
+    each version is encoded once, but those of that track; the latents are those of a cache made at
+    one go, in two large files and not in one for each track."""
+    tracks, vae, folder = music_of(tmp_path / "music"), tiny_vae(), tmp_path / "cache"
+    expected = train.Latents(tracks, tmp_path / "expected", vae, 0, versions=2)
+    encode, done = vae.encode, []
+
+    def count(audio):
+        if len(done) == 5:
+            raise Killed
+        done.append(audio)
+        return encode(audio)
+
+    monkeypatch.setattr(vae, "encode", count)
+    with pytest.raises(Killed):
+        train.Latents(tracks, folder, vae, 0, workers=2, versions=2)
+    index, = folder.glob("*.txt")
+    index.write_text(index.read_text() + "0123456789abc")
+    done.clear()
+    with pytest.raises(Killed):
+        train.Latents(tracks, folder, vae, 0, versions=2)
+    done.clear()
+    cached = train.Latents(tracks, folder, vae, 0, versions=2)
+    assert len(done) == 10 - 4 - 4 and len(list(folder.glob("*.f16"))) == 3
+    for i in range(10):
+        assert np.array_equal(cached.read(i, 3, 99), expected.read(i, 3, 99))
+    assert cached.crop(0.5, 2**14)[0].dtype == np.float32
+    size = sum(path.stat().st_size for path in folder.glob("*.f16"))
+    assert size >= 2 * 8 * cached.lengths.sum()
+
+
+NODES = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+import sample, train
+import test_scale
+node = sample.RANK // 2 if sys.argv[4] == "apart" else 0
+folder = test_scale.Path(sys.argv[3])
+tracks = train.AudioFiles(train.survey([folder / "music"], 1, "--data", index=folder / f"{node}.json"))
+vae = test_scale.tiny_vae()
+encode, vae.encoded = vae.encode, 0
+def count(audio):
+    vae.encoded += 1
+    return encode(audio)
+vae.encode = count
+cached = train.Latents(tracks, folder / sys.argv[4] / str(node), vae, 0, versions=2)
+found = [vae.encoded, cached.keys, [cached.read(i, 0, 999) for i in range(10)]]
+torch.save(found, folder / f"{sys.argv[4]}-{sample.RANK}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk, work", [("shared", 10), ("apart", 20)])
+def test_machines_need_not_share_a_disk(disk, work, tmp_path):
+    """Four processes on two machines, which are two folders, or one: those that see the same folder
+    share the work, and all get the same latents."""
+    music_of(tmp_path / "music")
+    sf.write(tmp_path / "music" / "short.wav", np.zeros((0, 2)), RATE)
+    (tmp_path / "nodes.py").write_text(NODES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4",
+               tmp_path / "nodes.py", ROOT, ROOT / "tests", tmp_path, disk]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[:3000]
+    found = [torch.load(tmp_path / f"{disk}-{rank}.pt", weights_only=False) for rank in range(4)]
+    encoded = [one[0] for one in found]
+    assert sum(encoded) == work and min(encoded) >= 2 and "short.wav" in result.stdout
+    for one in found[1:]:
+        assert one[1] == found[0][1]
+        assert all(map(np.array_equal, one[2], found[0][2]))
+    assert len(json.loads((tmp_path / "0.json").read_text())) == 5

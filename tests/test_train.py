@@ -1020,6 +1020,7 @@ def test_half_of_the_clips_meet_the_models_own_error():
 
     draw = next(draw for draw in draws if draw["share"].any() and draw["t"] < 0.5)
     batch = {name: torch.from_numpy(np.asarray(value))[None] for name, value in draw.items()}
+    batch["encoded"] = torch.tensor([True])
     latents = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
 
     def loss(share):
