@@ -382,8 +382,12 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
         save(o, header, step, seconds, objective, ema, optimizers)
         play(o, ema, averaged, held_out, step)
 
-    barrier()                           # rank 0 validates and saves; what comes next may read that
-    farewell(o, step, validation, clips.source.broken | held_out.source.broken)
+    # All processes say what they could not read. Together they leave: what comes next may read what
+    # the first one has saved.
+    broken = {}
+    for met in gathered(clips.source.broken | held_out.source.broken):
+        broken.update(met)
+    farewell(o, step, validation, broken)
 
 
 def learning_rate(o, step):
