@@ -7,8 +7,10 @@
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of
 (seed, k) alone, and a step's number says which clips it takes. So a resumed run needs no state of
-random numbers, and the numbers of threads and of processes do not change what is trained (except
-in a VAE's noise and in feature matching, which take means over the clips of one process).
+random numbers, and the numbers of threads, processes and micro-batches do not change what is
+trained. Two things of a VAE and its decoder are exceptions, since they are no means over clips: the
+deviation of a channel, which scales the noise in latents, and feature matching, a ratio. They are
+taken over one micro-batch of one process.
 """
 import argparse
 import copy
@@ -17,11 +19,14 @@ import hashlib
 import io
 import math
 import os
+import secrets
 import shlex
 import signal
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +43,7 @@ import vae as autoencoder
 from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
-                    join_processes, load_state, open_audio, open_checkpoint, pick_device,
+                    gathered, join_processes, load_state, open_audio, open_checkpoint, pick_device,
                     progress, random_numbers, read_audio, reason, refuse_idle, run, save_atomic,
                     say, survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
@@ -46,7 +51,9 @@ from vae import VAE
 
 MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE, of kind "vae"
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
-MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
+MEASURED = {"tiny": 50, "small": 250, "paper": 1000}        # clips, for statistics
+VALIDATED = 32                          # clips in one validation
+HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
 # No sample is so far beyond full scale, not even 16-bit numbers that were written as floats; and
@@ -141,9 +148,11 @@ class Denoising(nn.Module):
             share = max(0, rng.uniform(-1, 1)) * ((first < position) & (position < last))
             drawn["fresh"] = rng.standard_normal(shape, dtype=np.float32)
             drawn["share"] = share.astype(np.float32)[None]                 # (1, n)
+            drawn["moved"] = np.bool_(share.any())
         return drawn
 
-    def forward(self, x, t, eps, start=None, fresh=None, share=None, encoded=None, **_):
+    def forward(self, x, t, eps, start=None, fresh=None, share=None, moved=None, encoded=None,
+                **_):
         # Into model space, where the clips are not yet latents from the cache.
         x_0 = x
         if encoded is None or not encoded[0]:
@@ -152,8 +161,11 @@ class Denoising(nn.Module):
         model = self.net
         if isinstance(self.net, dit.DiT):
             model = partial(self.net, start=start)
-        if self.training and share is not None and share.any():
-            eps = self.with_own_error(model, x_0, t, eps, fresh, share)
+        # A clip's noise must not depend on its batch: it is `fresh` in clips that are not moved too.
+        if self.training and fresh is not None:
+            if moved.any():
+                fresh = self.with_own_error(model, x_0, t, eps, fresh, share)
+            eps = fresh
         error = v_error(model, x_0, t, eps)
         if self.space.kind == "waveform":                                   # the U-Net weighs it
             error = self.net.weigh(error, t.to(error))
@@ -294,10 +306,9 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             optimizer.load_state_dict(kept)
     began = time.monotonic() - seconds
 
-    # Several processes share each step's clips and average their gradients in backward().
-    model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
+    model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
-    schedule = (clips.of_step(i)[RANK::WORLD] for i in range(step, o.steps))
+    schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
     batches = prefetch(clips, schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
     ending = step >= o.steps
@@ -306,13 +317,17 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
 
     with bar, Stop(o.device) as stop:
         while not ending:
-            # The clips of this step, with all that is random about them.
-            batch = to_device(next(batches), o.device)
-
-            # The loss, and its gradient.
-            with autocast:
-                loss = model(**batch)["loss"]
-            loss.backward()
+            # The mean loss over this step's clips, and its gradient, micro-batch after micro-batch.
+            # The last one's backward() averages the gradients of all processes.
+            parts = clips.parts(step, o.micro_batch)
+            loss = torch.zeros((), device=o.device)
+            for i, ks in enumerate(parts):
+                batch = to_device(next(batches), o.device)
+                with averaging(model, now=i + 1 == len(parts)):
+                    with autocast:
+                        part = model(**batch)["loss"] * (len(ks) / sum(map(len, parts)))
+                    part.backward()
+                loss += part.detach()
 
             # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself.
             norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item()
@@ -401,6 +416,24 @@ def make_optimizers(objective, o):
         optimizers.append(torch.optim.Muon(matrices, o.lr, weight_decay=0.0,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def in_processes(objective):
+    """The same, but several processes share each step's clips: see averaging."""
+    if WORLD == 1:
+        return objective
+    # Buffers are constants of the training set. Newer versions of torch (2.13) call the option
+    # forward_sync_buffers, which older ones do not know, and warn.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
+
+
+def averaging(model, now):
+    """Here backward() averages the gradients of all processes, or, if not now, only adds them up."""
+    if WORLD == 1 or now:
+        return nullcontext()
+    return model.no_sync()
 
 
 def to_device(batch, device):
@@ -575,9 +608,14 @@ class AudioFiles:
         self.paths = list(files)
         self.rates = [rate for _, rate, _ in files.values()]
         lengths = [frames * SAMPLE_RATE // rate for frames, rate, _ in files.values()]
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.names = [Path(os.path.abspath(path)).parent.name for path in files]
+        self.set_lengths(np.array(lengths, dtype=np.int64))
+        self.names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in files]
         self.broken = {}                # {path: why} of what could be opened before, but not read
+
+    def set_lengths(self, lengths):
+        """lengths: of all files, in frames. `ends` is where each ends if all are one after another."""
+        self.lengths = lengths
+        self.ends = np.cumsum(lengths)
 
     def crop(self, place, window):
         """(clip (C, window / unit) float32, number of its file); UserError if ten in a row fail.
@@ -585,7 +623,7 @@ class AudioFiles:
         place: where in all the music, 0 <= place < 1. A file shorter than the clip is repeated.
         """
         n = window // self.unit
-        ends = np.cumsum(self.lengths)
+        ends = self.ends
         for _ in range(10):
             i = int(np.searchsorted(ends, place * ends[-1], side="right"))
             into = 1 - (ends[i] - place * ends[-1]) / self.lengths[i]       # a share of the file
@@ -624,70 +662,136 @@ def check_samples(audio):
 
 
 class Latents(AudioFiles):
-    """Clips of what a VAE makes of audio files, each encoded whole into an array (frames, C).
+    """Clips of what a VAE makes of audio files, each encoded whole, as float16.
 
     Each track is there in several versions, which count as tracks of their own: see encoded_as.
-    The arrays are files in `folder`, named by all that they depend on: the VAE's weights, the
-    audio's path and time of change, and seed and number of a version that is varied.
     UserError if none of the audio files can be decoded.
+
+    In `folder`, each process that encodes writes one large file, name.f16, of rows (C,), and an
+    index, name.txt, with lines "key first frames". The key of a version is a hash of all that it
+    depends on: the VAE's weights, the audio's path and time of change, and seed and number of a
+    version that is varied. Whatever has a line is whole: a stopped run goes on where it was.
     """
     unit = VAE.hop
 
-    def __init__(self, tracks, folder, vae, seed, versions=VERSIONS):
-        self.vae, self.seed, self.versions = vae, seed, versions
+    def __init__(self, tracks, folder, vae, seed, workers=1, versions=VERSIONS):
+        self.vae, self.seed = vae, seed
+        self.folder, self.versions = folder, versions
         self.paths = [path for path in tracks.paths for _ in range(versions)]
         self.names = [name for name in tracks.names for _ in range(versions)]
-        weights = b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())
-        key = hashlib.sha256(weights).hexdigest()
-        self.files = []
-        for path in tracks.paths:
-            name = unvaried = f"{key} {path} {os.stat(path).st_mtime_ns}"
-            for version in range(versions):
-                if version > 0:
-                    name = f"{unvaried} {seed} {version}"
-                digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-                self.files.append(folder / f"{digest}.npy")
+        self.keys = list(self.make_keys(tracks.paths))
+        self.broken = {}
 
-        # Each process encodes its share of the tracks.
+        # The processes that have this folder on their disk encode what it lacks, each its share.
         folder.mkdir(parents=True, exist_ok=True)
-        share = list(enumerate(tracks.paths))[RANK::WORLD]
-        for i, path in progress(share, "cache", unit="track"):
-            self.encode(path, self.files[i * versions:(i + 1) * versions])
+        known, team = self.index(), sharing(folder)
+        lacking = {}                                    # {number of a track: [version, ...]}
+        for i, key in enumerate(self.keys):
+            if key not in known:
+                lacking.setdefault(i // versions, []).append(i % versions)
+        mine = list(lacking.items())[team.index(RANK)::len(team)]
+        if mine:
+            self.encode(mine, workers)
         barrier()
 
         # A file that could not be decoded has no length, so no clip is taken from it.
-        self.broken, self.lengths = {}, np.zeros(len(self.files), dtype=np.int64)
-        for i, file in enumerate(self.files):
-            if file.exists():
-                self.lengths[i] = len(np.load(file, mmap_mode="r"))
-            else:
-                self.broken[self.paths[i]] = "damaged"
-        if not self.lengths.any():
+        known = self.index()
+        self.files, self.file, self.first, lengths = [], [], [], []
+        opened = {}
+        for path, key in zip(self.paths, self.keys):
+            name, first, frames = known.get(key, (None, 0, 0))
+            if name is None:
+                self.broken[path] = "damaged"
+            elif name not in opened:
+                opened[name] = len(opened)
+                shape = (-1, vae.config.latent_channels)
+                self.files.append(np.memmap(folder / name, np.float16, "r").reshape(shape))
+            self.file.append(opened.get(name))
+            self.first.append(first)
+            lengths.append(frames)
+        self.set_lengths(np.array(lengths, dtype=np.int64))
+        if not self.files:
             raise UserError(f"none of the {len(tracks.paths)} files of --data can be decoded: "
                             "give others")
+        if len(set(gathered(hashlib.sha256(self.lengths).hexdigest()))) > 1:
+            raise UserError("--cache: the machines do not have the same files: "
+                            "give each all of --data")
 
-    def encode(self, path, files):
-        """Write those versions of the audio at path that are not there yet.
+    def make_keys(self, paths):
+        """The keys of all versions of all tracks, in order."""
+        weights = b"".join(w.cpu().numpy().tobytes() for w in self.vae.state_dict().values())
+        vae = hashlib.sha256(weights).hexdigest()
+        for path in paths:
+            unvaried = f"{vae} {path} {os.stat(path).st_mtime_ns}"
+            for version in range(self.versions):
+                name = unvaried if version == 0 else f"{unvaried} {self.seed} {version}"
+                yield hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
-        None, if it is damaged where no probe looked, or has bad samples.
+    def index(self):
+        """{key: (name of a file, first row, frames)} of all that is in the folder."""
+        known = {}
+        for index in sorted(self.folder.glob("*.txt")):
+            file = index.with_suffix(".f16").name
+            for line in index.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):                 # else the process was killed as it wrote it
+                    key, first, frames = line.split()
+                    known[key] = file, int(first), int(frames)
+        return known
+
+    def encode(self, lacking, workers):
+        """Add what is lacking, [(number of a track, [version, ...])], to the folder.
+
+        Threads decode ahead. A track is left out if it is damaged where no probe looked, or has bad
+        samples.
         """
-        if all(file.exists() for file in files):
-            return
-        try:
-            audio = to_stereo_44k(*read_audio(path))                        # (2, n)
-            check_samples(audio.numpy())
-        except (UserError, ValueError):
-            return
-        for version, file in enumerate(files):
-            if not file.exists():
-                x = encoded_as(audio, path, self.seed, version)
-                latents = self.vae.encode(x[None].to(self.vae.latent_mean.device))[0]
-                array = np.ascontiguousarray(latents.T.cpu())               # (frames, C)
-                write_atomic(file, partial(np.save, arr=array))
+        def load(track):
+            number, wanted = track
+            path = self.paths[number * self.versions]
+            try:
+                audio = to_stereo_44k(*read_audio(path))                    # (2, n)
+                check_samples(audio.numpy())
+            except (UserError, ValueError):
+                return []
+            return [encoded_as(audio, path, self.seed, version) for version in wanted]
+
+        device = self.vae.latent_mean.device
+        name = self.folder / f"{RANK}-{secrets.token_hex(4)}"
+        first = 0
+        with open(f"{name}.f16", "xb") as rows, open(f"{name}.txt", "x") as index:
+            audios = prefetch(load, lacking, workers)
+            for number, wanted in progress(lacking, "cache", unit="track"):
+                lines = []
+                for version, audio in zip(wanted, next(audios)):
+                    latents = self.vae.encode(audio[None].to(device))[0]
+                    latents = latents.T.half().cpu().numpy()                # (frames, C)
+                    rows.write(latents.tobytes())
+                    key = self.keys[number * self.versions + version]
+                    lines.append(f"{key} {first} {len(latents)}\n")
+                    first += len(latents)
+                # The index must never promise what is not on the disk.
+                rows.flush()
+                os.fsync(rows.fileno())
+                index.writelines(lines)
+                index.flush()
 
     def read(self, i, start, n):
         """Frames [start, start + n) of track i: (C, n), or fewer at its end."""
-        return np.load(self.files[i], mmap_mode="r")[start:start + n].T
+        first = self.first[i] + start
+        last = self.first[i] + min(start + n, self.lengths[i])
+        return self.files[self.file[i]][first:last].T.astype(np.float32)
+
+
+def sharing(folder):
+    """The processes that see what this one writes in `folder`; not those on another disk.
+
+    All processes call this together.
+    """
+    mark = folder / f"{secrets.token_hex(8)}.mark"
+    mark.touch()
+    team = [rank for rank, name in enumerate(gathered(mark.name)) if (folder / name).exists()]
+    barrier()                           # all have looked
+    mark.unlink()
+    return team
 
 
 def encoded_as(audio, path, seed, version):
@@ -740,6 +844,18 @@ class Clips:
         first = step * self.most
         return range(first, first + self.batch * (max(self.windows) // window))
 
+    def parts(self, step, micro_batch=None):
+        """The clips that this process takes of that step, in micro-batches: a list of ranges.
+
+        A micro-batch, as a batch, is counted in clips of the longest window; None: all at once.
+        """
+        ks = self.of_step(step)
+        share = ks[RANK::WORLD]
+        size = len(share)
+        if micro_batch:
+            size = micro_batch * len(ks) // self.batch
+        return [share[i:i + size] for i in range(0, len(share), size)]
+
     def clip(self, k):
         """One clip: {name: number or array}."""
         # Where it is cut, and then what the objective draws: always in this order.
@@ -777,10 +893,11 @@ def varied(audio, rng):
 def prefetch(load, schedule, workers):
     """load(ks) for each ks of the schedule, in order, prepared by threads.
 
-    Threads are enough: libsndfile and numpy let others run.
+    Threads are enough: libsndfile and numpy let others run. Each computes alone: else the resampler
+    would start a team of threads in each of them.
     """
     waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for ks in schedule:
             waiting.append(pool.submit(load, ks))
             if len(waiting) > workers:
@@ -794,14 +911,16 @@ def music(o, origin=None):
 
     origin: the folders that were --data when the run began, if they were others. A moved file takes
     the place that it had, among the clips and among those held out.
-    Held out are the files of --valid, else one file in twenty of --data, which training leaves out
-    if there are four or more. The choice depends on the names of file and folder alone.
+    Held out are the files of --valid, else one file in twenty of --data, but no more than 80 hours.
+    Training leaves them out if there are four files or more. The choice depends on the names of
+    file and folder alone.
     """
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
 
     # Files that are too short, or damaged, are named and left out.
-    files = survey(o.data, max(o.windows), "--data")
+    index = Path(o.out) / "files.json"
+    files = survey(o.data, max(o.windows), "--data", index=index)
 
     def former(path):
         for folder, first in zip(o.data, origin or o.data):
@@ -810,17 +929,21 @@ def music(o, origin=None):
 
     files = {path: files[path] for path in sorted(files, key=former)}
     if o.valid:
-        return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
+        return (AudioFiles(files),
+                AudioFiles(survey(o.valid, max(o.windows), "--valid", index=index)))
 
     def digest(path):
-        return hashlib.sha256(os.fsencode("/".join(Path(former(path)).parts[-2:]))).digest()
+        return hashlib.sha256(os.fsencode("/".join(former(path).split(os.sep)[-2:]))).digest()
 
-    # Few files are all trained on, also the one that is validated on.
     count = max(1, round(len(files) / 20))
     held_out = readable(sorted(files, key=digest), count)
+    hours = np.cumsum([files[path][0] / files[path][1] / 3600 for path in held_out])
+    held_out = held_out[:max(1, (hours <= HELD_OUT_HOURS).sum())]
+
+    # Few files are all trained on, also the one that is validated on.
     trained = files
     if len(files) >= 4:
-        trained = [path for path in files if path not in held_out]
+        trained = sorted(files.keys() - held_out, key=former)
     return (AudioFiles({path: files[path] for path in trained}),
             AudioFiles({path: files[path] for path in held_out}))
 
@@ -855,13 +978,14 @@ def unreadable(path):
         return str(error)
 
 
-def refuse_silence(source):
+def refuse_silence(o, source):
     """UserError if clips from all over the music of --data hold no sound.
 
     There would be nothing to learn, and no scale to learn it in.
     """
-    for i in range(MEASURED):
-        if source.crop((i + 0.5) / MEASURED, 2**15)[0].any():
+    count = MEASURED[o.size]
+    for i in range(count):
+        if source.crop((i + 0.5) / count, 2**15)[0].any():
             return
     raise UserError("--data: all clips are digital silence: give music")
 
@@ -873,27 +997,41 @@ def measure(o, net, vae, source):
     For a latent model these are the mean, deviation and spectra of its latents, for a waveform
     model the deviations of its coefficients.
     """
-    # Clips spread evenly over the music, each as long as whole spectra need.
-    seen = []
-    for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
-        x = torch.from_numpy(source.crop((i + 0.5) / MEASURED, 2**15)[0])[None].to(o.device)
+    # Each process looks at its share of clips spread evenly over the music, each as long as whole
+    # spectra need.
+    count = MEASURED[o.size]
+    share = range(RANK, count, WORLD)
+    parts = [share[i:i + 4] for i in range(0, len(share), 4)]
+
+    def load(part):
+        return torch.from_numpy(np.stack([source.crop((k + 0.5) / count, 2**15)[0] for k in part]))
+
+    seen = {}
+    audio = prefetch(load, parts, o.workers)
+    for part in progress(parts, "statistics", unit="batch", leave=False):
+        x = next(audio).to(o.device)                                        # (4, 2, n)
         if vae:
-            seen.append(vae.posterior(x)[0].cpu())                          # (1, C, n)
+            found = vae.posterior(x)[0]                                     # (4, C, n / hop)
         else:
-            seen.append(net.coefficients(x).square().mean((0, 2)).cpu())    # (coefficients,)
+            found = net.coefficients(x).square().mean(2)                    # (4, coefficients)
+        seen.update(zip(part, found.cpu()))
+
+    # All of them, in the same order whatever the number of processes.
+    for others in gathered(seen):
+        seen.update(others)
+    seen = torch.stack([seen[k] for k in range(count)])
     # Of waveforms: powers, since the mean of music is zero.
     if not vae:
-        net.set_spectrum(torch.stack(seen).mean(0).sqrt())
+        net.set_spectrum(seen.mean(0).sqrt())
         return
 
     # Of latents: what makes them mean 0 and variance 1, and then their spectra.
-    latents = torch.cat(seen)                                               # (MEASURED, C, n)
-    mean = latents.mean((0, 2))
-    std = latents.std((0, 2)).clamp(min=1e-4)
+    mean = seen.mean((0, 2))
+    std = seen.std((0, 2)).clamp(min=1e-4)
     vae.latent_mean.copy_(mean)
     vae.latent_std.copy_(std)
     if net.config.hops:
-        net.set_spectrum([(latents - mean[:, None]) / std[:, None]])
+        net.set_spectrum([(seen - mean[:, None]) / std[:, None]])
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -910,7 +1048,7 @@ OF_FILES = ("valid", "cache")
 DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
 # Options that may differ when a run is resumed; the others are saved with the run. Of these, the
 # second ones may be given anew: music can move, but it cannot come where there was none.
-PER_CALL = ("resume", "save_every", "device", "workers", "out")
+PER_CALL = ("resume", "save_every", "device", "workers", "out", "micro_batch")
 ANEW = ("steps", "data", "valid", "cache", "compile", "precision")
 MUSIC = ("data", "valid")
 
@@ -946,6 +1084,9 @@ def parse(argv):
     how = parser.add_argument_group("how (by default as in the recipe, below)").add_argument
     how("--steps", type=steps)
     how("--batch", type=count, help="clips of the longest window in a step, of all processes")
+    how("--micro-batch", type=count, metavar="CLIPS",
+        help="of the longest window that a process takes at once, to fit into memory; the step "
+        "stays the same")
     how("--lr", type=within(1e-9, 1))
     how("--cooldown", type=within(0.01, 1),
         help="share of the steps, at the end, over which the rate falls to zero")
@@ -1039,15 +1180,6 @@ def settle(o):
     if o.batch % WORLD:
         raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, start
-
-
-def gathered(value):
-    """[value of process 0, of process 1, ...]; all processes call this."""
-    values = [value]
-    if WORLD > 1:
-        values = [None] * WORLD
-        dist.all_gather_object(values, value)
-    return values
 
 
 def in_all(work, *given):
@@ -1174,7 +1306,7 @@ def main(argv=None):
 
     # Before anything is made of it: there is sound, and the clips of a validation can be read.
     if o.data:
-        refuse_silence(source)
+        refuse_silence(o, source)
         for i in range(VALIDATED):
             held_out.crop((i + 0.5) / VALIDATED, max(o.windows))
 
@@ -1198,7 +1330,7 @@ def main(argv=None):
 
     # Clips to train on, and the few that are always validated on.
     if o.cache:
-        source = Latents(source, Path(o.out) / "cache", vae, o.seed)
+        source = Latents(source, Path(o.out) / "cache", vae, o.seed, o.workers)
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID,
                        VALIDATED)

@@ -37,9 +37,9 @@ SHORT = ("--windows", 0.2)
 
 @pytest.fixture(autouse=True)
 def few_statistics(monkeypatch):
-    """5 clips are measured, not 1000, and 2 validated, not 32, but where a test is about them; and
+    """5 clips are measured, not 50, and 2 validated, not 32, but where a test is about them; and
     a model that is played takes 3 steps, not 20."""
-    monkeypatch.setattr(train, "MEASURED", 5)
+    monkeypatch.setitem(train.MEASURED, "tiny", 5)
     monkeypatch.setattr(train, "VALIDATED", 2)
     monkeypatch.setattr(train, "PLAY_STEPS", 3)
 
@@ -245,9 +245,9 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     vae.latent_std.uniform_(0.5, 2)
     tracks = SpiedFiles({path: sample.probe(path) for path in sample.find_files([music])})
     cached = SpiedLatents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    stamps = [file.stat().st_mtime_ns for file in cached.files]
+    files = sorted((tmp_path / "cache").iterdir())
     again = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    assert [file.stat().st_mtime_ns for file in again.files] == stamps
+    assert sorted((tmp_path / "cache").iterdir()) == files and again.keys == cached.keys
 
     edge = -(-vae.encoder_field // vae.hop)
     for i, first in ((0, 0), (1, 200), (4, 700)):
@@ -261,7 +261,9 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     objective = train.Denoising(tiny("latent").eval(), vae)
     draw = objective.draw(sample.random_numbers(0), 2**15)
     t, eps = torch.tensor([draw["t"]]), torch.from_numpy(draw["eps"])[None]
-    fresh, encoded, kept = (objective(x, t, eps)["loss"] for x in (audio, vae.encode(audio), rows))
+    fresh = objective(audio, t, eps)["loss"]
+    encoded, kept = (objective(x, t, eps, encoded=torch.tensor([True]))["loss"]
+                     for x in (vae.encode(audio), rows))
     assert fresh == encoded and abs(kept - fresh) < 0.01 * fresh
 
     for place in (0.0, 0.1, 0.35, 0.8, 1 - 1e-9):       # within a frame of the same second
@@ -272,10 +274,11 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
 
     os.utime(tracks.paths[1], ns=(0, 0))
     changed = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    assert len(set(changed.files) - set(cached.files)) == 1
+    assert len(set(changed.keys) - set(cached.keys)) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 2
     vae.latent_mean.add_(1)
     other = train.Latents(tracks, tmp_path / "cache", vae, 0, versions=1)
-    assert not set(cached.files) & set(other.files)
+    assert not set(cached.keys) & set(other.keys)
 
 
 def test_the_cache_holds_versions_of_each_track(music, tmp_path):
@@ -287,15 +290,17 @@ def test_the_cache_holds_versions_of_each_track(music, tmp_path):
         return train.Latents(tracks, tmp_path / "cache", vae, seed, **more)
 
     cached, plain = latents(0), latents(0, versions=1)
-    stamps = [file.stat().st_mtime_ns for file in cached.files]
-    assert cached.files[::4] == plain.files and len(cached.files) == 4 * len(tracks.paths)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert cached.keys[::4] == plain.keys and len(cached.keys) == 4 * len(tracks.paths)
     assert cached.paths[::4] == cached.paths[3::4] == tracks.paths
     assert cached.names[::4] == cached.names[3::4] == tracks.names
     speeds = cached.lengths[::4, None] / cached.lengths.reshape(-1, 4)
     assert (speeds[:, 0] == 1).all()
     assert 0.83 < speeds.min() and speeds.max() < 1.21 and speeds[:, 1:].std() > 0.04
-    assert set(latents(1).files) & set(cached.files) == set(plain.files)
-    assert [file.stat().st_mtime_ns for file in latents(0).files] == stamps
+    assert set(latents(1).keys) & set(cached.keys) == set(plain.keys)
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 2
+    assert latents(0).keys == cached.keys
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 2
 
 
 def test_a_version_is_faster_or_slower_swapped_and_quieter():
@@ -324,12 +329,12 @@ def test_a_version_is_faster_or_slower_swapped_and_quieter():
     assert not torch.equal(again[:, :9], train.encoded_as(tone, "a.wav", 1, 5)[:, :9])
 
 
-def test_what_is_held_out_is_not_trained_on(music):
+def test_what_is_held_out_is_not_trained_on(music, tmp_path):
     """One file of twenty if there are four or more, each of them on one side; fewer are all trained
     on."""
     files = set(sample.find_files([music]))
     for some, held_out in ((files, 1), (sorted(files)[:4], 1), (sorted(files)[:3], 0)):
-        options = Namespace(data=some, valid=None, windows=[2**12])
+        options = Namespace(data=some, valid=None, windows=[2**12], out=tmp_path)
         trained, valid = (set(tracks.paths) for tracks in train.music(options))
         assert trained | valid == set(some) and len(valid) == 1 and len(valid - trained) == held_out
 
@@ -630,7 +635,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import sample, train
-train.MEASURED, train.VALIDATED, out = 4, 2, Path(sys.argv[2])
+train.MEASURED["tiny"], train.VALIDATED, out = 4, 2, Path(sys.argv[2])
 validate = train.validate
 train.validate = lambda *given: time.sleep(2) or validate(*given)     # on the first process only
 tiny = ["--size", "tiny", "--batch", "2", "--device", "cpu", "--steps", "2"]
@@ -1014,6 +1019,7 @@ def test_half_of_the_clips_meet_the_models_own_error():
 
     draw = next(draw for draw in draws if draw["share"].any() and draw["t"] < 0.5)
     batch = {name: torch.from_numpy(np.asarray(value))[None] for name, value in draw.items()}
+    batch["encoded"] = torch.tensor([True])
     latents = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
 
     def loss(share):
@@ -1253,11 +1259,11 @@ def test_what_the_diffusion_sees_has_variance_one(model, vae_file, tmp_path, mon
     """Over real music, within 5%: each latent channel has mean 0 and variance 1, waveforms
     variance 1."""
     music = MUSIC / "train-0" / "action_cdogs"
-    monkeypatch.setattr(train, "MEASURED", 250)
+    monkeypatch.setitem(train.MEASURED, "tiny", 250)
     more = ["--vae", vae_file] if model == "latent" else []
     fit(model, tmp_path / "run", "--data", music, "--steps", 0, *more)
     space = sample.load_checkpoint(tmp_path / "run" / "model.pt")
-    tracks = train.music(Namespace(data=[str(music)], valid=None, windows=[2**14]))[0]
+    tracks = train.music(Namespace(data=[str(music)], valid=None, windows=[2**14], out=tmp_path))[0]
     # Other clips than those measured.
     clips = train.Clips(tracks, [2**14], lambda *_: {}, [], 1, train.VALID, count=257)
     with torch.no_grad():
