@@ -947,7 +947,8 @@ def test_each_save_plays_the_model(model, music, vae_file, tmp_path):
     assert first.shape == second.shape and not np.array_equal(first, second)
     assert len(first) == (4 * RATE // 128 * 128 if model == "vae" else 2**15)
     if model == "waveform":             # whose context is met, but for what the equaliser does
-        held_out = train.music(Namespace(data=[str(music)], valid=None, windows=[2**13]))[1]
+        held_out = train.music(Namespace(data=[str(music)], valid=None, windows=[2**13],
+                                          out=tmp_path))[1]
         context = held_out.crop(0.5 / 2, 2**15)[0].T[:2**13]
         assert np.corrcoef(second[:2**13].ravel(), context.ravel())[0, 1] > 0.9
 
