@@ -1141,11 +1141,16 @@ def settle(o):
         raise UserError(f"{o.out} holds a model: choose another --out; "
                         "or --resume goes on, if state.pt is there")
 
+    # Options that would do nothing.
+    settled = state["settings"] if state else {}
+    refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
+    if not o.data and not settled.get("data"):
+        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
+
     # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
-    start, settled = None, {}
+    start = None
     if state:
         start = open_checkpoint(kind, state_file)
-        settled = state["settings"]
     elif o.init or o.model == "decoder":
         start = open_checkpoint(kind, o.init or o.vae)
         settled = {"size": start.size}
@@ -1156,11 +1161,6 @@ def settle(o):
         if given not in (None, value) and not may_change:
             raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
                             "or begin another run")
-
-    # Options that would do nothing.
-    refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
-    if not o.data and not settled.get("data"):
-        refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # Defaults.
     size = o.size or settled.get("size", DEFAULTS["size"])
