@@ -142,7 +142,7 @@ def updates(folder, processes, micro_batch, models):
     weights = {}
     for model in models:
         state = sample.load_state(folder / f"{processes}-{micro_batch}" / model / "state.pt")
-        assert state["step"] == 3
+        assert state["run_step"] == 3
         weights[model] = torch.cat([w.flatten() for w in state["objective"].values()])
     return weights
 
