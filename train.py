@@ -53,6 +53,7 @@ MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE,
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED = {"tiny": 50, "small": 250, "paper": 1000}        # clips, for statistics
 VALIDATED = 32                          # clips in one validation
+LOOK = 20                               # steps from one look at a GPU's numbers to the next
 HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
@@ -297,7 +298,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     """
     net, ema, out = objective.net, averaged.net, Path(o.out)
     optimizers = make_optimizers(objective, o)
-    step, seconds, validation, bad_in_a_row = 0, 0.0, {}, 0
+    step, seconds, validation, entries, bad_in_a_row = 0, 0.0, {}, [], 0
     if state:
         step, seconds = state["run_step"], state["seconds"]
         objective.load_state_dict(state["objective"])
@@ -309,9 +310,11 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
     schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
-    batches = prefetch(clips, schedule, o.workers)
+    batches = prefetch(lambda ks: pinned(clips(ks), o.device), schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
     ending = step >= o.steps
+    # To look at a number is to wait for the GPU, which then waits for the next step.
+    look_every = 1 if o.device.type == "cpu" else LOOK
     if RANK == 0:
         begin_log(out, step)
 
@@ -329,51 +332,59 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
                     part.backward()
                 loss += part.detach()
 
-            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself.
-            norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item()
+            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. One that
+            # is not finite counts as zero.
+            norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0)
                      for part in objective.children()]
-            norm = math.hypot(*norms)
-            finite = math.isfinite(norm)                # the same in all processes
+            norm = torch.stack(norms).norm()            # the same in all processes
+            for p in objective.parameters():
+                if p.grad is not None:
+                    p.grad.nan_to_num_(0.0, 0.0, 0.0)
 
-            # Set the rate and take the step, but not along a gradient that is not finite.
+            # Set the rate and take the step.
             lr = learning_rate(o, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                if finite:
-                    optimizer.step()
+                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
             # Move the average of the weights: by much at first, then by less and less.
-            if finite:
-                decay = min(o.ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            decay = min(o.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-            # Ten bad gradients in a row will not be followed by a good one.
-            bad_in_a_row = 0 if finite else bad_in_a_row + 1
-            if bad_in_a_row == 10:
-                raise UserError(f"ten steps up to {step} were not finite: "
-                                "lower --lr, or use --precision fp32", status=1)
+            # Note what there is to log, and go on, unless it is time to look at the numbers.
+            step += 1
+            bar.update()
+            seconds = time.monotonic() - began
+            entries.append({"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
+                            "gradient_norm": norm})
+            due, ending = step % o.save_every == 0, step >= o.steps
+            if not (due or ending or step % look_every == 0):
+                continue
+            looked_at(entries)
 
             # Log every step; validate, save and play the model every so many.
-            step += 1
-            seconds = time.monotonic() - began
-            loss = mean_of_all(loss)
-            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
-                     "gradient_norm": norm}
-            ending = stop() or step >= o.steps
-            due = step % o.save_every == 0
+            ending = stop() or ending
             if RANK == 0:
                 if due or ending:
                     validation = validate(averaged, held_out, autocast, o.device)
-                    entry["validation"] = validation["loss"]
-                write_log(out, entry)
+                    entries[-1]["validation"] = validation["loss"]
+                write_log(out, entries)
             if due and not ending:
                 save(o, header, step, seconds, objective, ema, optimizers)
                 play(o, ema, averaged, held_out, step)
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}", refresh=False)
-            bar.update()
+            bar.set_postfix_str(f"loss {entries[-1]['loss']:.4f}, lr {lr:.1e}", refresh=False)
+
+            # Ten bad gradients in a row will not be followed by a good one.
+            for entry in entries:
+                finite = math.isfinite(entry["gradient_norm"])
+                bad_in_a_row = 0 if finite else bad_in_a_row + 1
+                if bad_in_a_row == 10:
+                    raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
+                                    "lower --lr, or use --precision fp32", status=1)
+            entries = []
 
         # The end, where a signal still waits for it. A run without a step is validated here.
         batches.close()
@@ -436,9 +447,18 @@ def averaging(model, now):
     return model.no_sync()
 
 
+def pinned(batch, device):
+    """The batch in memory that a GPU can copy from while it computes."""
+    if device.type != "cuda":
+        return batch
+    return {name: x.pin_memory() for name, x in batch.items()}
+
+
 def to_device(batch, device):
     """Moves what is float32. Times (float64), seeds and labels stay on the CPU."""
-    return {name: x.to(device) if x.dtype == torch.float32 else x for name, x in batch.items()}
+    on_gpu = device.type == "cuda"      # where the batch is pinned
+    return {name: x.to(device, non_blocking=on_gpu) if x.dtype == torch.float32 else x
+            for name, x in batch.items()}
 
 
 class Stop:
@@ -505,22 +525,28 @@ def begin_log(folder, step):
     write_atomic(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
 
 
-def write_log(folder, entry):
-    """Append a line to log.csv."""
+def write_log(folder, entries):
+    """Append lines to log.csv."""
     with open(folder / "log.csv", "a", newline="") as file:
-        log_writer(file).writerow(entry)
+        log_writer(file).writerows(entries)
 
 
 def log_writer(file):
     return csv.DictWriter(file, LOG, restval="", extrasaction="ignore", lineterminator="\n")
 
 
-def mean_of_all(loss):
-    """The mean over the processes, which have as many clips each, of a number on the device."""
-    loss = loss.detach()
+def looked_at(entries):
+    """Turn what is on the device, in the entries of the log, into numbers, with one wait for all.
+
+    The loss becomes the mean over the processes, which have as many clips each.
+    """
+    losses = torch.stack([entry["loss"] for entry in entries])
     if WORLD > 1:
-        dist.all_reduce(loss)
-    return loss.item() / WORLD
+        dist.all_reduce(losses)
+    norms = torch.stack([entry["gradient_norm"] for entry in entries])
+    both = torch.stack([losses / WORLD, norms]).tolist()
+    for entry, loss, norm in zip(entries, *both):
+        entry["loss"], entry["gradient_norm"] = loss, norm
 
 
 def save(o, header, step, seconds, objective, ema, optimizers):

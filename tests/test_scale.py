@@ -142,7 +142,7 @@ def updates(folder, processes, micro_batch, models):
     weights = {}
     for model in models:
         state = sample.load_state(folder / f"{processes}-{micro_batch}" / model / "state.pt")
-        assert state["step"] == 3
+        assert state["run_step"] == 3
         weights[model] = torch.cat([w.flatten() for w in state["objective"].values()])
     return weights
 
@@ -239,6 +239,7 @@ sys.path[:0] = sys.argv[1:3]
 import torch
 import sample, train
 import test_scale
+sample.join_processes(torch.device("cpu"))
 node = sample.RANK // 2 if sys.argv[4] == "apart" else 0
 folder = test_scale.Path(sys.argv[3])
 tracks = train.AudioFiles(train.survey([folder / "music"], 1, "--data", index=folder / f"{node}.json"))

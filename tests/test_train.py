@@ -777,16 +777,23 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path):
     assert before.keys() == {"state.pt", "model.pt"} and content() == before
 
 
-def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
-    """One NaN: weights and averages stay as they were, the log has it, and training goes on."""
-    before = fit("vae", tmp_path, "--steps", 2, *SHORT)
+def test_a_gradient_that_is_not_finite_counts_as_zero(tmp_path, monkeypatch):
+    """One NaN, in the first step: weights and averages stay as they were, the log has it, and
+    training goes on, also where it comes later."""
+    fit("vae", tmp_path, "--steps", 0, *SHORT)
+    before = sample.load_state(tmp_path / "state.pt")
     with monkeypatch.context() as patch:
         patch.setattr(train.autoencoder, "kl", lambda mean, logvar: mean.sum() * float("nan"))
-        skipped = fit("vae", tmp_path, "--resume", "--steps", 3)
-    after = fit("vae", tmp_path, "--resume", "--steps", 4)
-    assert [loss == "nan" for loss in losses(tmp_path)] == [False, False, True, False]
-    assert same(before["objective"], skipped["objective"]) and same(before["ema"], skipped["ema"])
+        skipped = fit("vae", tmp_path, "--resume", "--steps", 1)
+    after = fit("vae", tmp_path, "--resume", "--steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.autoencoder, "kl", lambda mean, logvar: mean.sum() * float("nan"))
+        later = fit("vae", tmp_path, "--resume", "--steps", 3)
+    assert [loss == "nan" for loss in losses(tmp_path)] == [True, False, True]
+    assert same(before["objective"], skipped["objective"])
+    torch.testing.assert_close(flat(before["ema"].values()), flat(skipped["ema"].values()))
     assert not same(skipped["ema"], after["ema"])
+    assert flat(later["objective"].values()).isfinite().all()
 
 
 def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(tmp_path):
