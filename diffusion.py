@@ -66,7 +66,8 @@ def _for_clips(c, x):
     """A coefficient c, () or (B,), as a factor of x (B, ...) that does not change its type."""
     if c.ndim == 0:
         return c.item()
-    return c.to(x).reshape(-1, *[1] * (x.ndim - 1))
+    # A GPU is not waited for. (To other devices such a copy could read c when it is gone.)
+    return c.to(x, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
 
 
 # ---- The v-parameterisation and its loss --------------------------------------------------------
@@ -101,7 +102,7 @@ def v_loss(model, x_0, t, eps):
 def v_error(model, x_0, t, eps):
     """The error v_t - v_theta(x_t, t) of a model at time t, (B, C, n). Arguments as in v_loss."""
     x_t, v_t = add_noise(x_0, eps, t)
-    return v_t - model(x_t, t.to(x_t))
+    return v_t - model(x_t, t.to(x_t, non_blocking=x_t.is_cuda))
 
 
 # ---- The samplers' steps ------------------------------------------------------------------------

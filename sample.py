@@ -229,6 +229,14 @@ def barrier():
         dist.barrier()
 
 
+def gathered(value):
+    """A list of what each process gives here, the same in all of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 # ---- audio files ---------------------------------------------------------------------------------
 
 def open_audio(source):
@@ -462,18 +470,75 @@ def probe(path):
         return reason(error)
 
 
-def survey(folders, samples, flag, remedy="give others, or shorter --windows"):
-    """{path: [frames, rate, channels]} of the files that last `samples` at 44.1 kHz or longer.
-
-    Says which files are left out, and why. UserError naming the flag if none is left.
-    """
-    paths = find_files(folders)
+def probe_all(paths, flag):
+    """{path: what `probe` says of it}"""
+    headers = {}
     with ThreadPoolExecutor(8) as pool:
         with progress(total=len(paths), desc=flag, unit="file", leave=False) as bar:
-            headers = {}
             for path, header in zip(paths, pool.map(probe, paths)):
                 headers[path] = header
                 bar.update()
+    return headers
+
+
+def probe_new(folders, flag, index):
+    """As probe_all, for the files in the folders, but an unchanged file is opened only once.
+
+    All processes call this together and share the work. `index` is a file that remembers what was
+    found: json, {path: [size, time of change, frames, rate, channels]}.
+    """
+    # One process looks which files there are, and which of them are as the index has them.
+    plan = [None, None]
+    if RANK == 0:
+        known = read_index(index)
+        stamps = {path: stamp(path) for path in find_files(folders)}
+        unchanged = {path: known[path][2:] for path in stamps
+                     if path in known and known[path][:2] == stamps[path]}
+        plan = [unchanged, [path for path in stamps if path not in unchanged]]
+    if WORLD > 1:
+        dist.broadcast_object_list(plan)
+    headers, new = plan
+
+    # Each process opens its share of the others.
+    for share in gathered(probe_all(new[RANK::WORLD], flag)):
+        headers.update(share)
+
+    # The index keeps what can be used; a file that cannot is looked at again next time.
+    if RANK == 0 and new:
+        for path in new:
+            if isinstance(headers[path], list):
+                known[path] = stamps[path] + headers[path]
+        write_atomic(index, lambda file: file.write(json.dumps(known).encode()))
+    return dict(sorted(headers.items()))
+
+
+def read_index(path):
+    """What an index holds; {} if it is not there, or damaged."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def stamp(path):
+    """[size, time of change] of a file; [] if it is not there."""
+    try:
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+    except OSError:
+        return []
+
+
+def survey(folders, samples, flag, remedy="give others, or shorter --windows", index=None):
+    """{path: [frames, rate, channels]} of the files that last `samples` at 44.1 kHz or longer.
+
+    With an index, see probe_new. Says which files are left out, and why. UserError naming the flag
+    if none is left.
+    """
+    if index:
+        headers = probe_new(folders, flag, index)
+    else:
+        headers = probe_all(find_files(folders), flag)
 
     # What is long enough; and why the rest is left out.
     needed = samples / SAMPLE_RATE
@@ -491,7 +556,7 @@ def survey(folders, samples, flag, remedy="give others, or shorter --windows"):
         total += lasts
     if not usable:
         raise UserError(f"{flag}: no usable file of {needed:.2f} s or more: {remedy}")
-    say(f"{flag}: {len(usable)} of {len(paths)} files, {total / 60:.1f} minutes")
+    say(f"{flag}: {len(usable)} of {len(headers)} files, {total / 60:.1f} minutes")
     return usable
 
 

@@ -7,20 +7,26 @@
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of
 (seed, k) alone, and a step's number says which clips it takes. So a resumed run needs no state of
-random numbers, and the numbers of threads and of processes do not change what is trained (except
-in a VAE's noise and in feature matching, which take means over the clips of one process).
+random numbers, and the numbers of threads, processes and micro-batches do not change what is
+trained. Two things of a VAE and its decoder are exceptions, since they are no means over clips: the
+deviation of a channel, which scales the noise in latents, and feature matching, a ratio. They are
+taken over one micro-batch of one process.
 """
 import argparse
 import copy
 import csv
 import hashlib
+import io
 import math
 import os
+import secrets
 import shlex
 import signal
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,17 +43,24 @@ import vae as autoencoder
 from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
-                    join_processes, load_state, open_checkpoint, pick_device, progress,
-                    random_numbers, read_audio, reason, refuse_idle, run, save_atomic, say,
-                    survey, to_stereo_44k, within, write_atomic)
+                    gathered, join_processes, load_state, open_audio, open_checkpoint, pick_device,
+                    progress, random_numbers, read_audio, reason, refuse_idle, run, save_atomic,
+                    say, survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
 MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE, of kind "vae"
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
-MEASURED, VALIDATED = 1000, 32          # clips: for statistics, and in one validation
+MEASURED = {"tiny": 50, "small": 250, "paper": 1000}        # clips, for statistics
+VALIDATED = 32                          # clips in one validation
+LOOK = 20                               # steps from one look at a GPU's numbers to the next
+HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
+# No sample is so far beyond full scale, not even 16-bit numbers that were written as floats; and
+# its square, summed over a clip, is still finite in float32.
+LOUDEST = 1e6
+FEW = 20                                # files to hold out that are looked at more closely
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
 PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
 
@@ -136,19 +149,24 @@ class Denoising(nn.Module):
             share = max(0, rng.uniform(-1, 1)) * ((first < position) & (position < last))
             drawn["fresh"] = rng.standard_normal(shape, dtype=np.float32)
             drawn["share"] = share.astype(np.float32)[None]                 # (1, n)
+            drawn["moved"] = np.bool_(share.any())
         return drawn
 
-    def forward(self, x, t, eps, start=None, fresh=None, share=None, **_):
+    def forward(self, x, t, eps, start=None, fresh=None, share=None, moved=None, encoded=None,
+                **_):
         # Into model space, where the clips are not yet latents from the cache.
         x_0 = x
-        if x.shape[1] == 2:
+        if encoded is None or not encoded[0]:
             with full_precision(x):
                 x_0 = self.space.encode(x)                                  # (B, C, n)
         model = self.net
         if isinstance(self.net, dit.DiT):
             model = partial(self.net, start=start)
-        if self.training and share is not None and share.any():
-            eps = self.with_own_error(model, x_0, t, eps, fresh, share)
+        # A clip's noise must not depend on its batch: it is `fresh` in clips that are not moved too.
+        if self.training and fresh is not None:
+            if moved.any():
+                fresh = self.with_own_error(model, x_0, t, eps, fresh, share)
+            eps = fresh
         error = v_error(model, x_0, t, eps)
         if self.space.kind == "waveform":                                   # the U-Net weighs it
             error = self.net.weigh(error, t.to(error))
@@ -280,82 +298,107 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     """
     net, ema, out = objective.net, averaged.net, Path(o.out)
     optimizers = make_optimizers(objective, o)
-    step, seconds, validation, bad_in_a_row = 0, 0.0, {}, 0
+    step, seconds, validation, entries, bad_in_a_row = 0, 0.0, {}, [], 0
     if state:
-        step, seconds = state["step"], state["seconds"]
+        step, seconds = state["run_step"], state["seconds"]
         objective.load_state_dict(state["objective"])
         ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
     began = time.monotonic() - seconds
 
-    # Several processes share each step's clips and average their gradients in backward().
-    model = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
+    model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
-    schedule = (clips.of_step(i)[RANK::WORLD] for i in range(step, o.steps))
-    batches = prefetch(clips, schedule, o.workers)
+    schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
+    batches = prefetch(lambda ks: pinned(clips(ks), o.device), schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
-    stop = Stop(o.device)
+    ending = step >= o.steps
+    # To look at a number is to wait for the GPU, which then waits for the next step.
+    look_every = 1 if o.device.type == "cpu" else LOOK
+    if RANK == 0:
+        begin_log(out, step)
 
-    with bar:
-        while step < o.steps and not stop():
-            # The clips of this step, with all that is random about them.
-            batch = to_device(next(batches), o.device)
+    with bar, Stop(o.device) as stop:
+        while not ending:
+            # The mean loss over this step's clips, and its gradient, micro-batch after micro-batch.
+            # The last one's backward() averages the gradients of all processes.
+            parts = clips.parts(step, o.micro_batch)
+            loss = torch.zeros((), device=o.device)
+            for i, ks in enumerate(parts):
+                batch = to_device(next(batches), o.device)
+                with averaging(model, now=i + 1 == len(parts)):
+                    with autocast:
+                        part = model(**batch)["loss"] * (len(ks) / sum(map(len, parts)))
+                    part.backward()
+                loss += part.detach()
 
-            # The loss, and its gradient.
-            with autocast:
-                loss = model(**batch)["loss"]
-            loss.backward()
-
-            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself.
-            norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item()
+            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. One that
+            # is not finite counts as zero.
+            norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0)
                      for part in objective.children()]
-            norm = math.hypot(*norms)
-            finite = math.isfinite(norm)                # the same in all processes
+            norm = torch.stack(norms).norm()            # the same in all processes
+            for p in objective.parameters():
+                if p.grad is not None:
+                    p.grad.nan_to_num_(0.0, 0.0, 0.0)
 
-            # Set the rate and take the step, but not along a gradient that is not finite.
+            # Set the rate and take the step.
             lr = learning_rate(o, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                if finite:
-                    optimizer.step()
+                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
             # Move the average of the weights: by much at first, then by less and less.
-            if finite:
-                decay = min(o.ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            decay = min(o.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-            # Ten bad gradients in a row will not be followed by a good one.
-            bad_in_a_row = 0 if finite else bad_in_a_row + 1
-            if bad_in_a_row == 10:
-                raise UserError(f"ten steps up to {step} were not finite: "
-                                "lower --lr, or use --precision fp32", status=1)
+            # Note what there is to log, and go on, unless it is time to look at the numbers.
+            step += 1
+            bar.update()
+            seconds = time.monotonic() - began
+            entries.append({"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
+                            "gradient_norm": norm})
+            due, ending = step % o.save_every == 0, step >= o.steps
+            if not (due or ending or step % look_every == 0):
+                continue
+            looked_at(entries)
 
             # Log every step; validate, save and play the model every so many.
-            step += 1
-            seconds = time.monotonic() - began
-            entry = {"step": step, "seconds": round(seconds, 3), "loss": loss.item(), "lr": lr,
-                     "gradient_norm": norm}
-            due = step % o.save_every == 0
+            ending = stop() or ending
             if RANK == 0:
-                if due or step == o.steps:
+                if due or ending:
                     validation = validate(averaged, held_out, autocast, o.device)
-                    entry["validation"] = validation["loss"]
-                write_log(out, entry)
-            if due and step < o.steps:
+                    entries[-1]["validation"] = validation["loss"]
+                write_log(out, entries)
+            if due and not ending:
                 save(o, header, step, seconds, objective, ema, optimizers)
                 play(o, ema, averaged, held_out, step)
-            bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.1e}", refresh=False)
-            bar.update()
+            bar.set_postfix_str(f"loss {entries[-1]['loss']:.4f}, lr {lr:.1e}", refresh=False)
 
-    batches.close()
-    save(o, header, step, seconds, objective, ema, optimizers)
-    play(o, ema, averaged, held_out, step)
-    barrier()                           # rank 0 validates and saves; what comes next may read that
-    farewell(o, step, validation, clips.source.broken)
+            # Ten bad gradients in a row will not be followed by a good one.
+            for entry in entries:
+                finite = math.isfinite(entry["gradient_norm"])
+                bad_in_a_row = 0 if finite else bad_in_a_row + 1
+                if bad_in_a_row == 10:
+                    raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
+                                    "lower --lr, or use --precision fp32", status=1)
+            entries = []
+
+        # The end, where a signal still waits for it. A run without a step is validated here.
+        batches.close()
+        if RANK == 0 and not validation:
+            validation = validate(averaged, held_out, autocast, o.device)
+        save(o, header, step, seconds, objective, ema, optimizers)
+        play(o, ema, averaged, held_out, step)
+
+    # All processes say what they could not read. Together they leave: what comes next may read what
+    # the first one has saved.
+    broken = {}
+    for met in gathered(clips.source.broken | held_out.source.broken):
+        broken.update(met)
+    farewell(o, step, validation, broken)
 
 
 def learning_rate(o, step):
@@ -386,18 +429,54 @@ def make_optimizers(objective, o):
     return optimizers
 
 
+def in_processes(objective):
+    """The same, but several processes share each step's clips: see averaging."""
+    if WORLD == 1:
+        return objective
+    # Buffers are constants of the training set. Newer versions of torch (2.13) call the option
+    # forward_sync_buffers, which older ones do not know, and warn.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
+
+
+def averaging(model, now):
+    """Here backward() averages the gradients of all processes, or, if not now, only adds them up."""
+    if WORLD == 1 or now:
+        return nullcontext()
+    return model.no_sync()
+
+
+def pinned(batch, device):
+    """The batch in memory that a GPU can copy from while it computes."""
+    if device.type != "cuda":
+        return batch
+    return {name: x.pin_memory() for name, x in batch.items()}
+
+
 def to_device(batch, device):
     """Moves what is float32. Times (float64), seeds and labels stay on the CPU."""
-    return {name: x.to(device) if x.dtype == torch.float32 else x for name, x in batch.items()}
+    on_gpu = device.type == "cuda"      # where the batch is pinned
+    return {name: x.to(device, non_blocking=on_gpu) if x.dtype == torch.float32 else x
+            for name, x in batch.items()}
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at once."""
+    """While entered, Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at
+    once. Afterwards they do what they did before."""
 
     def __init__(self, device):
         self.asked, self.device = False, device
+        self.before = {}                # {number of a signal: its handler outside}
+
+    def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, *_):
         self.asked = True
@@ -427,14 +506,47 @@ def validate(averaged, held_out, autocast, device):
             for name in shown[0]}
 
 
-def write_log(folder, entry):
-    """Append a line to log.csv; the first step of a run begins the file with the columns' names."""
-    first = entry["step"] == 1
-    with open(folder / "log.csv", "w" if first else "a", newline="") as file:
-        log = csv.DictWriter(file, LOG, restval="", lineterminator="\n")
-        if first:
-            log.writeheader()
-        log.writerow(entry)
+def begin_log(folder, step):
+    """log.csv with the names of its columns, and the lines of the run to resume up to that step.
+
+    What a crashed run did after its last save is done again, and logged again.
+    """
+    kept = []
+    if step > 0 and (folder / "log.csv").exists():
+        with open(folder / "log.csv", newline="") as file:
+            for entry in csv.DictReader(file):
+                number = entry["step"] or ""
+                if number.isdecimal() and int(number) <= step:
+                    kept.append(entry)
+    text = io.StringIO()
+    log = log_writer(text)
+    log.writeheader()
+    log.writerows(kept)
+    write_atomic(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def write_log(folder, entries):
+    """Append lines to log.csv."""
+    with open(folder / "log.csv", "a", newline="") as file:
+        log_writer(file).writerows(entries)
+
+
+def log_writer(file):
+    return csv.DictWriter(file, LOG, restval="", extrasaction="ignore", lineterminator="\n")
+
+
+def looked_at(entries):
+    """Turn what is on the device, in the entries of the log, into numbers, with one wait for all.
+
+    The loss becomes the mean over the processes, which have as many clips each.
+    """
+    losses = torch.stack([entry["loss"] for entry in entries])
+    if WORLD > 1:
+        dist.all_reduce(losses)
+    norms = torch.stack([entry["gradient_norm"] for entry in entries])
+    both = torch.stack([losses / WORLD, norms]).tolist()
+    for entry, loss, norm in zip(entries, *both):
+        entry["loss"], entry["gradient_norm"] = loss, norm
 
 
 def save(o, header, step, seconds, objective, ema, optimizers):
@@ -442,15 +554,15 @@ def save(o, header, step, seconds, objective, ema, optimizers):
     if RANK > 0:
         return
 
-    # Settings are saved with the state, so that --resume needs no other option.
+    # Settings are saved with the state, so that --resume needs no other option. The steps of a
+    # model are all that its weights have had, in earlier runs too.
     save_atomic(Path(o.out) / "state.pt", {
-        **header, "step": step, "seconds": seconds,
+        **header, "step": o.before + step, "run_step": step, "seconds": seconds,
         "ema": ema.state_dict(),
         "objective": objective.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "settings": {name: value for name, value in vars(o).items() if name not in PER_CALL}})
 
-    # The steps of a model are all that its weights have had, in earlier runs too.
     model = {**header, "step": o.before + step, "ema": halved(ema.state_dict())}
     if header["vae"]:
         model["vae"] = {**header["vae"], "weights": halved(header["vae"]["weights"])}
@@ -492,12 +604,18 @@ def continued(checkpoint, audio, C_L):
 
 
 def farewell(o, step, validation, broken):
-    """Say where the model is, what could not be read, and the command that comes next."""
+    """Say what could not be read, where the model is, and the command that comes next.
+
+    UserError if the validation is not finite: such a model is of no use.
+    """
     file = shlex.quote(f"{o.out}/model.pt")
-    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
-    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     for path, why in broken.items():
         say(f"  could not be read: {path} ({why})")
+    if not all(map(math.isfinite, validation.values())):
+        raise UserError(f"the validation of step {step} is not finite: begin again with a lower "
+                        "--lr, or with --precision fp32", status=1)
+    shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
+    say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     if step < o.steps:
         again = f"python train.py --model {o.model} --out {shlex.quote(o.out)} --resume"
         say(f"stopped; to go on: {again}")
@@ -516,9 +634,14 @@ class AudioFiles:
         self.paths = list(files)
         self.rates = [rate for _, rate, _ in files.values()]
         lengths = [frames * SAMPLE_RATE // rate for frames, rate, _ in files.values()]
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.names = [Path(os.path.abspath(path)).parent.name for path in files]
+        self.set_lengths(np.array(lengths, dtype=np.int64))
+        self.names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in files]
         self.broken = {}                # {path: why} of what could be opened before, but not read
+
+    def set_lengths(self, lengths):
+        """lengths: of all files, in frames. `ends` is where each ends if all are one after another."""
+        self.lengths = lengths
+        self.ends = np.cumsum(lengths)
 
     def crop(self, place, window):
         """(clip (C, window / unit) float32, number of its file); UserError if ten in a row fail.
@@ -526,7 +649,7 @@ class AudioFiles:
         place: where in all the music, 0 <= place < 1. A file shorter than the clip is repeated.
         """
         n = window // self.unit
-        ends = np.cumsum(self.lengths)
+        ends = self.ends
         for _ in range(10):
             i = int(np.searchsorted(ends, place * ends[-1], side="right"))
             into = 1 - (ends[i] - place * ends[-1]) / self.lengths[i]       # a share of the file
@@ -535,9 +658,10 @@ class AudioFiles:
                 clip = self.read(i, start, n)
                 if not clip.size:
                     raise ValueError("nothing is left of it")
+                check_samples(clip)
                 return np.pad(clip, ((0, 0), (0, n - clip.shape[1])), mode="wrap"), i
             except (OSError, RuntimeError, ValueError) as error:
-                # Damaged, or gone: note it, and look elsewhere.
+                # Damaged, gone, or with bad samples: note it, and look elsewhere.
                 self.broken[self.paths[i]] = reason(error)
                 place = (place + 0.618) % 1
         raise UserError(f"ten clips in a row could not be read, the last in {self.paths[i]}",
@@ -550,77 +674,150 @@ class AudioFiles:
         rate = self.rates[i]
         begin, end = to_resample(rate, SAMPLE_RATE, start, start + n)
         begin = max(begin, 0)
-        with sf.SoundFile(self.paths[i]) as file:
+        with open_audio(self.paths[i]) as file:
             file.seek(min(begin, file.frames))
             audio = file.read(max(end, 0) - begin, dtype="float32", always_2d=True)
         audio = to_stereo_44k(torch.from_numpy(audio.T.copy()), rate).numpy()
         return audio[:, start - begin * SAMPLE_RATE // rate:][:, :n]
 
 
+def check_samples(audio):
+    """ValueError if samples are not finite, or beyond any scale: one spoils all that it is in."""
+    if not np.abs(audio).max() <= LOUDEST:                  # true of NaN too
+        raise ValueError("samples that are not finite, or far beyond full scale")
+
+
 class Latents(AudioFiles):
-    """Clips of what a VAE makes of audio files, each encoded whole into an array (frames, C).
+    """Clips of what a VAE makes of audio files, each encoded whole, as float16.
 
     Each track is there in several versions, which count as tracks of their own: see encoded_as.
-    The arrays are files in `folder`, named by all that they depend on: the VAE's weights, the
-    audio's path and time of change, and seed and number of a version that is varied.
     UserError if none of the audio files can be decoded.
+
+    In `folder`, each process that encodes writes one large file, name.f16, of rows (C,), and an
+    index, name.txt, with lines "key first frames". The key of a version is a hash of all that it
+    depends on: the VAE's weights, the audio's path and time of change, and seed and number of a
+    version that is varied. Whatever has a line is whole: a stopped run goes on where it was.
     """
     unit = VAE.hop
 
-    def __init__(self, tracks, folder, vae, seed, versions=VERSIONS):
-        self.vae, self.seed, self.versions = vae, seed, versions
+    def __init__(self, tracks, folder, vae, seed, workers=1, versions=VERSIONS):
+        self.vae, self.seed = vae, seed
+        self.folder, self.versions = folder, versions
         self.paths = [path for path in tracks.paths for _ in range(versions)]
         self.names = [name for name in tracks.names for _ in range(versions)]
-        weights = b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())
-        key = hashlib.sha256(weights).hexdigest()
-        self.files = []
-        for path in tracks.paths:
-            name = unvaried = f"{key} {path} {os.stat(path).st_mtime_ns}"
-            for version in range(versions):
-                if version > 0:
-                    name = f"{unvaried} {seed} {version}"
-                digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-                self.files.append(folder / f"{digest}.npy")
+        self.keys = list(self.make_keys(tracks.paths))
+        self.broken = {}
 
-        # Each process encodes its share of the tracks.
+        # The processes that have this folder on their disk encode what it lacks, each its share.
         folder.mkdir(parents=True, exist_ok=True)
-        share = list(enumerate(tracks.paths))[RANK::WORLD]
-        for i, path in progress(share, "cache", unit="track"):
-            self.encode(path, self.files[i * versions:(i + 1) * versions])
+        known, team = self.index(), sharing(folder)
+        lacking = {}                                    # {number of a track: [version, ...]}
+        for i, key in enumerate(self.keys):
+            if key not in known:
+                lacking.setdefault(i // versions, []).append(i % versions)
+        mine = list(lacking.items())[team.index(RANK)::len(team)]
+        if mine:
+            self.encode(mine, workers)
         barrier()
 
         # A file that could not be decoded has no length, so no clip is taken from it.
-        self.broken, self.lengths = {}, np.zeros(len(self.files), dtype=np.int64)
-        for i, file in enumerate(self.files):
-            if file.exists():
-                self.lengths[i] = len(np.load(file, mmap_mode="r"))
-            else:
-                self.broken[self.paths[i]] = "damaged"
-        if not self.lengths.any():
+        known = self.index()
+        self.files, self.file, self.first, lengths = [], [], [], []
+        opened = {}
+        for path, key in zip(self.paths, self.keys):
+            name, first, frames = known.get(key, (None, 0, 0))
+            if name is None:
+                self.broken[path] = "damaged"
+            elif name not in opened:
+                opened[name] = len(opened)
+                shape = (-1, vae.config.latent_channels)
+                self.files.append(np.memmap(folder / name, np.float16, "r").reshape(shape))
+            self.file.append(opened.get(name))
+            self.first.append(first)
+            lengths.append(frames)
+        self.set_lengths(np.array(lengths, dtype=np.int64))
+        if not self.files:
             raise UserError(f"none of the {len(tracks.paths)} files of --data can be decoded: "
                             "give others")
+        if len(set(gathered(hashlib.sha256(self.lengths).hexdigest()))) > 1:
+            raise UserError("--cache: the machines do not have the same files: "
+                            "give each all of --data")
 
-    def encode(self, path, files):
-        """Write those versions of the audio at path that are not there yet.
+    def make_keys(self, paths):
+        """The keys of all versions of all tracks, in order."""
+        weights = b"".join(w.cpu().numpy().tobytes() for w in self.vae.state_dict().values())
+        vae = hashlib.sha256(weights).hexdigest()
+        for path in paths:
+            unvaried = f"{vae} {path} {os.stat(path).st_mtime_ns}"
+            for version in range(self.versions):
+                name = unvaried if version == 0 else f"{unvaried} {self.seed} {version}"
+                yield hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
-        None, if it is damaged where no probe looked.
+    def index(self):
+        """{key: (name of a file, first row, frames)} of all that is in the folder."""
+        known = {}
+        for index in sorted(self.folder.glob("*.txt")):
+            file = index.with_suffix(".f16").name
+            for line in index.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):                 # else the process was killed as it wrote it
+                    key, first, frames = line.split()
+                    known[key] = file, int(first), int(frames)
+        return known
+
+    def encode(self, lacking, workers):
+        """Add what is lacking, [(number of a track, [version, ...])], to the folder.
+
+        Threads decode ahead. A track is left out if it is damaged where no probe looked, or has bad
+        samples.
         """
-        if all(file.exists() for file in files):
-            return
-        try:
-            audio = to_stereo_44k(*read_audio(path))                        # (2, n)
-        except UserError:
-            return
-        for version, file in enumerate(files):
-            if not file.exists():
-                x = encoded_as(audio, path, self.seed, version)
-                latents = self.vae.encode(x[None].to(self.vae.latent_mean.device))[0]
-                array = np.ascontiguousarray(latents.T.cpu())               # (frames, C)
-                write_atomic(file, partial(np.save, arr=array))
+        def load(track):
+            number, wanted = track
+            path = self.paths[number * self.versions]
+            try:
+                audio = to_stereo_44k(*read_audio(path))                    # (2, n)
+                check_samples(audio.numpy())
+            except (UserError, ValueError):
+                return []
+            return [encoded_as(audio, path, self.seed, version) for version in wanted]
+
+        device = self.vae.latent_mean.device
+        name = self.folder / f"{RANK}-{secrets.token_hex(4)}"
+        first = 0
+        with open(f"{name}.f16", "xb") as rows, open(f"{name}.txt", "x") as index:
+            audios = prefetch(load, lacking, workers)
+            for number, wanted in progress(lacking, "cache", unit="track"):
+                lines = []
+                for version, audio in zip(wanted, next(audios)):
+                    latents = self.vae.encode(audio[None].to(device))[0]
+                    latents = latents.T.half().cpu().numpy()                # (frames, C)
+                    rows.write(latents.tobytes())
+                    key = self.keys[number * self.versions + version]
+                    lines.append(f"{key} {first} {len(latents)}\n")
+                    first += len(latents)
+                # The index must never promise what is not on the disk.
+                rows.flush()
+                os.fsync(rows.fileno())
+                index.writelines(lines)
+                index.flush()
 
     def read(self, i, start, n):
         """Frames [start, start + n) of track i: (C, n), or fewer at its end."""
-        return np.load(self.files[i], mmap_mode="r")[start:start + n].T
+        first = self.first[i] + start
+        last = self.first[i] + min(start + n, self.lengths[i])
+        return self.files[self.file[i]][first:last].T.astype(np.float32)
+
+
+def sharing(folder):
+    """The processes that see what this one writes in `folder`; not those on another disk.
+
+    All processes call this together.
+    """
+    mark = folder / f"{secrets.token_hex(8)}.mark"
+    mark.touch()
+    team = [rank for rank, name in enumerate(gathered(mark.name)) if (folder / name).exists()]
+    barrier()                           # all have looked
+    mark.unlink()
+    return team
 
 
 def encoded_as(audio, path, seed, version):
@@ -673,6 +870,18 @@ class Clips:
         first = step * self.most
         return range(first, first + self.batch * (max(self.windows) // window))
 
+    def parts(self, step, micro_batch=None):
+        """The clips that this process takes of that step, in micro-batches: a list of ranges.
+
+        A micro-batch, as a batch, is counted in clips of the longest window; None: all at once.
+        """
+        ks = self.of_step(step)
+        share = ks[RANK::WORLD]
+        size = len(share)
+        if micro_batch:
+            size = micro_batch * len(ks) // self.batch
+        return [share[i:i + size] for i in range(0, len(share), size)]
+
     def clip(self, k):
         """One clip: {name: number or array}."""
         # Where it is cut, and then what the objective draws: always in this order.
@@ -684,7 +893,8 @@ class Clips:
         # Audio is varied for training. Latents cannot be: their cache holds versions of each track.
         if self.stream == TRAIN and self.source.unit == 1:
             x = varied(x, rng)
-        return {"x": x, "label": label, **self.draw(rng, window)}
+        encoded = np.bool_(self.source.unit > 1)
+        return {"x": x, "label": label, "encoded": encoded, **self.draw(rng, window)}
 
     def excerpt(self, n):
         """n samples of the music where the first of `count` clips is, (1, 2, n)."""
@@ -709,10 +919,11 @@ def varied(audio, rng):
 def prefetch(load, schedule, workers):
     """load(ks) for each ks of the schedule, in order, prepared by threads.
 
-    Threads are enough: libsndfile and numpy let others run.
+    Threads are enough: libsndfile and numpy let others run. Each computes alone: else the resampler
+    would start a team of threads in each of them.
     """
     waiting = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for ks in schedule:
             waiting.append(pool.submit(load, ks))
             if len(waiting) > workers:
@@ -721,28 +932,88 @@ def prefetch(load, schedule, workers):
             yield batch.result()
 
 
-def music(o):
+def music(o, origin=None):
     """Where clips come from, for training and for validation.
 
-    Held out are the files of --valid, else one file in twenty of --data, which training leaves out
-    if there are four or more. The choice depends on the names of file and folder alone.
+    origin: the folders that were --data when the run began, if they were others. A moved file takes
+    the place that it had, among the clips and among those held out.
+    Held out are the files of --valid, else one file in twenty of --data, but no more than 80 hours.
+    Training leaves them out if there are four files or more. The choice depends on the names of
+    file and folder alone.
     """
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
 
     # Files that are too short, or damaged, are named and left out.
-    files = survey(o.data, max(o.windows), "--data")
+    index = Path(o.out) / "files.json"
+    files = survey(o.data, max(o.windows), "--data", index=index)
+
+    def former(path):
+        for folder, first in zip(o.data, origin or o.data):
+            if path == folder or path.startswith(folder + os.sep):
+                return first + path[len(folder):]
+
+    files = {path: files[path] for path in sorted(files, key=former)}
     if o.valid:
-        return AudioFiles(files), AudioFiles(survey(o.valid, max(o.windows), "--valid"))
+        return (AudioFiles(files),
+                AudioFiles(survey(o.valid, max(o.windows), "--valid", index=index)))
 
     def digest(path):
-        return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).digest()
+        return hashlib.sha256(os.fsencode("/".join(former(path).split(os.sep)[-2:]))).digest()
+
+    count = max(1, round(len(files) / 20))
+    held_out = readable(sorted(files, key=digest), count)
+    hours = np.cumsum([files[path][0] / files[path][1] / 3600 for path in held_out])
+    held_out = held_out[:max(1, (hours <= HELD_OUT_HOURS).sum())]
 
     # Few files are all trained on, also the one that is validated on.
-    held_out = sorted(files, key=digest)[:max(1, round(len(files) / 20))]
-    trained = sorted(files.keys() - held_out) if len(files) >= 4 else files
+    trained = files
+    if len(files) >= 4:
+        trained = sorted(files.keys() - held_out, key=former)
     return (AudioFiles({path: files[path] for path in trained}),
             AudioFiles({path: files[path] for path in held_out}))
+
+
+def readable(paths, count):
+    """The first `count` of the paths; where that is few, of those that can be read throughout.
+
+    A bad file would be most of a small validation; in a large one, crop finds another.
+    """
+    if count > FEW:
+        return paths[:count]
+    chosen = []
+    for path in paths:
+        why = unreadable(path)
+        if why:
+            say(f"  not held out: {path} ({why})")
+        else:
+            chosen.append(path)
+        if len(chosen) == count:
+            break
+    # With no good one at all, crop takes what can be read of the first.
+    return chosen or paths[:count]
+
+
+def unreadable(path):
+    """What is wrong with an audio file, or None: all of it is read."""
+    try:
+        check_samples(read_audio(path)[0].numpy())
+    except UserError:
+        return "damaged"
+    except ValueError as error:
+        return str(error)
+
+
+def refuse_silence(o, source):
+    """UserError if clips from all over the music of --data hold no sound.
+
+    There would be nothing to learn, and no scale to learn it in.
+    """
+    count = MEASURED[o.size]
+    for i in range(count):
+        if source.crop((i + 0.5) / count, 2**15)[0].any():
+            return
+    raise UserError("--data: all clips are digital silence: give music")
 
 
 @torch.no_grad()
@@ -752,27 +1023,41 @@ def measure(o, net, vae, source):
     For a latent model these are the mean, deviation and spectra of its latents, for a waveform
     model the deviations of its coefficients.
     """
-    # Clips spread evenly over the music, each as long as whole spectra need.
-    seen = []
-    for i in progress(range(MEASURED), "statistics", unit="clip", leave=False):
-        x = torch.from_numpy(source.crop((i + 0.5) / MEASURED, 2**15)[0])[None].to(o.device)
+    # Each process looks at its share of clips spread evenly over the music, each as long as whole
+    # spectra need.
+    count = MEASURED[o.size]
+    share = range(RANK, count, WORLD)
+    parts = [share[i:i + 4] for i in range(0, len(share), 4)]
+
+    def load(part):
+        return torch.from_numpy(np.stack([source.crop((k + 0.5) / count, 2**15)[0] for k in part]))
+
+    seen = {}
+    audio = prefetch(load, parts, o.workers)
+    for part in progress(parts, "statistics", unit="batch", leave=False):
+        x = next(audio).to(o.device)                                        # (4, 2, n)
         if vae:
-            seen.append(vae.posterior(x)[0].cpu())                          # (1, C, n)
+            found = vae.posterior(x)[0]                                     # (4, C, n / hop)
         else:
-            seen.append(net.coefficients(x).square().mean((0, 2)).cpu())    # (coefficients,)
+            found = net.coefficients(x).square().mean(2)                    # (4, coefficients)
+        seen.update(zip(part, found.cpu()))
+
+    # All of them, in the same order whatever the number of processes.
+    for others in gathered(seen):
+        seen.update(others)
+    seen = torch.stack([seen[k] for k in range(count)])
     # Of waveforms: powers, since the mean of music is zero.
     if not vae:
-        net.set_spectrum(torch.stack(seen).mean(0).sqrt())
+        net.set_spectrum(seen.mean(0).sqrt())
         return
 
     # Of latents: what makes them mean 0 and variance 1, and then their spectra.
-    latents = torch.cat(seen)                                               # (MEASURED, C, n)
-    mean = latents.mean((0, 2))
-    std = latents.std((0, 2)).clamp(min=1e-4)
+    mean = seen.mean((0, 2))
+    std = seen.std((0, 2)).clamp(min=1e-4)
     vae.latent_mean.copy_(mean)
     vae.latent_std.copy_(std)
     if net.config.hops:
-        net.set_spectrum([(latents - mean[:, None]) / std[:, None]])
+        net.set_spectrum([(seen - mean[:, None]) / std[:, None]])
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -787,8 +1072,11 @@ TAKEN_BY = {
 # Options that do something with --data only.
 OF_FILES = ("valid", "cache")
 DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
-# Options that may differ when a run is resumed.
-PER_CALL = ("resume", "save_every", "device", "workers", "out")
+# Options that may differ when a run is resumed; the others are saved with the run. Of these, the
+# second ones may be given anew: music can move, but it cannot come where there was none.
+PER_CALL = ("resume", "save_every", "device", "workers", "out", "micro_batch")
+ANEW = ("steps", "data", "valid", "cache", "compile", "precision")
+MUSIC = ("data", "valid")
 
 
 def parse(argv):
@@ -814,7 +1102,7 @@ def parse(argv):
          help="held-out music; without it, one file in twenty is held out")
     data("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS",
          help="lengths of clips, in turns; default: the recipe's, below")
-    data("--cache", action="store_true", default=None,
+    data("--cache", action=argparse.BooleanOptionalAction,
          help=f"latent: encode all music once, in {VERSIONS} versions, into the run's folder")
     data("--workers", type=count, default=workers,
          help="threads that prepare clips; here: %(default)s")
@@ -822,12 +1110,15 @@ def parse(argv):
     how = parser.add_argument_group("how (by default as in the recipe, below)").add_argument
     how("--steps", type=steps)
     how("--batch", type=count, help="clips of the longest window in a step, of all processes")
+    how("--micro-batch", type=count, metavar="CLIPS",
+        help="of the longest window that a process takes at once, to fit into memory; the step "
+        "stays the same")
     how("--lr", type=within(1e-9, 1))
     how("--cooldown", type=within(0.01, 1),
         help="share of the steps, at the end, over which the rate falls to zero")
     how("--seed", type=within(0, 2**63, int), help=f"default: {DEFAULTS['seed']}")
     how("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
-    how("--compile", action="store_true", default=None,
+    how("--compile", action=argparse.BooleanOptionalAction,
         help="latent: compile the transformer's blocks, faster after a minute or two")
     how("--device", default="auto", help="auto, cpu, cuda, mps; default: %(default)s")
 
@@ -836,7 +1127,8 @@ def parse(argv):
     output("--save-every", type=count, metavar="STEPS",
            help="save, validate and play the model; default: a tenth of the steps, 50 to 1000")
     output("--resume", action="store_true", default=None,
-           help="go on with the run in --out, with its own settings; --steps may prolong it")
+           help="go on with the run in --out, with its own settings; --steps may prolong it, and "
+           "--data, --valid, --cache, --compile and --precision may be given anew")
     return parser.parse_args(argv)
 
 
@@ -863,9 +1155,12 @@ def settle(o):
 
     # The state of the run to resume; a new run never goes where a model is.
     state = None
-    if o.resume and state_file.exists():
+    if o.resume:
+        if not state_file.exists():
+            raise UserError(f"--resume: there is no {state_file} to go on with: check --out; "
+                            "every machine of a run needs a copy")
         state = load_state(state_file)
-        if "seconds" not in state:
+        if "run_step" not in state:
             raise UserError(f"{state_file} is of another version of this program: "
                             "begin another run, with --init and its model.pt")
     elif any(Path(o.out).glob("*.pt")):
@@ -873,32 +1168,37 @@ def settle(o):
                         "or --resume goes on, if state.pt is there")
 
     # Options that would do nothing.
-    if not state:
-        refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
-    if not state and not o.data:
+    settled = state["settings"] if state else {}
+    refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
+    if not o.data and not settled.get("data"):
         refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
 
     # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
-    start, settled = None, {}
+    start = None
     if state:
         start = open_checkpoint(kind, state_file)
-        settled = state["settings"]
     elif o.init or o.model == "decoder":
         start = open_checkpoint(kind, o.init or o.vae)
         settled = {"size": start.size}
     o.windows = o.windows and [in_samples(window) for window in o.windows]
     for name, value in settled.items():
-        if name != "steps" and getattr(o, name, None) not in (None, value):
+        given = getattr(o, name, None)
+        may_change = name in ANEW and (value is not None or name not in MUSIC)
+        if given not in (None, value) and not may_change:
             raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
                             "or begin another run")
 
     # Defaults.
     size = o.size or settled.get("size", DEFAULTS["size"])
     before = start.step or 0 if start else 0                # steps that the weights have had
-    defaults = {**DEFAULTS, "before": before, **asdict(RECIPES[o.model][size]), **settled}
+    defaults = {**DEFAULTS, "before": before, "origin": o.data, **asdict(RECIPES[o.model][size]),
+                **settled}
     for name, value in defaults.items():
         if getattr(o, name, None) is None:
             setattr(o, name, value)
+    if o.data and len(o.data) != len(o.origin):
+        raise UserError(f"--data: the music of this run was in {len(o.origin)} folder(s): "
+                        "give as many, in the same order")
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     if o.precision is None:
@@ -906,6 +1206,42 @@ def settle(o):
     if o.batch % WORLD:
         raise UserError(f"--batch {o.batch} is no multiple of the {WORLD} processes")
     return state, start
+
+
+def in_all(work, *given):
+    """work(*given), in all processes; what one of them refuses, all refuse."""
+    result, refused = None, None
+    try:
+        result = work(*given)
+    except UserError as error:
+        refused = error.args[0]
+    for sentence in gathered(refused):
+        if sentence:
+            raise UserError(sentence)
+    return result
+
+
+def facts(o, state, source, held_out):
+    """{name: value} of what must be the same in all processes, however their folders are called."""
+    of_folders = (*MUSIC, "origin", "vae", "init")
+    found = {"step": state["run_step"] if state else 0}
+    for name, value in vars(o).items():
+        if name not in PER_CALL and name not in of_folders:
+            found[flag_of(name)] = value
+    for name, tracks in (("--data", source), ("validation", held_out)):
+        if o.data:
+            found[f"files of {name}"] = sum(map(os.path.isfile, tracks.paths))
+    return found
+
+
+def agree(found):
+    """UserError in all processes if one has another of the facts than the first."""
+    first, *others = gathered(found)
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise UserError(f"the processes differ in {name}: {value} in process 0, "
+                                f"{other.get(name)} in process {rank}: let them have the same")
 
 
 def kind_of(o):
@@ -962,9 +1298,10 @@ def same_latents(one, two):
 
 def main(argv=None):
     # Options: those given, then those of the run to resume, then the recipe's.
+    # What one process cannot use ends them all.
     o = parse(argv)
-    state, start = settle(o)
-    join_processes(o.device)
+    join_processes(pick_device(o.device))
+    state, start = in_all(settle, o)
     kind = kind_of(o)
     make, _, presets = NETS[kind]
     config = start.net.config if start else presets[o.size]
@@ -979,14 +1316,25 @@ def main(argv=None):
         config = replace(config, channels=vae.config.latent_channels)
 
     # Music, and the classes that it is labelled with: the names of its folders.
-    source, held_out = music(o)
+    source, held_out = music(o, o.origin)
+    agree(facts(o, state, source, held_out))
     classes = []
     if o.model == "classifier":
         classes = start.classes if start else sorted(set(source.names))
+        strange = sorted(set(source.names) - set(classes))
+        if state and strange:
+            raise UserError(f"--data: {strange[0]} is no class of this run: its folders must keep "
+                            "their names")
         if not set(classes) & set(source.names):
             raise UserError("--init: no folder has the name of one of its classes, "
                             f"{', '.join(classes)}: rename one")
         config = replace(config, classes=len(classes))
+
+    # Before anything is made of it: there is sound, and the clips of a validation can be read.
+    if o.data:
+        refuse_silence(o, source)
+        for i in range(VALIDATED):
+            held_out.crop((i + 0.5) / VALIDATED, max(o.windows))
 
     # The network: a new one, or the starting checkpoint's.
     torch.manual_seed(o.seed)
@@ -1008,7 +1356,7 @@ def main(argv=None):
 
     # Clips to train on, and the few that are always validated on.
     if o.cache:
-        source = Latents(source, Path(o.out) / "cache", vae, o.seed)
+        source = Latents(source, Path(o.out) / "cache", vae, o.seed, o.workers)
     clips = Clips(source, o.windows, objective.draw, classes, o.seed, batch=o.batch)
     validation = Clips(held_out, [max(o.windows)], objective.draw, classes, o.seed, VALID,
                        VALIDATED)
