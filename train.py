@@ -171,7 +171,7 @@ class Denoising(nn.Module):
         model = self.net
         if isinstance(self.net, dit.DiT):
             model = partial(self.net, start=start)
-        # A clip's noise must not depend on its batch: it is `fresh` in clips that are not moved too.
+        # A clip's noise must not depend on its batch: also where no share is moved, it is `fresh`.
         if self.training and fresh is not None:
             if moved.any():
                 fresh = self.with_own_error(model, x_0, t, eps, fresh, share)
@@ -339,8 +339,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
                     part.backward()
                 loss += part.detach()
 
-            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. One that
-            # is not finite counts as zero.
+            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. What is
+            # not finite counts as zero.
             norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0)
                      for part in objective.children()]
             norm = torch.stack(norms).norm()            # the same in all processes
@@ -361,8 +361,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-            # Note what there is to log, and go on, unless it is time to look at the numbers: to look
-            # is to wait for the GPU, which then waits for the next step.
+            # Note what there is to log. To look at it is to wait for the GPU, which then waits for
+            # the next step; so most of the steps go on at once.
             step += 1
             bar.update()
             seconds = time.monotonic() - began
@@ -386,12 +386,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             bar.set_postfix_str(f"loss {entries[-1]['loss']:.4f}, lr {lr:.1e}", refresh=False)
 
             # Ten bad gradients in a row will not be followed by a good one.
-            for entry in entries:
-                finite = math.isfinite(entry["gradient_norm"])
-                bad_in_a_row = 0 if finite else bad_in_a_row + 1
-                if bad_in_a_row == 10:
-                    raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
-                                    "lower --lr, or use --precision fp32", status=1)
+            bad_in_a_row = count_bad(entries, bad_in_a_row)
             entries = []
 
         if step > first:
@@ -457,7 +452,7 @@ def in_processes(objective):
 
 
 def averaging(model, now):
-    """Here backward() averages the gradients of all processes, or, if not now, only adds them up."""
+    """In it, backward() averages the gradients of all processes; if not now, it only adds them."""
     if WORLD == 1 or now:
         return nullcontext()
     return model.no_sync()
@@ -563,6 +558,19 @@ def looked_at(entries):
     both = torch.stack([losses / WORLD, norms]).tolist()
     for entry, loss, norm in zip(entries, *both):
         entry["loss"], entry["gradient_norm"] = loss, norm
+
+
+def count_bad(entries, count):
+    """The number of gradients that were not finite, up to the last of the entries; `count` before.
+
+    UserError at ten of them.
+    """
+    for entry in entries:
+        count = 0 if math.isfinite(entry["gradient_norm"]) else count + 1
+        if count == 10:
+            raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
+                            "lower --lr, or use --precision fp32", status=1)
+    return count
 
 
 def save(o, header, step, seconds, objective, ema, optimizers):
@@ -690,7 +698,7 @@ class AudioFiles:
         self.broken = {}                # {path: why} of what could be opened before, but not read
 
     def set_lengths(self, lengths):
-        """lengths: of all files, in frames. `ends` is where each ends if all are one after another."""
+        """lengths: of all files, in frames. `ends` is where each ends in all the music."""
         self.lengths = lengths
         self.ends = np.cumsum(lengths)
 

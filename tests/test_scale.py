@@ -60,7 +60,7 @@ def test_a_file_is_probed_again_only_when_it_has_changed(tmp_path, monkeypatch, 
 
 
 def test_at_most_eighty_hours_are_held_out(monkeypatch, tmp_path):
-    """And never more than one file in twenty: 40 of 800 files of 4 minutes, 20 of 800 of 4 hours."""
+    """And never more than one file in twenty: of 800, 40 of 4 minutes each, but 20 of 4 hours."""
     for minutes, held_out in ((4, 40), (240, 20)):
         files = {f"/music/{i}.wav": [minutes * 60 * RATE, RATE, 2] for i in range(800)}
         monkeypatch.setattr(train, "survey", lambda *args, files=files, **more: files)
@@ -119,7 +119,8 @@ train.MEASURED["tiny"] = train.VALIDATED = 2
 train.play = lambda *given: None
 train.make_objective = lambda o, net, vae: make_objective(o, net, vae and vae.to(kind)).to(kind)
 train.to_device = lambda batch, device: {
-    name: x.to(kind) if x.is_floating_point() else x for name, x in to_device(batch, device).items()}
+    name: x.to(kind) if x.is_floating_point() else x
+    for name, x in to_device(batch, device).items()}
 folder, micro_batch, models = sys.argv[2], sys.argv[3], sys.argv[4:]
 for model in models:
     kind = torch.float32 if model == "decoder" else torch.float64   # its discriminator has float32
@@ -286,7 +287,8 @@ import test_scale
 sample.join_processes(torch.device("cpu"))
 node = sample.RANK // 2 if sys.argv[4] == "apart" else 0
 folder = test_scale.Path(sys.argv[3])
-tracks = train.AudioFiles(train.survey([folder / "music"], 1, "--data", index=folder / f"{node}.json"))
+files = train.survey([folder / "music"], 1, "--data", index=folder / f"{node}.json")
+tracks = train.AudioFiles(files)
 vae = test_scale.tiny_vae()
 encode, vae.encoded = vae.encode, 0
 def count(audio):
