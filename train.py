@@ -53,7 +53,7 @@ MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE,
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED = {"tiny": 50, "small": 250, "paper": 1000}        # clips, for statistics
 VALIDATED = 32                          # clips in one validation
-LOOK = 20                               # steps from one look at a GPU's numbers to the next
+LOOK = {"cpu": 1, "cuda": 20, "mps": 20}        # steps between looks at a device's numbers
 HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
@@ -62,6 +62,15 @@ VERSIONS = 4                            # of a track in the cache of latents
 LOUDEST = 1e6
 FEW = 20                                # files to hold out that are looked at more closely
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
+# What a run shows when all is well.
+FALLS = "the loss jumps with the times that are drawn; its mean falls, fast at first, then slowly"
+HEALTHY = {
+    "latent": FALLS,
+    "waveform": FALLS,
+    "vae": "the loss falls, and listen-*.wav comes to resemble the music",
+    "decoder": "the loss goes up and down, as in a contest; the validation stays low",
+    "classifier": "the loss is near 0.7 at first and falls; the accuracy of the validation rises",
+}
 PLAYED, PLAY_STEPS = 2.0, 20            # seconds of context, and as many new ones; of sampling
 
 
@@ -162,7 +171,7 @@ class Denoising(nn.Module):
         model = self.net
         if isinstance(self.net, dit.DiT):
             model = partial(self.net, start=start)
-        # A clip's noise must not depend on its batch: it is `fresh` in clips that are not moved too.
+        # A clip's noise must not depend on its batch: also where no share is moved, it is `fresh`.
         if self.training and fresh is not None:
             if moved.any():
                 fresh = self.with_own_error(model, x_0, t, eps, fresh, share)
@@ -181,7 +190,7 @@ class Denoising(nn.Module):
         """
         with torch.no_grad():
             error = v_error(model, x_0, t, eps)                         # (x0_hat - x_0) / sigma_t
-        alpha_t = alpha_sigma(t)[0].to(x_0)[:, None, None]
+        alpha_t = alpha_sigma(t)[0].to(x_0, non_blocking=x_0.is_cuda)[:, None, None]
         return fresh + share * alpha_t * error
 
 
@@ -264,7 +273,7 @@ class Classifying(nn.Module):
             dropped = (mel.shape[-1] // self.net.config.stride // 4, 2)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in patchout]
         logits = self.net(mel, generators, dropped)[0].float()              # (B, classes)
-        label = label.to(x.device)
+        label = label.to(x.device, non_blocking=x.is_cuda)
         classes = torch.arange(logits.shape[1], device=label.device)
         truth = (label[:, None] == classes).float()
         loss = nn.functional.binary_cross_entropy_with_logits(logits, truth)
@@ -305,7 +314,7 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
         ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
-    began = time.monotonic() - seconds
+    began, first, before = time.monotonic() - seconds, step, seconds
 
     model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
@@ -313,8 +322,6 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     batches = prefetch(lambda ks: pinned(clips(ks), o.device), schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
     ending = step >= o.steps
-    # To look at a number is to wait for the GPU, which then waits for the next step.
-    look_every = 1 if o.device.type == "cpu" else LOOK
     if RANK == 0:
         begin_log(out, step)
 
@@ -332,8 +339,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
                     part.backward()
                 loss += part.detach()
 
-            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. One that
-            # is not finite counts as zero.
+            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. What is
+            # not finite counts as zero.
             norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0)
                      for part in objective.children()]
             norm = torch.stack(norms).norm()            # the same in all processes
@@ -354,14 +361,15 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-            # Note what there is to log, and go on, unless it is time to look at the numbers.
+            # Note what there is to log. To look at it is to wait for the GPU, which then waits for
+            # the next step; so most of the steps go on at once.
             step += 1
             bar.update()
             seconds = time.monotonic() - began
             entries.append({"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
                             "gradient_norm": norm})
             due, ending = step % o.save_every == 0, step >= o.steps
-            if not (due or ending or step % look_every == 0):
+            if not (due or ending or step % LOOK[o.device.type] == 0):
                 continue
             looked_at(entries)
 
@@ -378,13 +386,11 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             bar.set_postfix_str(f"loss {entries[-1]['loss']:.4f}, lr {lr:.1e}", refresh=False)
 
             # Ten bad gradients in a row will not be followed by a good one.
-            for entry in entries:
-                finite = math.isfinite(entry["gradient_norm"])
-                bad_in_a_row = 0 if finite else bad_in_a_row + 1
-                if bad_in_a_row == 10:
-                    raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
-                                    "lower --lr, or use --precision fp32", status=1)
+            bad_in_a_row = count_bad(entries, bad_in_a_row)
             entries = []
+
+        if step > first:
+            say(pace(clips, first, step, seconds - before))
 
         # The end, where a signal still waits for it. A run without a step is validated here.
         batches.close()
@@ -403,8 +409,13 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
 
 def learning_rate(o, step):
     """Warm-up, a constant, then linearly to zero over the last --cooldown share of the steps."""
-    warmup = max(1, min(o.warmup, o.steps // 10))
+    warmup, _ = turning_points(o)
     return o.lr * min(1, (step + 1) / warmup, (1 - step / o.steps) / o.cooldown)
+
+
+def turning_points(o):
+    """The steps at which the learning rate has come up, and begins to fall."""
+    return max(1, min(o.warmup, o.steps // 10)), round(o.steps * (1 - o.cooldown))
 
 
 def make_optimizers(objective, o):
@@ -441,7 +452,7 @@ def in_processes(objective):
 
 
 def averaging(model, now):
-    """Here backward() averages the gradients of all processes, or, if not now, only adds them up."""
+    """In it, backward() averages the gradients of all processes; if not now, it only adds them."""
     if WORLD == 1 or now:
         return nullcontext()
     return model.no_sync()
@@ -549,6 +560,19 @@ def looked_at(entries):
         entry["loss"], entry["gradient_norm"] = loss, norm
 
 
+def count_bad(entries, count):
+    """The number of gradients that were not finite, up to the last of the entries; `count` before.
+
+    UserError at ten of them.
+    """
+    for entry in entries:
+        count = 0 if math.isfinite(entry["gradient_norm"]) else count + 1
+        if count == 10:
+            raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
+                            "lower --lr, or use --precision fp32", status=1)
+    return count
+
+
 def save(o, header, step, seconds, objective, ema, optimizers):
     """state.pt, for --resume; and model.pt, for all else: averaged weights in half precision."""
     if RANK > 0:
@@ -603,6 +627,41 @@ def continued(checkpoint, audio, C_L):
     return sample.fill(checkpoint, "continuation", audio, C_L, 0, settings, generator)
 
 
+def introduction(o, net, clips, held_out):
+    """What is about to be trained, on what, and how: five lines."""
+    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6
+    model = (f"{o.model}, size {o.size}: {parameters:.3g} million parameters, on {o.device} in "
+             f"{o.precision}, {WORLD} process(es)")
+
+    data = "synthetic music"
+    if o.data:
+        data = f"{contents(clips.source)}; held out: {contents(held_out.source)}"
+
+    shapes = [f"{len(clips.of_step(i))} clips of {window / SAMPLE_RATE:.2f} s"
+              for i, window in enumerate(o.windows)]
+    step = ", then ".join(shapes)
+    if o.micro_batch:
+        step = f"{step}; at once {o.micro_batch} of the longest"
+
+    warmup, falling = turning_points(o)
+    rate = f"up to {o.lr:g} in step {warmup}, towards zero from step {falling} to {o.steps}"
+    return (f"{model}\n  data: {data}\n  a step: {step}\n  learning rate: {rate}\n"
+            f"  a healthy run: {HEALTHY[o.model]}")
+
+
+def contents(source):
+    """How much music there is in audio files, or in their latents, in words."""
+    hours = source.lengths.sum() * source.unit / SAMPLE_RATE / 3600
+    kind = "files" if source.unit == 1 else "versions of files"
+    return f"{len(source.paths)} {kind}, {hours:.3g} hours"
+
+
+def pace(clips, first, last, seconds):
+    """How fast the steps from `first` to `last` were, in words."""
+    taken = sum(len(clips.of_step(i)) for i in range(first, last))
+    return f"{seconds / (last - first):.3g} seconds a step, {taken / seconds:.3g} clips a second"
+
+
 def farewell(o, step, validation, broken):
     """Say what could not be read, where the model is, and the command that comes next.
 
@@ -639,7 +698,7 @@ class AudioFiles:
         self.broken = {}                # {path: why} of what could be opened before, but not read
 
     def set_lengths(self, lengths):
-        """lengths: of all files, in frames. `ends` is where each ends if all are one after another."""
+        """lengths: of all files, in frames. `ends` is where each ends in all the music."""
         self.lengths = lengths
         self.ends = np.cumsum(lengths)
 
@@ -1366,6 +1425,7 @@ def main(argv=None):
               "classes": classes or None, "vae": None}
     if vae:
         header["vae"] = {"config": asdict(vae.config), "weights": vae.state_dict()}
+    say(introduction(o, net, clips, validation))
     train(o, objective, averaged, clips, validation, header, state)
 
 

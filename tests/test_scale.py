@@ -60,7 +60,7 @@ def test_a_file_is_probed_again_only_when_it_has_changed(tmp_path, monkeypatch, 
 
 
 def test_at_most_eighty_hours_are_held_out(monkeypatch, tmp_path):
-    """And never more than one file in twenty: 40 of 800 files of 4 minutes, 20 of 800 of 4 hours."""
+    """And never more than one file in twenty: of 800, 40 of 4 minutes each, but 20 of 4 hours."""
     for minutes, held_out in ((4, 40), (240, 20)):
         files = {f"/music/{i}.wav": [minutes * 60 * RATE, RATE, 2] for i in range(800)}
         monkeypatch.setattr(train, "survey", lambda *args, files=files, **more: files)
@@ -119,7 +119,8 @@ train.MEASURED["tiny"] = train.VALIDATED = 2
 train.play = lambda *given: None
 train.make_objective = lambda o, net, vae: make_objective(o, net, vae and vae.to(kind)).to(kind)
 train.to_device = lambda batch, device: {
-    name: x.to(kind) if x.is_floating_point() else x for name, x in to_device(batch, device).items()}
+    name: x.to(kind) if x.is_floating_point() else x
+    for name, x in to_device(batch, device).items()}
 folder, micro_batch, models = sys.argv[2], sys.argv[3], sys.argv[4:]
 for model in models:
     kind = torch.float32 if model == "decoder" else torch.float64   # its discriminator has float32
@@ -178,6 +179,50 @@ def test_eight_processes_make_the_update_of_one(vae_folder):
     print(found)
     assert max(found[model] for model in models[:3]) < 1e-6
     assert max(found.values()) < 0.05
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+def test_numbers_are_looked_at_together_and_logged_one_by_one(tmp_path, monkeypatch):
+    """On a device whose numbers are looked at every fourth step, at each save and at the end: the
+    same lines of log.csv, but for the seconds, and the same weights."""
+    def fit(out):
+        train.main(["--model", "classifier", "--size", "tiny", "--batch", "2", "--steps", "9",
+                    "--save-every", "6", "--device", "cpu", "--windows", "0.2", "--out", str(out)])
+        lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+        weights = sample.load_state(out / "state.pt")["objective"]
+        return [line[:1] + line[2:] for line in lines], weights
+
+    monkeypatch.setattr(train, "VALIDATED", 2)
+    lines, weights = fit(tmp_path / "each")
+    looks, look = [], train.looked_at
+    monkeypatch.setattr(train, "looked_at", lambda entries: looks.append(len(entries))
+                        or look(entries))
+    monkeypatch.setitem(train.LOOK, "cpu", 4)
+    again, same_weights = fit(tmp_path / "rarely")
+    assert looks == [4, 2, 2, 1] and again == lines and len(lines) == 10
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+
+
+def test_a_run_says_what_it_does_and_how_fast(tmp_path, capsys):
+    """Before the first step: model, parameters, device, precision, data, clips, windows, rate, what
+    to expect. At the end: seconds a step and clips a second."""
+    music_of(tmp_path / "music")
+    train.main(["--model", "vae", "--size", "tiny", "--batch", "2", "--steps", "2", "--device",
+                "cpu", "--windows", "0.2", "0.4", "--micro-batch", "1", "--data",
+                str(tmp_path / "music"), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    net = sample.load_checkpoint(tmp_path / "run" / "model.pt").net
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    for words in (f"vae, size tiny: {millions:.3g} million parameters, on cpu in fp32, 1 process",
+                  "data: 4 files, 0.00222 hours; held out: 1 files, 0.000556 hours",
+                  "a step: 4 clips of 0.20 s, then 2 clips of 0.40 s; at once 1 of the longest",
+                  "learning rate: up to 0.001 in step 1, towards zero from step 1 to 2",
+                  "a healthy run: the loss falls"):
+        assert words in said
+    seconds = float(said.split(" seconds a step")[0].split()[-1])
+    clips = float(said.split(" clips a second")[0].split()[-1])
+    assert seconds * clips == pytest.approx(3, rel=0.02)            # 4 and 2 clips
 
 
 # ---- the cache of latents ------------------------------------------------------------------------
@@ -242,7 +287,8 @@ import test_scale
 sample.join_processes(torch.device("cpu"))
 node = sample.RANK // 2 if sys.argv[4] == "apart" else 0
 folder = test_scale.Path(sys.argv[3])
-tracks = train.AudioFiles(train.survey([folder / "music"], 1, "--data", index=folder / f"{node}.json"))
+files = train.survey([folder / "music"], 1, "--data", index=folder / f"{node}.json")
+tracks = train.AudioFiles(files)
 vae = test_scale.tiny_vae()
 encode, vae.encoded = vae.encode, 0
 def count(audio):
@@ -273,4 +319,4 @@ def test_machines_need_not_share_a_disk(disk, work, tmp_path):
     for one in found[1:]:
         assert one[1] == found[0][1]
         assert all(map(np.array_equal, one[2], found[0][2]))
-    assert len(json.loads((tmp_path / "0.json").read_text())) == 5
+    assert len(json.loads((tmp_path / "0.json").read_text())) == 6

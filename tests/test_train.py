@@ -416,14 +416,15 @@ def test_synthetic_music_is_stereo_labelled_endless_and_cheap():
 @pytest.mark.parametrize("model, more", [
     ("vae", ["--windows", 0.2, 0.4]), ("decoder", SHORT),
     pytest.param("waveform", SHORT, marks=pytest.mark.slow),
-    pytest.param("latent", ["--windows", 0.2, 0.4], marks=pytest.mark.slow)])
+    pytest.param("latent", ["--windows", 0.2, 0.4], marks=pytest.mark.slow),
+    pytest.param("latent", ["--windows", 0.2, 0.4, "--cache"], marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(model, more, music, vae_file, tmp_path):
     """Weights, averages, all optimizers and losses, bit for bit, with other workers; windows of two
     lengths go on in turn."""
     more = [*more, "--steps", 6]
     if model in ("decoder", "latent"):
         more += ["--vae", vae_file]
-    if model in ("vae", "decoder"):
+    if model in ("vae", "decoder") or "--cache" in more:
         more += ["--data", music]
     whole = fit(model, tmp_path / "whole", *more, "--workers", 1)
     parts = fit_in_parts(model, tmp_path / "parts", *more)
