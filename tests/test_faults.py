@@ -82,7 +82,8 @@ def test_a_file_with_a_bad_sample_is_left_out_of_the_cache(music, tmp_path):
 def test_training_and_validation_go_on_beside_bad_files(music, tmp_path, capsys):
     """A file to train on, and the one that would be held out: both are named, and no number of the
     run is other than finite."""
-    trained, held_out = train.music(Namespace(data=[str(music)], valid=None, windows=[2**13], out=tmp_path))
+    options = Namespace(data=[str(music)], valid=None, windows=[2**13], out=tmp_path)
+    trained, held_out = train.music(options)
     bad = trained.paths[1], held_out.paths[0]
     for path in bad:
         spoil(path)
@@ -162,7 +163,8 @@ def test_a_moved_folder_is_followed(music, tmp_path, monkeypatch):
     whole = fit("vae", tmp_path / "whole", "--steps", 4, *first)
     stop_at(monkeypatch, 2)
     assert fit("vae", tmp_path / "parts", "--steps", 4, *first)["step"] == 2
-    held_out = train.music(Namespace(data=[str(music)], valid=None, windows=[2**13], out=tmp_path))[1].paths
+    options = Namespace(data=[str(music)], valid=None, windows=[2**13], out=tmp_path)
+    held_out = train.music(options)[1].paths
     for name in ("moved", "elsewhere", "again"):
         music = music.rename(tmp_path / name)
         if name == "moved":
