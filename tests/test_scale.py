@@ -204,6 +204,15 @@ def test_numbers_are_looked_at_together_and_logged_one_by_one(tmp_path, monkeypa
     assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
 
 
+def test_threads_that_load_compute_alone():
+    """No team of threads in each of them; the thread that trains keeps its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert set(train.prefetch(lambda k: torch.get_num_threads(), range(4), 2)) == {1}
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_a_run_says_what_it_does_and_how_fast(tmp_path, capsys):
     """Before the first step: model, parameters, device, precision, data, clips, windows, rate, what
     to expect. At the end: seconds a step and clips a second."""
