@@ -98,10 +98,11 @@ def test_a_hundred_thousand_known_files_are_soon_ready(tmp_path, monkeypatch):
     assert paths == [] and spent < 5
 
     before = time.process_time()
-    for k in range(200):
-        clips.source.crop(k / 200, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "cumsum", None)
+        for k in range(200):
+            clips.source.crop(k / 200, 16)
     print(f"crop: {(time.process_time() - before) / 200 * 1e6:.0f} us of CPU")
-    assert time.process_time() - before < 200 * 5e-4
     assert np.array_equal(ready().clip(12345)["x"], clips.clip(12345)["x"])
 
 
