@@ -98,10 +98,11 @@ def test_a_hundred_thousand_known_files_are_soon_ready(tmp_path, monkeypatch):
     assert paths == [] and spent < 5
 
     before = time.process_time()
-    for k in range(200):
-        clips.source.crop(k / 200, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "cumsum", None)
+        for k in range(200):
+            clips.source.crop(k / 200, 16)
     print(f"crop: {(time.process_time() - before) / 200 * 1e6:.0f} us of CPU")
-    assert time.process_time() - before < 200 * 5e-4
     assert np.array_equal(ready().clip(12345)["x"], clips.clip(12345)["x"])
 
 
@@ -202,6 +203,15 @@ def test_numbers_are_looked_at_together_and_logged_one_by_one(tmp_path, monkeypa
     again, same_weights = fit(tmp_path / "rarely")
     assert looks == [4, 2, 2, 1] and again == lines and len(lines) == 10
     assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+
+
+def test_threads_that_load_compute_alone():
+    """No team of threads in each of them; the thread that trains keeps its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert set(train.prefetch(lambda k: torch.get_num_threads(), range(4), 2)) == {1}
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_a_run_says_what_it_does_and_how_fast(tmp_path, capsys):

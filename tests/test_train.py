@@ -254,7 +254,7 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
         audio = torch.from_numpy(tracks.read(i, first * vae.hop, 256 * vae.hop))[None]
         fresh, kept = vae.encode(audio)[0], torch.tensor(cached.read(i, first, 256))
         assert kept.shape == (8, 256)
-        assert (kept - fresh)[:, edge:-edge].abs().max() < 1e-3
+        torch.testing.assert_close(kept[:, edge:-edge], fresh[:, edge:-edge], rtol=5e-4, atol=1e-3)
 
     audio = torch.from_numpy(tracks.read(0, 0, 2**15))[None]
     rows = torch.tensor(cached.read(0, 0, 2**8))[None]
