@@ -154,6 +154,7 @@ def test_resume_needs_a_state(tmp_path):
     assert error.value.status == 2 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_moved_folder_is_followed(music, tmp_path, monkeypatch):
     """--resume --data: the same clips in training, the same file held out, whatever the folder is
     called now; without it, the old one is named."""
@@ -182,6 +183,7 @@ def test_a_moved_folder_is_followed(music, tmp_path, monkeypatch):
                                                                   "validation")[-1]
 
 
+@pytest.mark.slow
 def test_what_a_run_can_do_without_may_change(music, vae_file, tmp_path):
     """--cache, --compile, --precision and --valid on --resume, on and off; the run keeps what was
     given last."""

@@ -112,6 +112,7 @@ def test_a_name_need_not_be_utf_8(tmp_path):
     assert sample.probe(name)[1:] == [RATE, 2] and name in sample.find_files([tmp_path])
 
 
+@pytest.mark.slow
 def test_a_file_is_decoded_in_little_more_memory_than_it_fills(tmp_path):
     """Ten minutes: the peak of the process grows by 1.6 times the audio's size at most."""
     path = tmp_path / "long.wav"
@@ -147,7 +148,7 @@ def test_a_wav_that_its_header_cannot_count_is_an_rf64(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending, subtype", [("wav", "FLOAT"), ("flac", "PCM_24")])
-@pytest.mark.parametrize("optimise", [[], ["-O"]])
+@pytest.mark.parametrize("optimise", [[], pytest.param(["-O"], marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_what_was_there(tmp_path, ending, subtype, optimise):
     """A limit on the size of files stands for it: one line, status 1, the old file whole."""
     path = tmp_path / f"out.{ending}"

@@ -262,6 +262,7 @@ def test_projecting_x0_hat_keeps_the_context_on_the_forward_process(sampler):
         assert abs(context.std().item() - sigma_t) < 0.05
 
 
+@pytest.mark.slow
 def test_class_guidance_moves_samples_to_the_class_and_keeps_its_variance():
     """BCE through x0_hat, DDPM, 50 steps, xi = 0.1; two Gaussians with means +-0.7 sin(i / 8)."""
     source = Mixture(0.5 * covariance(), 0.7 * sine()[0, 0])

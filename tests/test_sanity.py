@@ -173,6 +173,7 @@ def test_the_judge_tells_tracks_and_classes(tmp_path):
     assert own > others + 0.3
 
 
+@pytest.mark.slow
 def test_every_table_is_printed(studio, tmp_path, capsys):
     """All seven, for a tiny latent model; the v-loss again, alone, is the same."""
     for name, path in zip("abc", (studio / "test").iterdir()):

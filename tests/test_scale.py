@@ -161,6 +161,7 @@ def difference(a, b):
     return {model: ((a[model] - b[model]).norm() / b[model].norm()).item() for model in a}
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(vae_folder):
     """Of 3 clips of the longest window, in batches of 8: the weights after three steps are the
     same, also of a latent model that meets its own error, in only some of the micro-batches."""

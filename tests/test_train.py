@@ -518,6 +518,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert logged == list(range(1, len(logged) + 1))
 
 
+@pytest.mark.slow
 def test_interrupt_saves_and_ends_cleanly(tmp_path):
     """SIGTERM: exit status 0, a checkpoint of the last step, and the command that goes on."""
     process = start(*words("vae", tmp_path / "run", "--steps", 10000, *SHORT))
@@ -763,6 +764,7 @@ def test_odd_files_can_be_trained_on(tmp_path):
     assert all(np.isfinite(float(loss)) for loss in losses(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_checkpoint(tmp_path):
     """A write that fails leaves the earlier files as they are, and no partial one; exit status 1
     and a sentence."""

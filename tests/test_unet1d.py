@@ -317,6 +317,7 @@ def chord(frequencies, n):
     return sum(torch.sin(2 * math.pi * frequency * time) for frequency in frequencies)
 
 
+@pytest.mark.slow
 def test_learns_one_clip():
     """300 updates on 512 samples of two chords: the v-loss falls from 1 to below a quarter."""
     n = 512

@@ -403,6 +403,7 @@ def test_the_discriminator_learns_to_tell_music_from_noise():
 
 # ---- Training, and what sample.py does to decoded audio -----------------------------------------
 
+@pytest.mark.slow
 def test_it_learns_one_clip():
     """100 steps on 0.1 seconds pass 10 dB; a VAE whose layers do not learn comes to 8."""
     audio = music(2**12) + 2e-3 * white_noise(1, 2, 2**12)
