@@ -30,6 +30,7 @@ PARSED = ("train.py", "evaluate.py", "examples/stable_audio_open.py", "examples/
           "examples/figure2.py", "examples/page.py", "examples/render.py",
           "examples/spectrograms.py", "tests/sanity.py", "tests/benchmark.py")
 ELSEWHERE = ("pip install -r requirements.txt", "python -m pytest -q",
+             "python -m pytest -q -m slow tests/test_scale.py",
              "git clone --depth 1 https://github.com/MutopiaProject/MutopiaProject")
 
 
