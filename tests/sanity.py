@@ -639,9 +639,13 @@ def rank_of_jump(loop):
     twice = torch.cat([loop, loop], 1).mean(0).double()
 
     def flux(x):
+        """The larger of two successive rises, of frames of 1024 samples every 512."""
         log_power = (power(x, 1024, 512) + 1e-6).log()
-        return log_power.diff(dim=0).clamp(min=0).mean(1)
-    at_jump = flux(twice[n - 768:n + 768])[0]               # of frames around n - 256 and n + 256
+        rise = log_power.diff(dim=0).clamp(min=0).mean(1)
+        return torch.maximum(rise[1:], rise[:-1])
+
+    # Of three frames the first ends at the jump, the second has it in its middle.
+    at_jump = flux(twice[n - 1024:n + 1024])[0]
     inside = flux(twice[:n])
     return (inside < at_jump).double().mean().item()
 
