@@ -288,6 +288,7 @@ def test_a_signal_while_the_end_is_written_is_caught(tmp_path, monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_steps_of_earlier_runs_count_in_the_state_too(tmp_path):
     """state.pt and model.pt say the same; the log counts the run's own."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -317,6 +318,7 @@ def test_latents_of_two_channels_are_no_audio(music, tmp_path):
         torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_no_row_twice(tmp_path):
     """Rows after the last save are made again; one that was half written is dropped."""
     out = tmp_path / "run"

@@ -243,6 +243,7 @@ def scores(tmp_path):
     return tmp_path / "scores"
 
 
+@pytest.mark.slow
 def test_a_score_becomes_music(scores, tmp_path, capsys):
     """Two variants, stereo, 44.1 kHz, at the same level; a damaged MIDI file is left out by name.
 

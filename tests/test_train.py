@@ -281,6 +281,7 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     assert not set(cached.keys) & set(other.keys)
 
 
+@pytest.mark.slow
 def test_the_cache_holds_versions_of_each_track(music, tmp_path):
     """Four of each, that count as tracks of their own: the first as it is, the others at speeds of
     5/6 to 6/5. They are made once, and those that are varied anew for another seed."""
@@ -414,7 +415,8 @@ def test_synthetic_music_is_stereo_labelled_endless_and_cheap():
 # ---- resuming ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model, more", [
-    ("vae", ["--windows", 0.2, 0.4]), ("decoder", SHORT),
+    ("vae", ["--windows", 0.2, 0.4]),
+    pytest.param("decoder", SHORT, marks=pytest.mark.slow),
     pytest.param("waveform", SHORT, marks=pytest.mark.slow),
     pytest.param("latent", ["--windows", 0.2, 0.4], marks=pytest.mark.slow),
     pytest.param("latent", ["--windows", 0.2, 0.4, "--cache"], marks=pytest.mark.slow)])
@@ -452,6 +454,7 @@ def test_muon_takes_the_matrices_of_blocks_and_vae_but_no_discriminator(vae_file
         assert recipe.lr == pytest.approx(0.15 * train.RECIPES["vae"][size].lr)
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_weights_and_is_what_is_validated(tmp_path):
     """By 1 - decay of the way in each step; the decay begins small, and grows up to the
     recipe's."""
@@ -963,6 +966,7 @@ def test_each_save_plays_the_model(model, music, vae_file, tmp_path):
         assert np.corrcoef(second[:2**13].ravel(), context.ravel())[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_half_precision_changes_a_loss_only_slightly(vae_file, tmp_path):
     """--precision bf16, of a VAE and of its decoder."""
     for model, more in (("vae", []), ("decoder", ["--vae", vae_file])):
