@@ -66,8 +66,8 @@ def relative_attention(q, k, v, r, block=None):
     """
     # Ten lines do the same but for rounding: for 256 queries at a time, q r^T gathered into a bias
     # of scaled_dot_product_attention, under torch.utils.checkpoint. With them a guided step of two
-    # layers of the paper preset took 1.6 times the CPU time (one thread, four interleaved pairs) and
-    # 1.16 times the peak memory.
+    # layers of the paper preset took 1.6 times the CPU time (one thread, four interleaved pairs),
+    # and 1.16 times the peak memory.
     on_cpu = q.device.type == "cpu"
     if block is None:
         block = 256 if on_cpu else 512
