@@ -21,16 +21,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import soundfile as sf
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import sample
 import tasks
-from sample import SAMPLE_RATE, UserError
+from sample import SAMPLE_RATE, UserError, from_one_process
 from tasks import PASST_FILE, PASST_PRESETS, PaSST
 from tasks import full_precision, load_official, mel_triangles, resample, to_resample
 
@@ -348,7 +346,7 @@ def read_excerpt(excerpt):
     """
     path, start, n = excerpt
     try:
-        with sf.SoundFile(os.fsencode(path)) as file:
+        with sample.open_audio(path) as file:
             rate = file.samplerate
             # Resampling needs the filter's margins on both sides; outside the file it has zeros.
             first, last = start, start + n
@@ -419,14 +417,6 @@ class Records:
         sample.save_atomic(self.folder / name, records)
 
 
-def from_one_process(make):
-    """make(), called in one process; all get its result."""
-    result = [make() if sample.RANK == 0 else None]
-    if sample.WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
 def batches(lengths, size):
     """{number: samples} -> lists of up to `size` numbers with equally many samples."""
     made = []
@@ -439,8 +429,8 @@ def batches(lengths, size):
 
 
 def versions(paths):
-    """[(path, time of its last change)]"""
-    return [(path, os.stat(path).st_mtime_ns) for path in paths]
+    """[(path, its size and time of change)]"""
+    return [(path, sample.stamp(path)) for path in paths]
 
 
 def measure_reference(lengths, judges, options, out, device):
@@ -994,11 +984,10 @@ def fixed_rows(options):
 
 # ---- command line --------------------------------------------------------------------------------
 
-# Which flags go with --data alone, and which with --generated alone, and their defaults; to the
-# first, those of sample.Settings are added. All others go with both.
+# Defaults of the flags that go with --data alone; those of sample.Settings do too. --region goes
+# with --generated alone, all others go with both.
 FOR_MODEL = {"model": "latent", "checkpoint": None, "tasks": TASKS, "clips": CLIPS,
              "sampler": [sample.Settings.sampler], "steps": [sample.Settings.steps]}
-FOR_FILES = {"originals": None, "region": None}
 
 
 def make_parser(add_flags):
@@ -1066,23 +1055,17 @@ def parse(argv, add_flags=sample.Settings.add_flags):
         raise UserError("give either --data, test music for the model to edit, or both --generated "
                         "and --originals: files that any system edited, and what they were made "
                         "from")
-    idle = FOR_FILES
-    if files:
-        idle = [*FOR_MODEL, *settings]
+    mode = "--generated" if files else "--data"
+    uses = {"region": ["--generated"], **dict.fromkeys([*FOR_MODEL, *settings], ["--data"])}
+    sample.refuse_idle(options, uses, mode, mode)
 
-    # No flag is ignored without a word.
-    given = {}
-    for name, value in vars(options).items():
-        if value != parser.get_default(name):
-            given[name] = value
-    for name in idle:
-        if name in given:
-            raise UserError(f"--{name.replace('_', '-')} does nothing here: leave it out")
-    options.given = {name: given[name] for name in settings if name in given}
-
-    # The defaults of the flags that could have been refused.
+    # What was given of the settings names a row; other flags get their defaults.
+    options.given = {}
+    for name in settings:
+        if getattr(options, name) is not None:
+            options.given[name] = getattr(options, name)
     for name, default in FOR_MODEL.items():
-        if not files and name not in given:
+        if getattr(options, name) is None:
             setattr(options, name, default)
     return options
 

@@ -47,6 +47,7 @@ from vae import VAE
 
 SAMPLE_RATE = 44100                     # Hz, of all audio inside
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+COMPRESSED = (".ogg", ".mp3")
 
 # For each kind of model: the constructor of its network, its configuration, and the presets of
 # --size.
@@ -141,14 +142,13 @@ def flag_of(name):
 
 
 def refuse_idle(options, uses, mode, text):
-    """UserError for a flag that was given but does nothing here.
+    """UserError for a flag that was given, and so is not None, but does nothing here.
 
     uses    {name of an option: the modes in which it does something}
     mode    the current one, which `text` names for the user, as in "--task infill"
     """
     for name, modes in uses.items():
-        given = getattr(options, name) not in (None, False)
-        if given and mode not in modes:
+        if getattr(options, name) is not None and mode not in modes:
             raise UserError(f"{flag_of(name)} does nothing with {text}: leave it out")
 
 
@@ -229,6 +229,14 @@ def barrier():
         dist.barrier()
 
 
+def from_one_process(make):
+    """make(), called in one process; all get its result."""
+    result = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
 def gathered(value):
     """A list of what each process gives here, the same in all of them."""
     values = [value] * WORLD
@@ -268,7 +276,7 @@ def read_audio(path):
     try:
         parts = [decode(source) for source in streams(path)]
     except (OSError, RuntimeError, UnicodeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({reason(error, path)}); "
+        raise UserError(f"{path} cannot be read ({reason(error)}); "
                         "wav, flac, ogg and mp3 can be") from None
     parts = [(audio, rate) for audio, rate in parts if audio.shape[1]]
     if not parts:
@@ -286,7 +294,7 @@ def decode(source):
     """(audio (channels, n) float32, rate) of one stream, in little more memory than the result."""
     with open_audio(source) as file:
         # The header may promise too much (a cut file: up to 2^63 - 1 frames), or too little.
-        promised = min(file.frames, 2**26)
+        promised = min(file.frames, 2**28)
         audio = np.empty((file.channels, promised), np.float32)
         n = 0
         for block in audio_blocks(file):
@@ -419,7 +427,7 @@ def to_stereo_44k(audio, rate):
     return resample(audio[:2], rate, SAMPLE_RATE)
 
 
-def reason(error, path=None):
+def reason(error):
     """What is wrong with a file, without its name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -488,16 +496,14 @@ def probe_new(folders, flag, index):
     found: json, {path: [size, time of change, frames, rate, channels]}.
     """
     # One process looks which files there are, and which of them are as the index has them.
-    plan = [None, None]
-    if RANK == 0:
-        known = read_index(index)
-        stamps = {path: stamp(path) for path in find_files(folders)}
-        unchanged = {path: known[path][2:] for path in stamps
-                     if path in known and known[path][:2] == stamps[path]}
-        plan = [unchanged, [path for path in stamps if path not in unchanged]]
-    if WORLD > 1:
-        dist.broadcast_object_list(plan)
-    headers, new = plan
+    known = from_one_process(lambda: read_index(index))
+    stamps = from_one_process(lambda: {path: stamp(path) for path in find_files(folders)})
+    headers, new = {}, []
+    for path, now in stamps.items():
+        if path in known and known[path][:2] == now:
+            headers[path] = known[path][2:]
+        else:
+            new.append(path)
 
     # Each process opens its share of the others.
     for share in gathered(probe_all(new[RANK::WORLD], flag)):
@@ -583,8 +589,8 @@ class Checkpoint:
     def __post_init__(self):
         config = self.net.config
         if self.kind == "latent":
-            self.hop = self.vae.hop    # samples in a frame of the model's space
-            self.window = config.frames                         # frames in the model's window
+            self.hop = self.vae.hop             # samples in a frame of the model's space
+            self.window = config.frames         # frames in the model's window
             self.channels = config.channels
         else:
             self.hop = 1
@@ -662,7 +668,7 @@ def load_state(path, kinds=tuple(NETS)):
         kind = state["kind"] if state["format"] == 1 else "foreign"
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check its name") from None
-    except Exception as error:    # a damaged or foreign file raises whatever its parser met first
+    except Exception as error:          # a damaged or foreign file raises whatever was met first
         raise UserError(
             f"{path} is damaged, or no checkpoint of train.py ({type(error).__name__})") from None
     if kind not in kinds:
@@ -715,6 +721,22 @@ def open_checkpoint(kind, path=None, device="cpu"):
 
 # ---- settings ------------------------------------------------------------------------------------
 
+# The step size of the L1 sum, for each kind of model; its product with the steps is what matters.
+XI = {"latent": 0.12, "waveform": 0.05}
+XI_STEPS = 50
+GUIDE_STEP = 3.0                        # step size of a guiding term, L2 or BCE
+T_END = 0.28                            # below it a small model draws details at random
+XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
+AS_PRINTED = {
+    "k": 0.85,                          # App. C.3
+    "start_from": "paper",              # Table 2, x_T
+    "project": "x_t",                   # Algorithms 1 and 2, the last line
+    "t_end": 0.0,                       # ours
+    "equalise": False,                  # ours
+    "keep_level": False,                # ours
+}
+
+
 @dataclass
 class Settings:
     """How to sample. These defaults were chosen by measurement; `of` adapts them to a model."""
@@ -729,7 +751,7 @@ class Settings:
     equalise: bool = True       # new audio gets the spectrum of its context
     keep_level: bool = True     # new audio gets the level of its context
 
-    # the fields that have a flag in add_flags
+    # The fields that have a flag in add_flags.
     FLAGS: ClassVar = ("xi", "k", "precision", "equalise")
 
     @staticmethod
@@ -744,7 +766,7 @@ class Settings:
             help=f"of the diffusion network (default: {Settings.precision})")
         add("--equalise", action=argparse.BooleanOptionalAction,
             help="give new audio the spectrum of its context (default: on)")
-        add("--as-printed", action="store_true",
+        add("--as-printed", action="store_true", default=None,
             help="the paper's algorithms, constants and starting point instead")
 
     @classmethod
@@ -772,22 +794,6 @@ class Settings:
         return cls(**preset | given)
 
 
-# step size of the L1 sum; its product with the steps is what matters
-XI = {"latent": 0.12, "waveform": 0.05}
-XI_STEPS = 50
-T_END = 0.28                                    # below it a small model draws details at random
-GUIDE_STEP = 3.0                                # step size of a guiding term, L2 or BCE
-XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                              # App. C.3
-AS_PRINTED = {
-    "k": 0.85,                                  # App. C.3
-    "start_from": "paper",                      # Table 2, x_T
-    "project": "x_t",                           # Algorithms 1 and 2, the last line
-    "t_end": 0.0,                               # ours
-    "equalise": False,                          # ours
-    "keep_level": False,                        # ours
-}
-
-
 # ---- levels and spectra of new audio -------------------------------------------------------------
 
 LEVEL = 0.1                             # root mean square of music from nothing
@@ -795,13 +801,13 @@ LEVEL_SECONDS = 0.25                    # see level_kept
 EQUALISER_FFT = 2048                    # samples
 
 
-def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
+def level_kept(model, C_L, C_R, reach, most=4.0):
     """A model like `model` that keeps the level of the gap near that of the contexts (ours).
 
-    The gap lies between the first C_L and the last C_R positions. For t > above, x0_hat in the gap
-    is scaled so that its local power (mean over `reach` positions each side) equals its mean power
-    in the contexts. Without this a weak model's notes start late, fade out, or grow without bounds.
-    The gains, 1 / most to most, are constants in the gradients of terms.
+    The gap lies between the first C_L and the last C_R positions. x0_hat in it is scaled so that
+    its local power (mean over `reach` positions each side) equals its mean power in the contexts.
+    Without this a weak model's notes start late, fade out, or grow without bounds. The gains,
+    1 / most to most, are constants in the gradients of terms.
     """
     def kept(x_t, t):
         v = model(x_t, t)
@@ -819,7 +825,7 @@ def level_kept(model, C_L, C_R, reach, above=0.25, most=4.0):
         # x0_hat = alpha_t x_t - sigma_t v. So to scale x0_hat by 1 + change, v moves by
         # -change x0_hat / sigma_t.
         change = torch.zeros_like(power)
-        change[..., gap] = torch.where(t[:, None, None] > above, gain - 1, 0.0)
+        change[..., gap] = gain - 1
         sigma_t = alpha_sigma(t)[1].to(x_t)[:, None, None]
         return v - change * x0_hat / sigma_t
     return kept
@@ -908,7 +914,8 @@ def limited(audio, reach):
     """
     # The gain that brings the highest peak within reach to 1; then, by running sums, its moving
     # average over 2 reach + 1 samples.
-    peak = F.max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)    # (1, n)
+    peak = audio.abs().amax(0, keepdim=True)                            # (1, n)
+    peak = F.max_pool1d(peak, 2 * reach + 1, 1, reach)
     gain = F.pad((1 / peak).clamp(max=1), (reach + 1, reach), mode="replicate")
     total = gain.double().cumsum(-1)
     mean = (total[:, 2 * reach + 1:] - total[:, :-2 * reach - 1]) / (2 * reach + 1)
@@ -1024,6 +1031,14 @@ def row_for(name, left, right):
     return None
 
 
+def steps_of(row, settings):
+    """The steps that sampling takes in one window."""
+    t_T = 1.0
+    if row in FROM_X_BAR and settings.start_from == "matched":
+        t_T = tasks.matched_time(settings.k)
+    return len(time_steps(settings.steps, t_T, settings.t_end)) - 1
+
+
 def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
          spans=None, guides=(), example=None, callback=None):
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
@@ -1066,7 +1081,7 @@ def encode_context(checkpoint, audio, C_L, C_R):
     """
     hop = checkpoint.hop
     frames = audio.shape[-1] // hop
-    reach = 0    # frames that the encoder sees around one
+    reach = 0                                                           # frames
     if checkpoint.vae:
         reach = math.ceil(checkpoint.vae.encoder_field / hop)
     x = torch.zeros(len(audio), checkpoint.channels, frames, device=audio.device)
@@ -1101,7 +1116,7 @@ def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=N
         if colour is not None:
             everywhere = torch.ones_like(audio[0, 0])
             audio = equalise(audio, everywhere, recoloured(spectrum(audio, everywhere), colour))
-        if (new < 1).any():
+        if (new < 1).any() and not from_x_bar:
             audio = no_louder(audio, original, new)
         return audio
 
@@ -1164,7 +1179,7 @@ def class_guide(checkpoint, classifier, labels, weight=1.0):
 
 LITTLE = 0.25                           # seconds: too little context to take a spectrum from
 SPLICE = 0.03                           # seconds of a cross-fade between old and new
-LIMITER = 0.05    # seconds that a peak above full scale is turned down before and after it
+LIMITER = 0.05                          # seconds that a high peak is turned down at either side
 
 
 def excerpt(x, first, last, lo, hi):
@@ -1200,10 +1215,14 @@ PCM_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 
 @dataclass
 class Track:
-    """A file's audio (channels, n), in float64 where float32 would lose something."""
+    """A file's audio (channels, n), in float64 where float32 would lose something.
+
+    origin: the sample of the file at which it begins; below 0, silence precedes the file.
+    """
     audio: torch.Tensor
     rate: int
     subtype: str = "FLOAT"
+    origin: int = 0
 
     @property
     def n(self):
@@ -1220,9 +1239,12 @@ class Track:
         if len(audio) > 2:
             raise UserError(f"{path} has {len(audio)} channels; only mono and stereo can be "
                             "edited: mix it down first")
-        subtype = sf.info(path).subtype
-        if subtype in ("PCM_32", "ALAC_32", "DOUBLE"):
-            audio = torch.from_numpy(sf.read(path, always_2d=True)[0].T.copy())
+        subtype = "FLOAT"                       # what was compressed becomes floats
+        if os.path.splitext(path)[1].lower() not in COMPRESSED:
+            with open_audio(path) as file:
+                subtype = file.subtype
+                if subtype in ("PCM_32", "ALAC_32", "DOUBLE"):
+                    audio = torch.from_numpy(file.read(always_2d=True).T.copy())
         if not audio.isfinite().all():
             raise UserError(f"{path} holds samples that are not finite; repair or export it again")
         return cls(audio, rate, subtype)
@@ -1239,9 +1261,10 @@ class Edit:
     def __init__(self, checkpoint, track, a, b, context=None, repeats=None):
         """repeats: of a loop, its length in samples; the track goes on with its beginning."""
         self.checkpoint, self.track, self.repeats = checkpoint, track, repeats
-        self.frame = checkpoint.hop * track.rate / SAMPLE_RATE    # the track's samples in a frame
+        # The track's samples in a frame; and frames: of the gap, and whole ones on either side.
+        self.frame = checkpoint.hop * track.rate / SAMPLE_RATE
         self.gap = math.ceil((b - a) / self.frame - 1e-6)
-        before = int(a / self.frame)    # whole frames that the track has
+        before = int(a / self.frame)
         after = max(0, int((track.n - a) / self.frame) - self.gap)
 
         # At most `longest` frames of context a side; what one side lacks goes to the other.
@@ -1260,6 +1283,7 @@ class Edit:
         self.a, self.b, self.end = a, b, b
         if self.C_R:
             self.end = a + math.ceil(self.gap * self.frame - 1e-6)
+
         # The contexts' mean, a constant that some recorders add. The model works without it.
         left = track.audio[:, a - int(self.C_L * self.frame):a]
         right = track.audio[:, self.end:self.end + int(self.C_R * self.frame)]
@@ -1278,7 +1302,8 @@ class Edit:
             parts = [(-C_L, 0, 0, self.a), (gap, gap + C_R, self.b, self.track.n)]
         audio = torch.zeros(2, (C_L + gap + C_R) * hop)
         stereo = (self.track.audio - self.offset).float().expand(2, -1)
-        for first, last, lo, hi in parts:    # frames from a; samples that may be read
+        # Frames [first, last) from a on, of which the track's samples [lo, hi) may be read.
+        for first, last, lo, hi in parts:
             if first < last:
                 audio[:, (C_L + first) * hop:(C_L + last) * hop] = resample_part(
                     stereo, self.track.rate, SAMPLE_RATE, self.a, first * hop, last * hop, lo, hi)
@@ -1362,6 +1387,12 @@ def crossfaded(one, two, fade):
     audio = tasks.crossfade(left[None], right[None], C_L, C_R)[0]
     subtype = one.subtype if one.subtype == two.subtype else "mixed"
     return Track(audio, one.rate, subtype), C_L, C_L + fade
+
+
+def shifted(track, origin):
+    """A Track as it is from its sample `origin` on; below 0, after so much silence."""
+    audio = F.pad(track.audio[:, max(origin, 0):], (max(-origin, 0), 0))
+    return replace(track, audio=audio, origin=origin)
 
 
 def repeated(stretch, fade):
@@ -1499,8 +1530,11 @@ def parse(argv, add_flags=Settings.add_flags):
 
     add = parser.add_argument_group("where, in seconds or m:ss").add_argument
     add("--start", type=seconds,
-        help="where the new audio begins (default: the end in continuation, else the middle)")
-    add("--end", type=seconds, help=f"infill, regenerate: where it ends (default: {GAP:g} s later)")
+        help="where the new audio begins (default: the end in continuation, else the middle); "
+             "loop: where the stretch begins (default: 0)")
+    add("--end", type=seconds,
+        help=f"infill, regenerate: where it ends (default: {GAP:g} s later); "
+             "loop: where the stretch ends (default: the end)")
     add("--length", type=length,
         help="continuation, intro, or without --input: how much to make "
              "(default: what the window holds; intro: half of it)")
@@ -1564,42 +1598,46 @@ def check(o):
 
 
 def region(o, checkpoint):
-    """Arguments of an Edit: Track, the region [a, b) in samples, context in seconds, repeats.
+    """The arguments of an Edit, but the checkpoint, by name.
 
     From the task's flags, or the paper's choices (Sect. 4.3).
     """
     window = checkpoint.window * checkpoint.hop / SAMPLE_RATE
     if o.task not in EDITS:
-        n = round((o.length or window) * SAMPLE_RATE)
-        return Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16"), 0, n
+        nothing = Track(torch.zeros(2, 0), SAMPLE_RATE, "PCM_16")
+        return {"track": nothing, "a": 0, "b": round((o.length or window) * SAMPLE_RATE)}
 
     track = Track.read(o.input)
     if o.task == "transition":
         faded, a, b = crossfaded(track, Track.read(o.input2), o.fade or FADE["transition"])
-        return faded, a, b, o.context
+        return {"track": faded, "a": a, "b": b, "context": o.context}
     if o.task == "intro":
         n = whole_frames(o.length or window / 2, checkpoint, track.rate)
-        return replace(track, audio=F.pad(track.audio, (n, 0))), 0, n, o.context
+        return {"track": shifted(track, -n), "a": 0, "b": n, "context": o.context}
 
     rate = track.rate
     lasts = f"{o.input} lasts {clock(track.seconds)}"
     if o.task == "loop":
         a = round((o.start or 0) * rate)
-        b = track.n if o.end is None else round(o.end * rate)
+        b = track.n
+        if o.end is not None:
+            b = round(o.end * rate)
         fade = whole_frames(o.fade or FADE["loop"], checkpoint, rate)
         if not 0 <= a < b <= track.n or b - a < fade + LITTLE * rate:
             raise UserError(f"{lasts}: the stretch from --start to --end must be a part of it, "
                             f"and longer than --fade by {LITTLE} s")
-        n = b - a
-        track, a = repeated(replace(track, audio=track.audio[:, a:b]), fade)
-        return track, a, n, o.context, n
+        stretch = shifted(replace(track, audio=track.audio[:, :b]), a)
+        track, new = repeated(stretch, fade)
+        return {"track": track, "a": new, "b": stretch.n, "context": o.context,
+                "repeats": stretch.n}
     if o.task == "continuation":
         a = track.n if o.start is None else round(o.start * rate)
         if not 0 < a <= track.n:
             raise UserError(f"--start {clock(o.start)} leaves nothing to continue: {lasts}")
         context = o.context or CONTEXT
         length = o.length or window - min(context, window / 2, a / rate)
-        return Track(track.audio[:, :a], rate, track.subtype), a, a + round(length * rate), context
+        return {"track": replace(track, audio=track.audio[:, :a]), "a": a,
+                "b": a + round(length * rate), "context": context}
 
     # Infill and regenerate: in the middle, where no time is given.
     start = o.start
@@ -1615,7 +1653,7 @@ def region(o, checkpoint):
     if not 0 <= a < b <= track.n or b - a == track.n:
         raise UserError(f"{lasts}: --start {clock(a / rate)} to --end {clock(b / rate)} "
                         "must be a part of it")
-    return track, a, b, o.context
+    return {"track": track, "a": a, "b": b, "context": o.context}
 
 
 def row_of(o):
@@ -1704,7 +1742,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     trained = "" if checkpoint.step is None else f", trained for {checkpoint.step} steps"
     print(f"model: {checkpoint.path}{trained}")
     settings = Settings.of(o, checkpoint)
-    edit = Edit(checkpoint, *region(o, checkpoint))
+    edit = Edit(checkpoint, **region(o, checkpoint))
     print(edit.times())
 
     # Guidance by example and by class.
@@ -1733,6 +1771,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         "command": shlex.join(words),
         "task": o.task, "input": o.input, "input2": o.input2,
         "fade": (o.fade or FADE[o.task]) if o.task in FADE else None,
+        "origin": edit.track.origin,                    # see Track
         "start": edit.a, "end": edit.end,               # samples of the result
         "context": 0 if fade else round(max(edit.C_L, edit.C_R) * edit.frame),
         "settings": asdict(settings),
@@ -1743,17 +1782,12 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
 
     row = row_of(o)
 
-    # Steps of all windows, for the progress bar.
-    t_T = 1.0
-    if row in FROM_X_BAR and settings.start_from == "matched":
-        t_T = tasks.matched_time(settings.k)
-    steps = len(time_steps(settings.steps, t_T, settings.t_end)) - 1
-
     # Make the variations, one after the other.
     context = edit.context(whole=row in FROM_X_BAR).to(device)
     for i, path in enumerate(paths):
         generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        with progress(total=steps * len(edit.spans), unit="step") as bar:
+        steps = steps_of(row, settings) * len(edit.spans)
+        with progress(total=steps, unit="step") as bar:
             audio = fill(checkpoint, row, context, edit.C_L, edit.C_R, settings, generator,
                          guides=guides, example=example, spans=edit.spans,
                          callback=lambda s, x_s: bar.update())

@@ -53,7 +53,7 @@ MODELS = (*NETS, "decoder")             # a decoder's checkpoint is a whole VAE,
 MIN_SECONDS = 0.16                      # in a clip; PaSST needs 0.15
 MEASURED = {"tiny": 50, "small": 250, "paper": 1000}        # clips, for statistics
 VALIDATED = 32                          # clips in one validation
-LOOK = {"cpu": 1, "cuda": 20, "mps": 20}        # steps between looks at a device's numbers
+LOOK = {"cpu": 1, "cuda": 20, "mps": 20}    # steps between looks at the numbers
 HELD_OUT_HOURS = 80                     # at most, as in the paper
 TRAIN, VALID, ENCODED = 0, 1, 2         # streams of random numbers
 VERSIONS = 4                            # of a track in the cache of latents
@@ -307,42 +307,51 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     """
     net, ema, out = objective.net, averaged.net, Path(o.out)
     optimizers = make_optimizers(objective, o)
-    step, seconds, validation, entries, bad_in_a_row = 0, 0.0, {}, [], 0
+    step = 0
+    seconds = 0.0
     if state:
-        step, seconds = state["run_step"], state["seconds"]
+        step = state["run_step"]
+        seconds = state["seconds"]
         objective.load_state_dict(state["objective"])
         ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
-    began, first, before = time.monotonic() - seconds, step, seconds
+    first, before = step, seconds
+    began = time.monotonic() - seconds
 
+    # Several processes share a step's clips; threads prepare the clips of later steps.
     model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
     schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
     batches = prefetch(lambda ks: pinned(clips(ks), o.device), schedule, o.workers)
     bar = progress(total=o.steps, initial=step, desc=o.model, unit="step")
-    ending = step >= o.steps
+    look_every = LOOK[o.device.type]
     if RANK == 0:
         begin_log(out, step)
 
+    validation = {}                     # the last one
+    entries = []                        # of log.csv, not written yet
+    bad_in_a_row = 0                    # gradients that were not finite
+    ending = step >= o.steps
     with bar, Stop(o.device) as stop:
         while not ending:
             # The mean loss over this step's clips, and its gradient, micro-batch after micro-batch.
             # The last one's backward() averages the gradients of all processes.
             parts = clips.parts(step, o.micro_batch)
+            count = sum(map(len, parts))
             loss = torch.zeros((), device=o.device)
             for i, ks in enumerate(parts):
                 batch = to_device(next(batches), o.device)
                 with averaging(model, now=i + 1 == len(parts)):
                     with autocast:
-                        part = model(**batch)["loss"] * (len(ks) / sum(map(len, parts)))
-                    part.backward()
-                loss += part.detach()
+                        share = model(**batch)["loss"] * (len(ks) / count)
+                    share.backward()
+                loss += share.detach()
 
             # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. What is
             # not finite counts as zero.
-            norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-                     for part in objective.children()]
+            norms = [nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                     for network in objective.children()]
             norm = torch.stack(norms).norm()            # the same in all processes
             for p in objective.parameters():
                 if p.grad is not None:
@@ -368,8 +377,9 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
             seconds = time.monotonic() - began
             entries.append({"step": step, "seconds": round(seconds, 3), "loss": loss, "lr": lr,
                             "gradient_norm": norm})
-            due, ending = step % o.save_every == 0, step >= o.steps
-            if not (due or ending or step % LOOK[o.device.type] == 0):
+            due = step % o.save_every == 0
+            ending = step >= o.steps
+            if not (due or ending or step % look_every == 0):
                 continue
             looked_at(entries)
 
@@ -473,8 +483,10 @@ def to_device(batch, device):
 
 
 class Stop:
-    """While entered, Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C, at
-    once. Afterwards they do what they did before."""
+    """While entered, Ctrl-C and SIGTERM end the run after the current step.
+
+    A second Ctrl-C ends it at once. Afterwards they do what they did before.
+    """
 
     def __init__(self, device):
         self.asked, self.device = False, device
@@ -966,8 +978,10 @@ class Clips:
 
 
 def varied(audio, rng):
-    """Audio (2, n) as another recording might have it: in half of the cases the sides are swapped,
-    and in half of them it is quieter, by up to 10 dB."""
+    """Audio (2, n) as another recording might have it.
+
+    In half of the cases the sides are swapped, and in half it is quieter, by up to 10 dB.
+    """
     if rng.random() < 0.5:
         audio = audio[::-1]
     if rng.random() < 0.5:
@@ -1009,8 +1023,10 @@ def music(o, origin=None):
 
     def former(path):
         for folder, first in zip(o.data, origin or o.data):
-            if path == folder or path.startswith(folder + os.sep):
-                return first + path[len(folder):]
+            if path == folder:
+                return first
+            if path.startswith(os.path.join(folder, "")):
+                return os.path.join(first, os.path.relpath(path, folder))
 
     files = {path: files[path] for path in sorted(files, key=former)}
     if o.valid:

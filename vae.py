@@ -370,15 +370,14 @@ def band_powers(audio, size, per_octave, together):
     """
     # The band of each bin. Narrow bands at low frequencies may hold no bin: they are skipped.
     octaves = torch.arange(1, size // 2 + 1).log2()
-    _, band = (per_octave * octaves).long().unique(return_inverse=True)
+    numbers, band = (per_octave * octaves).long().unique(return_inverse=True)
     band = band.to(audio.device)
-    bands = int(band.max()) + 1
 
     # The mean power of each band's bins.
     power = magnitudes(audio, size)[:, :, 1:].square()
     B, signals, _, frames = power.shape
-    total = power.new_zeros(B, signals, bands, frames).index_add(2, band, power)
-    power = total / band.bincount()[:, None]
+    total = power.new_zeros(B, signals, len(numbers), frames).index_add(2, band, power)
+    power = total / band.bincount(minlength=len(numbers))[:, None]
 
     # The mean of adjacent frames.
     width = min(together, frames)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 from examples.spectrograms import HIGHEST, LOWEST, palette, picture, png, spectrogram
-from sample import SAMPLE_RATE, Track, UserError, to_stereo_44k
+from sample import SAMPLE_RATE, Track, UserError, open_audio, to_stereo_44k
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LOSSLESS = 60                           # seconds, of all versions together, that go in as FLAC
@@ -34,7 +34,7 @@ LOOP = 1.0                              # seconds on each side of the new audio:
 HELP = ("Keys: space plays and pauses, {} switch versions on the spot, L loops, arrows go a second "
         "back or forth, {}.")
 # What the .json of an edit says: what was edited, and where it is new; and about the version.
-OF_EDIT = ["task", "input", "input2", "fade", "start", "end", "context"]
+OF_EDIT = ["task", "input", "input2", "fade", "origin", "start", "end", "context"]
 OF_VERSION = ["command", "times", "output", "seed", "variation"]
 SCALE = ("Spectrograms: 50 Hz to 16 kHz, logarithmic; 80 dB from black to white, the same for all.")
 
@@ -118,13 +118,15 @@ def edit_page(results, before, edit, fade):
 
 def read_samples(path, rate, begin=0, end=None):
     """Samples [begin, end) of a wav or flac file -> (2, n) at 44.1 kHz."""
-    samples = sf.read(path, start=begin, stop=end, dtype="float32", always_2d=True)[0]
+    with open_audio(path) as file:
+        file.seek(begin)
+        count = -1 if end is None else end - begin
+        samples = file.read(count, dtype="float32", always_2d=True)
     return to_stereo_44k(torch.from_numpy(samples.T.copy()), rate)
 
 
-def read_versions(results, records, before, begin, end):
+def read_versions(results, records, before, rate, begin, end):
     """[(name, where it is from, audio (2, n) at 44.1 kHz)] of each version's [begin, end)."""
-    rate = sf.info(results[0]).samplerate
     versions = []
     for result, record in zip(results, records):
         about = f"{Path(record['output']).name}, seed {record['seed']}"
@@ -145,8 +147,8 @@ def write_edit_page(results, before, region):
     version the new audio, with as much of its context as LOSSLESS allows.
     """
     path = results[0].with_suffix(".html")
-    info = sf.info(results[0])
-    rate, n = info.samplerate, info.frames
+    with open_audio(results[0]) as file:
+        rate, n = file.samplerate, file.frames
     records = [read_record(result, OF_VERSION) for result in results]
 
     # The excerpt of all versions, in samples of the files.
@@ -157,7 +159,7 @@ def write_edit_page(results, before, region):
     context = max(CONTEXT * rate, region.context, room / 2)
     begin = max(0, int(region.start - context))
     end = min(n, math.ceil(region.end + context))
-    names, abouts, audio = zip(*read_versions(results, records, before, begin, end))
+    names, abouts, audio = zip(*read_versions(results, records, before, rate, begin, end))
     whole = audio[-1]
     if (begin, end) != (0, n):
         whole = read_samples(results[0], rate)
@@ -224,7 +226,7 @@ def track_before(record):
     if task == "transition":
         track, _, _ = sample.crossfaded(Track.read(path), Track.read(other), record["fade"])
         return track
-    return Track.read(path)
+    return sample.shifted(Track.read(path), record["origin"])
 
 
 def main(argv=None):

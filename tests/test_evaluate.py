@@ -410,7 +410,7 @@ def test_processes_share_the_batches(studio, tmp_path, monkeypatch):
     """The first of two measures the first and the third of three batches, the second the rest."""
     monkeypatch.setattr(sample, "WORLD", 2)
     monkeypatch.setattr(sample, "barrier", lambda: None)
-    monkeypatch.setattr(evaluate.dist, "broadcast_object_list", lambda objects: None)
+    monkeypatch.setattr(sample.dist, "broadcast_object_list", lambda objects: None)
     row = evaluate.Row("Ours", ("infill",), lambda batch: batch.x)
     judges = CountingJudges()
     evaluation = evaluate.Evaluation([row], clips_of(studio), judges, tmp_path)
@@ -692,7 +692,7 @@ def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
     (["--passt", "latent.pt"], "passt-s-f128"),
     (["--vggish", "latent.pt"], "vggish-10086976"),
     (["--reference", "test"], "under 5"),
-    (["--region", "0", "1"], "--region does nothing here"),
+    (["--region", "0", "1"], "--region does nothing with --data"),
     (["--sampler", "euler"], "--sampler"),
     (["--steps", "0"], "--steps"),
     (["--generated", "test"], "give either --data, .* or both --generated and --originals"),
@@ -714,7 +714,7 @@ def test_flags_for_a_model_are_refused_for_files(flags, studio, tmp_path):
     """No flag is ignored without a word."""
     command = file_arguments(studio, tmp_path, studio / "test", studio / "test")
     flag = flags[0].replace("--no-", "--")
-    with pytest.raises(sample.UserError, match=f"^{flag} does nothing here"):
+    with pytest.raises(sample.UserError, match=f"^{flag} does nothing with --generated"):
         evaluate.parse([*command, *flags])
 
 

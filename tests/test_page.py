@@ -157,7 +157,7 @@ def make_edit(folder, left, right, count=2):
         facts = {"command": "python sample.py --task infill", "times": "new audio 0:03 to 0:04",
                  "output": str(paths[i]), "seed": 0, "variation": i, "task": "infill",
                  "input": str(source), "input2": None, "fade": None, "start": start, "end": end,
-                 "context": 0}
+                 "context": 0, "origin": 0}
         paths[i].with_suffix(".json").write_text(json.dumps(facts))
     page.main([str(path) for path in paths])
     return paths[0].with_suffix(".html")
@@ -274,6 +274,8 @@ def test_every_task_has_a_page(task, seconds, mark, studio, folder):
     ["unconditional", "--length", "1"],
     ["continuation", *MONO, "--start", "1.5", "--length", "1", "--num", "2"],
     ["infill", *MONO, "--start", "1", "--end", "1.2", "--splice", "0"],
+    ["loop", *MONO, "--start", "0.5", "--end", "1.9", "--fade", "0.4"],
+    ["intro", *MONO, "--length", "0.5"],
     ["transition", *MONO, "--input2", "mono.flac", "--fade", "0.5"]], ids=lambda task: task[0])
 def test_a_page_that_is_made_later_is_the_same(task, studio, folder):
     """page.py with the edits gives, byte for byte, what sample.py --page had written."""
