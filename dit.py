@@ -353,18 +353,19 @@ class SpectralBlock(nn.Module):
 
     def attention(self, h):
         """Attention along the axis. Each head adds a learned number per distance to its logits."""
+        qkv = self.qkv(h)
         if self.axis == 1:
-            h = h.transpose(1, 2)
-        B, rows, L, width = h.shape  # a row: the tokens of one bin, or of one frame
+            qkv = qkv.transpose(1, 2)
+        B, rows, L, _ = qkv.shape  # a row: the tokens of one bin, or of one frame
         position = torch.arange(L, device=h.device)
         bias = self.relative[:, position - position[:, None] + self.longest]  # (heads, L, L)
-        qkv = self.qkv(h).reshape(B * rows, L, 3, self.heads, -1)
+        qkv = qkv.reshape(B * rows, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B rows, heads, L, d) each
         mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
-        out = self.proj(mixed.transpose(1, 2).reshape(h.shape))
+        mixed = mixed.transpose(1, 2).reshape(B, rows, L, -1)
         if self.axis == 1:
-            out = out.transpose(1, 2)
-        return out
+            mixed = mixed.transpose(1, 2)
+        return self.proj(mixed)
 
 
 class SpectralStage(nn.Module):

@@ -1040,20 +1040,21 @@ def steps_of(row, settings):
 
 
 def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
-         spans=None, guides=(), example=None, callback=None):
+         x_bar=None, spans=None, guides=(), example=None, callback=None):
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
 
     Encode, generate, decode, equalise.
 
+    generator   one, or a list: of B for B clips, or of B for one clip, which gets B new parts
+    x_bar       what `encode` makes of the audio, if that is at hand
     example     audio (B, 2, m) whose spectrum the new part gets; None with guides: no equalising
     name, spans, guides, callback: see generate
     """
-    # A task from x_bar reads all of it; the others, nothing of the gap.
     from_x_bar = name in FROM_X_BAR
-    if from_x_bar:
-        x_bar = encode_context(checkpoint, audio, audio.shape[-1] // checkpoint.hop, 0)
-    else:
-        x_bar = encode_context(checkpoint, audio, C_L, C_R)
+    if x_bar is None:
+        x_bar = encode(checkpoint, name, audio, C_L, C_R)
+    if isinstance(generator, list):
+        x_bar = x_bar.expand(len(generator), -1, -1)
     x_0 = generate(checkpoint, name, x_bar, C_L, C_R, settings, generator,
                    spans=spans, guides=guides, callback=callback)
 
@@ -1072,6 +1073,16 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
         mean_square = new.square().mean((1, 2), keepdim=True)
         new = new * LEVEL / mean_square.sqrt().clamp(min=1e-6)
     return new
+
+
+def encode(checkpoint, name, audio, C_L, C_R):
+    """x_bar (B, C, n / hop) of audio (B, 2, n), for the task of that name.
+
+    One that starts from x_bar reads all of it; the others read nothing of the gap.
+    """
+    if name in FROM_X_BAR:
+        return encode_context(checkpoint, audio, audio.shape[-1] // checkpoint.hop, 0)
+    return encode_context(checkpoint, audio, C_L, C_R)
 
 
 def encode_context(checkpoint, audio, C_L, C_R):
@@ -1146,7 +1157,10 @@ def listen(passt, checkpoint, x, part=slice(None)):
 
 
 def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
-    """Embedder guidance towards an example (B, 2, m): a function z -> Task for `generate`."""
+    """Embedder guidance towards an example (B, 2, m), or one (1, 2, m) for all clips of a batch.
+
+    A function z -> Task for `generate`.
+    """
     # y, A(x), and the row of Table 2.
     y = passt.listen(example, SAMPLE_RATE)[1]
 
@@ -1154,7 +1168,7 @@ def example_guide(checkpoint, passt, example, weight=1.0, part=slice(None)):
         return listen(passt, checkpoint, x, part)[1]
 
     def guide(z):
-        return tasks.embedder_guidance(embedding, y, z, GUIDE_STEP * weight)
+        return tasks.embedder_guidance(embedding, y.expand(len(z), -1), z, GUIDE_STEP * weight)
     return guide
 
 
@@ -1171,7 +1185,7 @@ def class_guide(checkpoint, classifier, labels, weight=1.0):
         return listen(classifier.net, checkpoint, x)[0][:, chosen]
 
     def guide(z):
-        return tasks.classifier_guidance(logits, y, z, GUIDE_STEP * weight)
+        return tasks.classifier_guidance(logits, y.expand(len(z), -1), z, GUIDE_STEP * weight)
     return guide
 
 
@@ -1471,6 +1485,9 @@ TASKS = ("unconditional", *EDITS, "embedding", "classifier")
 GAP = 2.0                                       # seconds (Sect. 4.3): of infill and regenerate
 CONTEXT = 2.4                                   # of a continuation
 FADE = {"transition": 2.5, "loop": 2.0}
+# Variations at a time, at most, by kind of device; on others one. A batch keeps a GPU busy. It makes
+# a CPU no faster, and the first variation would be ready last.
+AT_ONCE = {"cuda": 8}
 
 # Flags without which a task cannot run, and the tasks in which a flag does something (the others:
 # in all).
@@ -1726,6 +1743,21 @@ def output_paths(o):
     return paths
 
 
+def as_many_as_fit(make, items, at_once):
+    """One result for each item, by make(items) -> results: at_once, or fewer if memory is short."""
+    done = 0
+    while done < len(items):
+        try:
+            results = make(items[done:done + at_once])
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+            continue
+        yield from results
+        done += len(results)
+
+
 def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     """Run the command. add_flags and open_model let examples/ bring another model."""
     # Refuse what cannot be done before any work begins.
@@ -1780,21 +1812,28 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
     }
 
+    # What all variations begin with. A variation has random numbers of its own, so that it is the
+    # same whatever else is made.
     row = row_of(o)
-
-    # Make the variations, one after the other.
     context = edit.context(whole=row in FROM_X_BAR).to(device)
-    for i, path in enumerate(paths):
-        generator = torch.Generator().manual_seed(int(random_numbers(o.seed, i).integers(2**63)))
-        steps = steps_of(row, settings) * len(edit.spans)
+    x_bar = encode(checkpoint, row, context, edit.C_L, edit.C_R)
+    seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
+    steps = steps_of(row, settings) * len(edit.spans)
+
+    def make(seeds):
+        """The model's audio (B, 2, n), a clip for each seed."""
         with progress(total=steps, unit="step") as bar:
-            audio = fill(checkpoint, row, context, edit.C_L, edit.C_R, settings, generator,
-                         guides=guides, example=example, spans=edit.spans,
-                         callback=lambda s, x_s: bar.update())
+            return fill(checkpoint, row, context, edit.C_L, edit.C_R, settings,
+                        [torch.Generator().manual_seed(seed) for seed in seeds],
+                        x_bar=x_bar, guides=guides, example=example, spans=edit.spans,
+                        callback=lambda s, x_s: bar.update())
+
+    for i, audio in enumerate(as_many_as_fit(make, seeds, AT_ONCE.get(device.type, 1))):
         if not audio.isfinite().all():
             raise UserError(f"{checkpoint.path} made samples that are not finite: "
                             "take other settings, or another model", 1)
-        result = Track(edit.splice(audio[0].cpu(), fade, top), rate, subtype)
+        path = paths[i]
+        result = Track(edit.splice(audio.cpu(), fade, top), rate, subtype)
         write_track(path, result)
         text = json.dumps(record | {"variation": i, "seed": o.seed, "output": str(path)}, indent=1)
         write_atomic(path.with_suffix(".json"), lambda file: file.write(text.encode()))

@@ -659,7 +659,7 @@ def test_a_class_guide_asks_for_its_classes_alone(folder):
     task = sample.class_guide(toy(), classifier, {"c": 1.0, "a": 0.0}, weight=2)(x)
     term, = task.terms
     logits, _ = classifier.net.listen(toy().decode(x), 44100)
-    assert term.d is tasks.bce and term.y.tolist() == [[1.0, 0.0]]
+    assert term.d is tasks.bce and term.y.tolist() == [[1.0, 0.0]] * 2
     torch.testing.assert_close(term.A(x), logits[:, [2, 0]])
     plain, = sample.class_guide(toy(), classifier, {"a": 1.0})(x).terms
     assert term.weight == 2 * plain.weight > 0
@@ -1070,6 +1070,61 @@ def test_variations_and_seeds(folder):
     (folder / "out-2.wav").unlink()
     sample.main(arguments)
     assert (folder / "out-2.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("model", ["latent", "waveform"])
+@pytest.mark.parametrize("task", [
+    ("continuation", "--start", 2, "--length", 0.4), ("regenerate", "--start", 1, "--end", 1.2),
+    ("infill", "--start", 0.5, "--end", 2.5, "--reference", "other.wav", "--classes", "a=1")],
+    ids=lambda task: task[0])
+def test_a_variation_is_the_same_alone_or_among_others(folder, model, task, monkeypatch):
+    """Five variations, one by one, and in batches of 4 and 1: equal but for rounding."""
+    arguments = [folder / word if word == "other.wav" else word for word in task]
+    arguments = ["--task", *arguments, "--input", folder / "long.wav", "--num", 5]
+    names = ["out.wav", *(f"out-{i}.wav" for i in range(2, 6))]
+    call(folder, *arguments, model=model)
+    alone = [read(folder / name) for name in names]
+    batches, make = [], sample.generate
+
+    def count(checkpoint, name, x_bar, *more, **options):
+        batches.append(len(x_bar))
+        return make(checkpoint, name, x_bar, *more, **options)
+
+    monkeypatch.setattr(sample, "generate", count)
+    monkeypatch.setitem(sample.AT_ONCE, "cpu", 4)
+    call(folder, *arguments, model=model)
+    assert batches == [4, 1]
+    for name, expected in zip(names, alone):
+        np.testing.assert_allclose(read(folder / name), expected, atol=2e-4)
+
+
+def test_the_context_is_encoded_once_for_all_variations(folder, monkeypatch):
+    encoded, encode = [], VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda net, x: encoded.append(len(x)) or encode(net, x))
+    infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 1.2)
+    call(folder, *infill, "--num", 4)
+    assert encoded == [1, 1]                                    # the left context, and the right
+
+
+def test_a_batch_is_halved_until_it_fits(folder, monkeypatch):
+    """Where memory holds three clips, 8, 4, then 2 at a time. Not even one: the error stays."""
+    make, tried = sample.generate, []
+
+    def generate(checkpoint, name, x_bar, *more, **options):
+        tried.append(len(x_bar))
+        if len(x_bar) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(checkpoint, name, x_bar, *more, **options)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setitem(sample.AT_ONCE, "cpu", 8)
+    infill = ("--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 1.2)
+    room = 3
+    call(folder, *infill, "--num", 9, out="many.wav", steps=1)
+    assert tried == [8, 4, 2, 2, 2, 2, 1] and (folder / "many-9.wav").exists()
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        call(folder, *infill, steps=1)
 
 
 def test_an_example_brings_its_own_flags_and_model(folder, capsys):
