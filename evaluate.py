@@ -992,7 +992,7 @@ FOR_MODEL = {"model": "latent", "checkpoint": None, "tasks": TASKS, "clips": CLI
 
 def make_parser(add_flags):
     """The parser, and the names of its options that are sample.Settings'."""
-    parser = argparse.ArgumentParser(
+    parser = sample.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number = sample.within(1, 2**31, int)
 
@@ -1042,11 +1042,7 @@ def parse(argv, add_flags=sample.Settings.add_flags):
 
     UserError for flags that are missing, or would do nothing.
     """
-    def refuse(message):
-        raise UserError(f"{message} (all flags: --help)")
-
     parser, settings = make_parser(add_flags)
-    parser.error = refuse
     options = parser.parse_args(argv)
 
     # One of the two ways to call it.

@@ -112,6 +112,13 @@ def run(main, need_memory="lower --batch"):
     sys.exit(status)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of flags whose errors are one sentence, as all others."""
+
+    def error(self, message):
+        raise UserError(f"{message} (all flags: --help)")
+
+
 def within(low, high, kind=float):
     """A type for argparse: a number in [low, high]."""
     def number(text):
@@ -1525,10 +1532,7 @@ def pairs(text):
 
 def parse(argv, add_flags=Settings.add_flags):
     """The options. None is "not given": the default is then in Settings, `region` or `main`."""
-    def refuse(message):
-        raise UserError(f"{message} (all flags: --help)")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = refuse
+    parser = Parser(description=__doc__.split("\n")[0])
     length = within(0.01, 1e6, seconds)
 
     add = parser.add_argument_group("what to make").add_argument

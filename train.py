@@ -42,10 +42,10 @@ import sample
 import vae as autoencoder
 from diffusion import alpha_sigma, v_error
 from guidance import frozen
-from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, UserError, barrier, flag_of,
-                    gathered, join_processes, load_state, open_audio, open_checkpoint, pick_device,
-                    progress, random_numbers, read_audio, reason, refuse_idle, run, save_atomic,
-                    say, survey, to_stereo_44k, within, write_atomic)
+from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, Parser, UserError, barrier,
+                    flag_of, gathered, join_processes, load_state, open_audio, open_checkpoint,
+                    pick_device, progress, random_numbers, read_audio, reason, refuse_idle, run,
+                    save_atomic, say, survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
@@ -1156,7 +1156,7 @@ MUSIC = ("data", "valid")
 
 def parse(argv):
     """All options; None where nothing was given, for `settle` to fill."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], epilog=recipes_in_words(),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     count, steps = within(1, 10**9, int), within(0, 10**9, int)

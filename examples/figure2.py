@@ -320,12 +320,8 @@ def bars(rows):
 # ---- command line --------------------------------------------------------------------------------
 
 def main(argv=None):
-    def refuse(message):
-        raise UserError(f"{message} (all flags: --help)")
-
-    parser = argparse.ArgumentParser(
+    parser = sample.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
     add = parser.add_argument
     add("systems", nargs="*", metavar="NAME=FOLDER", help="files of one name are the same clip")
     add("--region", type=sample.seconds, nargs=2, metavar=("START", "END"),

@@ -230,7 +230,7 @@ def track_before(record):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = sample.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("edits", nargs="+", type=Path, metavar="EDIT.wav",
                         help="versions of one edit, each with its .json")

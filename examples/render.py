@@ -25,7 +25,6 @@ hash are kept and named. To collect all pieces:
     git clone --depth 1 https://github.com/MutopiaProject/MutopiaProject
     python examples/render.py MutopiaProject scores --collect
 """
-import argparse
 import csv
 import hashlib
 import os
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sample import UserError, run, within, write_atomic
+from sample import Parser, UserError, run, within, write_atomic
 
 SAMPLE_RATE = 44100
 FONT = "/usr/share/sounds/sf3/MuseScore_General.sf3"
@@ -387,7 +386,7 @@ def prepare_folder(out):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("input", type=Path, help="folder of FAMILY/NAME.mid; for --collect, of Mutopia's archive")
     add("output", type=Path, help="folder for the music; for --collect, for the MIDI files")
