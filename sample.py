@@ -132,10 +132,13 @@ def within(low, high, kind=float):
 def seconds(text):
     """A type for argparse: "61.5" or "1:01.5" -> 61.5."""
     match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
-    if not match or match[1] and float(match[2]) >= 60:
+    time = math.inf                     # as of too many digits
+    if match and not (match[1] and float(match[2]) >= 60):
+        time = 60 * float(match[1] or 0) + float(match[2])
+    if time == math.inf:
         raise argparse.ArgumentTypeError(
             f"{text} is no time: write seconds, 61.5, or minutes and seconds, 1:01.5")
-    return 60 * int(match[1] or 0) + float(match[2])
+    return time
 
 
 def clock(time):

@@ -1363,6 +1363,8 @@ BAD = [
     ("--length", "--task unconditional --length 0.00001"),
     ("--length", "--task unconditional --length inf"),
     ("--length", "--task unconditional --length nan"),
+    ("9 is no time", EDIT + "--end " + 400 * "9"),
+    ("9:01 is no time", EDIT + f"--start {400 * '9'}:01"),
     ("--context", EDIT + "--context 0"),
     ("--fade 9 s", EDIT + "--task transition --input2 {folder}/other.wav --fade 9"),
     ("--k", EDIT + "--task regenerate --k 2"),
