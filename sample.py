@@ -211,6 +211,9 @@ def pick_device(name):
         else:
             name = "cpu"
 
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} cannot be used: it is none of cpu, cuda and mps")
+
     # Try it: an allocation fails where there is no such device.
     full_name = name
     if name == "cuda":
@@ -219,8 +222,8 @@ def pick_device(name):
         device = torch.device(full_name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {first_line}") from None
+        first_sentence = re.split(r"\n|\. ", str(error))[0]            # it may go on for a page
+        raise UserError(f"--device {name} cannot be used: {first_sentence}") from None
     return device
 
 

@@ -1374,6 +1374,7 @@ BAD = [
     # guides
     ("--xi 0 turns off all guidance", EDIT + "--xi 0 --reference {folder}/other.wav"),
     ("zither", EDIT + "--classes zither=1" + CLASSIFIER),
+    ("--device meta cannot be used", EDIT + "--device meta"),
     ("--classes a=2", EDIT + "--classes a=2" + CLASSIFIER),
     ("name=1,other=0", EDIT + "--classes a"),
     # outputs

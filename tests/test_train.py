@@ -862,7 +862,7 @@ def test_other_errors_keep_their_traceback():
         sample.run(main)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gramophone"])
+@pytest.mark.parametrize("device", ["cuda:99", "gramophone", "meta"])
 def test_a_device_that_is_not_there_is_refused(device, tmp_path, capsys):
     """Exit status 2, and one line that names the flag."""
     with pytest.raises(SystemExit) as end:
