@@ -620,15 +620,24 @@ class Checkpoint:
 
 
 class Checked:
-    """A file opened for writing that keeps the first error; libsndfile and torch.save hide it."""
+    """A file opened for writing that keeps the first error; libsndfile and torch.save hide it.
+
+    To seek is to write too: what waits in the buffer.
+    """
 
     def __init__(self, file):
         self.file = file
         self.error = None
 
     def write(self, data):
+        return self.keeping_errors(self.file.write, data)
+
+    def seek(self, *place):
+        return self.keeping_errors(self.file.seek, *place)
+
+    def keeping_errors(self, work, *given):
         try:
-            return self.file.write(data)
+            return work(*given)
         except OSError as error:
             self.error = self.error or error
             return 0

@@ -148,9 +148,13 @@ def test_a_wav_that_its_header_cannot_count_is_an_rf64(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending, subtype", [("wav", "FLOAT"), ("flac", "PCM_24")])
+@pytest.mark.parametrize("limit", [50_000, 1])
 @pytest.mark.parametrize("optimise", [[], pytest.param(["-O"], marks=pytest.mark.slow)])
-def test_a_full_disk_leaves_what_was_there(tmp_path, ending, subtype, optimise):
-    """A limit on the size of files stands for it: one line, status 1, the old file whole."""
+def test_a_full_disk_leaves_what_was_there(tmp_path, ending, subtype, optimise, limit):
+    """A limit on the size of files stands for it: one line, status 1, the old file whole.
+
+    Also where the first that fails is no write, but a seek.
+    """
     path = tmp_path / f"out.{ending}"
     path.write_text("old")
     script = f"""import resource, signal, sys
@@ -158,7 +162,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import sample, torch
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 audio = torch.randn(2, 100_000) / 10
 track = sample.Track(audio, 44100, {subtype!r})
 sample.run(lambda: sample.write_track(Path({str(path)!r}), track))"""
