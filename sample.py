@@ -1536,12 +1536,15 @@ USED = {
 def pairs(text):
     """A type for argparse: "drums=1,voice=0" -> {"drums": 1.0, "voice": 0.0}."""
     numbers = {}
+    items = text.split(",")
     try:
-        for item in text.split(","):
+        for item in items:
             name, value = item.split("=")
             numbers[name.strip()] = within(-1e9, 1e9)(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not of the form name=1,other=0") from None
+    if len(numbers) < len(items):
+        raise argparse.ArgumentTypeError(f"{text} has a name twice")
     return numbers
 
 

@@ -1380,6 +1380,7 @@ BAD = [
     # outputs
     (".mp3 must end in", EDIT + "--output {tmp}/a.mp3"),
     ("a.flac must end in .wav", EDIT + "--subtype FLOAT --output {tmp}/a.flac"),
+    ("a name twice", EDIT + "--classes a=1,a=0"),
     ("over.wav has peaks above full scale", EDIT + "--input {folder}/over.wav --subtype PCM_16"),
     ("there.wav exists", EDIT + "--output {folder}/there.wav"),
     ("session.json exists", EDIT + "--output {folder}/session.wav"),
