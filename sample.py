@@ -1507,8 +1507,8 @@ TASKS = ("unconditional", *EDITS, "embedding", "classifier")
 GAP = 2.0                                       # seconds (Sect. 4.3): of infill and regenerate
 CONTEXT = 2.4                                   # of a continuation
 FADE = {"transition": 2.5, "loop": 2.0}
-# Variations at a time, at most, by kind of device; on others one. A batch keeps a GPU busy. It is no
-# faster on a CPU, and the first variation would be ready last.
+# Variations at a time, at most, by kind of device; on others one. A batch keeps a GPU busy. It is
+# no faster on a CPU, and the first variation would be ready last.
 AT_ONCE = {"cuda": 8}
 
 # Flags without which a task cannot run, and the tasks in which a flag does something (the others:
@@ -1747,14 +1747,7 @@ def output_paths(o):
     if o.page:
         written.append(first.with_suffix(".html"))
     try:
-        # Nothing is lost: neither what is read, nor, without --force, what would be overwritten.
-        for path in written:
-            for source in (o.input, o.input2, o.reference):
-                if source and path.exists() and path.samefile(source):
-                    raise UserError(f"{path} is also what is read: choose another --output")
-            if path.is_dir() or path.exists() and not o.force:
-                raise UserError(f"{path} exists; choose another --output, or use --force")
-
+        refuse_loss(o, written)
         # The folder can be written to.
         first.parent.mkdir(parents=True, exist_ok=True)
         probe_file = temporary_name(first)
@@ -1763,6 +1756,18 @@ def output_paths(o):
     except OSError as error:
         raise UserError(f"--output {first} cannot be written: {error.strerror}") from None
     return paths
+
+
+def refuse_loss(o, written):
+    """UserError for a file that is to be written and is read, or, without --force, exists."""
+    for path in written:
+        for source in (o.input, o.input2, o.reference):
+            if source and path.exists() and path.samefile(source):
+                raise UserError(f"{path} is also what is read: choose another --output")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: choose another --output")
+        if os.path.lexists(path) and not o.force:           # also a link to what is away
+            raise UserError(f"{path} exists; choose another --output, or use --force")
 
 
 def as_many_as_fit(make, items, at_once):
@@ -1854,7 +1859,9 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         if not audio.isfinite().all():
             raise UserError(f"{checkpoint.path} made samples that are not finite: "
                             "take other settings, or another model", 1)
+        # Another run may have written there meanwhile.
         path = paths[i]
+        refuse_loss(o, [path, path.with_suffix(".json")])
         result = Track(edit.splice(audio.cpu(), fade, top), rate, subtype)
         write_track(path, result)
         text = json.dumps(record | {"variation": i, "seed": o.seed, "output": str(path)}, indent=1)
@@ -1864,6 +1871,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     # A page to compare them.
     if o.page:
         from examples import page               # here, since it imports this module
+        refuse_loss(o, [paths[0].with_suffix(".html")])
         before = Track.read(o.input) if o.task == "continuation" else edit.track
         page.edit_page(paths, before, edit, fade)
 

@@ -1325,6 +1325,9 @@ def bad(folder):
     (folder / "cut.pt").write_bytes((folder / "latent.pt").read_bytes()[:5000])
     torch.save({"format": 1, "kind": "latent", "trick": Path("x")}, folder / "pickled.pt")
     (folder / "there.wav").write_text("mine")
+    (folder / "away.wav").unlink(missing_ok=True)
+    (folder / "away.wav").symlink_to("/not/mounted/away.wav")
+    (folder / "folder.wav").mkdir(exist_ok=True)
     (folder / "session.json").write_text("mine")
     (folder / "session.wav").unlink(missing_ok=True)
     return folder
@@ -1360,29 +1363,31 @@ BAD = [
     ("--start 0:09.000 leaves nothing", EDIT + "--task continuation --start 9"),
     ("--start", EDIT + "--start x"),
     ("1:75 is no time", EDIT + "--start 1:75"),
+    ("9 is no time", EDIT + "--end " + 400 * "9"),
+    ("9:01 is no time", EDIT + f"--start {400 * '9'}:01"),
     ("--length", "--task unconditional --length 0.00001"),
     ("--length", "--task unconditional --length inf"),
     ("--length", "--task unconditional --length nan"),
-    ("9 is no time", EDIT + "--end " + 400 * "9"),
-    ("9:01 is no time", EDIT + f"--start {400 * '9'}:01"),
     ("--context", EDIT + "--context 0"),
     ("--fade 9 s", EDIT + "--task transition --input2 {folder}/other.wav --fade 9"),
     ("--k", EDIT + "--task regenerate --k 2"),
     ("--steps", EDIT + "--steps 0"),
     ("--weights", EDIT + "--weights embedding=nan"),
     ("--device tpu cannot be used", EDIT + "--device tpu"),
+    ("--device meta cannot be used", EDIT + "--device meta"),
     # guides
     ("--xi 0 turns off all guidance", EDIT + "--xi 0 --reference {folder}/other.wav"),
     ("zither", EDIT + "--classes zither=1" + CLASSIFIER),
-    ("--device meta cannot be used", EDIT + "--device meta"),
     ("--classes a=2", EDIT + "--classes a=2" + CLASSIFIER),
     ("name=1,other=0", EDIT + "--classes a"),
+    ("a name twice", EDIT + "--classes a=1,a=0"),
     # outputs
     (".mp3 must end in", EDIT + "--output {tmp}/a.mp3"),
     ("a.flac must end in .wav", EDIT + "--subtype FLOAT --output {tmp}/a.flac"),
-    ("a name twice", EDIT + "--classes a=1,a=0"),
     ("over.wav has peaks above full scale", EDIT + "--input {folder}/over.wav --subtype PCM_16"),
     ("there.wav exists", EDIT + "--output {folder}/there.wav"),
+    ("away.wav exists", EDIT + "--output {folder}/away.wav"),
+    ("folder.wav is a folder", EDIT + "--output {folder}/folder.wav --force"),
     ("session.json exists", EDIT + "--output {folder}/session.wav"),
     ("also what is read", EDIT + "--output {folder}/long.wav --force"),
     ("long.wav/deep.wav cannot be written", EDIT + "--output {folder}/long.wav/deep.wav --force"),
@@ -1415,6 +1420,27 @@ def test_bad_input_ends_in_one_sentence_and_status_2(bad, tmp_path, capsys, culp
     assert (bad / "there.wav").read_text() == (bad / "session.json").read_text() == "mine"
     assert not list(tmp_path.iterdir())
     assert not (bad / "session.wav").exists() and not (bad / "nowhere").exists()
+    assert (bad / "away.wav").is_symlink()
+
+
+@pytest.mark.parametrize("ending", [".wav", ".json", ".html"])
+def test_what_came_while_the_model_worked_is_not_overwritten(folder, ending, monkeypatch):
+    """Two runs may have one output: what the first has written stays."""
+    path = folder / f"meanwhile{ending}"
+    fill = sample.fill
+
+    def slow(*args, **kwargs):
+        path.write_text("another's")
+        return fill(*args, **kwargs)
+
+    monkeypatch.setattr(sample, "fill", slow)
+    with pytest.raises(UserError, match=f"meanwhile{ending} exists"):
+        sample.main(["--task", "infill", "--input", str(folder / "long.wav"), "--steps", "1",
+                     "--checkpoint", str(folder / "latent.pt"), "--page",
+                     "--output", str(folder / "meanwhile.wav")])
+    assert path.read_text() == "another's"
+    for other in folder.glob("meanwhile*"):
+        other.unlink()
 
 
 def test_music_that_is_not_finite_is_not_written(folder, tmp_path):
