@@ -123,6 +123,7 @@ def write_test(out, systems, region=None, seed=0, limit=CLIPS):
             audio.append(version)
         items.append(item)
         questions.append({"clip": clip, **dict(zip("AB", files))})
+    sample.prepare_folder(out, f"--out {out}")
 
     # FLAC, unless the page would grow too large.
     lossless = sum(x.shape[-1] for x in audio) <= page.LOSSLESS * SAMPLE_RATE
@@ -132,7 +133,11 @@ def write_test(out, systems, region=None, seed=0, limit=CLIPS):
     answers = "A, N and B answer, comma and point go to another pair, S saves the answers as a csv"
     data = {"kind": "test", "id": key["page"], "title": "Which version fits better?", "command": "",
             "about": QUESTION, "help": page.HELP.format("1 and 2", answers), "items": items}
-    out.mkdir(parents=True, exist_ok=True)
+    # The votes for an earlier page can be counted with its key alone.
+    earlier = out / "figure2.json"
+    if earlier.exists() and read_key(earlier)[0]["page"] != key["page"]:
+        raise UserError(f"--out {out} holds another test, whose votes would be lost: "
+                        "choose another")
     page.write_page(out / "figure2.html", data, sounds)
     write_text(out / "figure2.json", json.dumps(key, indent=1))
     print(f"wrote {out / 'figure2.html'}: {len(items)} pairs; which is which: figure2.json")

@@ -521,6 +521,9 @@ def test_the_order_of_the_blind_test_is_the_seeds(tests, tmp_path):
     again = write_test(tests, tmp_path / "again")
     assert again == key
     assert (tmp_path / "again" / "figure2.html").read_bytes() == path.read_bytes()
+    with pytest.raises(sample.UserError, match="again holds another test"):
+        write_test(tests, tmp_path / "again", "--seed", "1")
+    assert write_test(tests, tmp_path / "again") == again
     other = write_test(tests, tmp_path / "other", "--seed", "1")
     first = [question["A"] for question in key["questions"]]
     assert other["page"] != key["page"]
