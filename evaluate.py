@@ -394,6 +394,15 @@ def read_ahead(jobs):
 
 # ---- records: measurements that outlive a run, made by several processes -------------------------
 
+def intact(path, read):
+    """read(), of a file that an earlier run wrote. UserError if it is damaged."""
+    try:
+        return read()
+    except Exception as error:          # whatever was met first
+        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it, and what it held "
+                        "is measured again") from None
+
+
 class Records:
     """Measurements of numbered clips in a folder, a file for each batch."""
 
@@ -404,7 +413,7 @@ class Records:
         """{number: its measurements}, in order."""
         records = {}
         for path in sorted(self.folder.glob("*.pt")):
-            records.update(torch.load(path, weights_only=True))
+            records.update(intact(path, lambda: torch.load(path, weights_only=True)))
         return dict(sorted(records.items()))
 
     def write(self, numbers, measured):
@@ -451,7 +460,8 @@ def measure_reference(lengths, judges, options, out, device):
             drawn = find_excerpts(options.reference, longest, options.reference_clips, options.seed)
             folder.mkdir(parents=True, exist_ok=True)
             sample.write_atomic(index, lambda file: file.write(json.dumps(drawn).encode()))
-        excerpts = [Excerpt(*values) for values in json.loads(index.read_text())]
+        drawn = intact(index, lambda: json.loads(index.read_text()))
+        excerpts = [Excerpt(*values) for values in drawn]
         # What is missing has no record of some length.
         records = {n: Records(folder / str(n)) for n in lengths}
         missing = {}

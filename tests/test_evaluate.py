@@ -708,6 +708,22 @@ def test_input_that_cannot_be_used_ends_in_a_sentence(flags, said, studio, tmp_p
 
 @pytest.mark.parametrize("flags", [
     ["--xi", "0"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"],
+@pytest.mark.parametrize("name", ["records/*/files-*/*.pt", "reference-*/*/*.pt",
+                                  "reference-*/excerpts.json"])
+def test_a_damaged_file_of_an_earlier_run_is_named(name, studio, tmp_path):
+    """Once it is deleted, what it held is measured again, and the table is the same."""
+    command = file_arguments(studio, tmp_path, studio / "test", studio / "train")
+    evaluate.main(command)
+    before = (tmp_path / "table.json").read_bytes()
+    damaged = sorted(tmp_path.glob(name))[0]
+    damaged.write_bytes(b"{")
+    with pytest.raises(sample.UserError, match=f"{damaged} is damaged .*: delete it"):
+        evaluate.main(command)
+    damaged.unlink()
+    evaluate.main(command)
+    assert (tmp_path / "table.json").read_bytes() == before
+
+
     ["--sampler", "ddim"], ["--tasks", "infill"], ["--clips", "3"], ["--model", "latent"],
     ["--checkpoint", "x.pt"]], ids=lambda flags: flags[0])
 def test_flags_for_a_model_are_refused_for_files(flags, studio, tmp_path):
