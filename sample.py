@@ -675,6 +675,20 @@ def temporary_name(path):
     return Path(path).parent / f".{secrets.token_hex(8)}.part"
 
 
+def prepare_folder(folder, named):
+    """Make a folder for output, and see that it takes files before any work is done.
+
+    named: it, in words for the user, as "--out runs/mine".
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe_file = temporary_name(Path(folder) / "any")
+        probe_file.touch()
+        probe_file.unlink()
+    except OSError as error:
+        raise UserError(f"{named} cannot be written: {error.strerror}; choose another") from None
+
+
 def save_atomic(path, state):
     """torch.save, atomically."""
     write_atomic(path, lambda file: torch.save(state, file))
@@ -1748,13 +1762,9 @@ def output_paths(o):
         written.append(first.with_suffix(".html"))
     try:
         refuse_loss(o, written)
-        # The folder can be written to.
-        first.parent.mkdir(parents=True, exist_ok=True)
-        probe_file = temporary_name(first)
-        probe_file.touch()
-        probe_file.unlink()
-    except OSError as error:
+    except OSError as error:                    # a name that is too long
         raise UserError(f"--output {first} cannot be written: {error.strerror}") from None
+    prepare_folder(first.parent, f"--output {first}")
     return paths
 
 

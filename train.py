@@ -44,8 +44,8 @@ from diffusion import alpha_sigma, v_error
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, Parser, UserError, barrier,
                     flag_of, gathered, join_processes, load_state, open_audio, open_checkpoint,
-                    pick_device, progress, random_numbers, read_audio, reason, refuse_idle, run,
-                    save_atomic, say, survey, to_stereo_44k, within, write_atomic)
+                    pick_device, prepare_folder, progress, random_numbers, read_audio, reason,
+                    refuse_idle, run, save_atomic, say, survey, to_stereo_44k, within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
@@ -1381,7 +1381,7 @@ def main(argv=None):
     make, _, presets = NETS[kind]
     config = start.net.config if start else presets[o.size]
     fit_windows(o, config)
-    Path(o.out).mkdir(parents=True, exist_ok=True)
+    in_all(prepare_folder, o.out, f"--out {o.out}")
 
     # A latent model diffuses the latents of a VAE, which stays as it is.
     vae, measured = None, bool(start)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sample import Parser, UserError, run, within, write_atomic
+from sample import Parser, UserError, prepare_folder, run, within, write_atomic
 
 SAMPLE_RATE = 44100
 FONT = "/usr/share/sounds/sf3/MuseScore_General.sf3"
@@ -375,16 +375,6 @@ def in_parallel(work, jobs, processes, label):
     return done, left_out
 
 
-def prepare_folder(out):
-    """Make the output folder, and see that it takes files before any work is done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{out} cannot be written ({reason}): choose another folder") from None
-
-
 def parse(argv):
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -407,7 +397,7 @@ def main(argv=None):
     if not options.input.is_dir():
         raise UserError(f"{options.input} is no folder")
     if options.collect:
-        prepare_folder(options.output)
+        prepare_folder(options.output, options.output)
         return collect_all(options.input, options.output, options.processes)
 
     # LilyPond repeats the key signature in every track. pretty_midi warns of that for each file.
@@ -421,7 +411,7 @@ def main(argv=None):
     if not os.path.isfile(options.font):
         raise UserError(f"--font {options.font} does not exist: give another soundfont, or "
                         "apt-get install musescore-general-soundfont")
-    prepare_folder(options.output)
+    prepare_folder(options.output, options.output)
 
     # Files of an earlier run stay.
     waiting = [piece for piece in pieces if not piece.target.exists()]

@@ -695,6 +695,8 @@ def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
     (["--region", "0", "1"], "--region does nothing with --data"),
     (["--sampler", "euler"], "--sampler"),
     (["--steps", "0"], "--steps"),
+    (["--clips", "1"], "a single clip has no FAD"),
+    (["--out", "latent.pt"], "--out .*latent.pt cannot be written"),
     (["--generated", "test"], "give either --data, .* or both --generated and --originals"),
     (["--generated", "test", "--originals", "test"], "give either --data"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -706,8 +708,6 @@ def test_input_that_cannot_be_used_ends_in_a_sentence(flags, said, studio, tmp_p
         evaluate.main(arguments(studio, tmp_path / "out", *flags))
 
 
-@pytest.mark.parametrize("flags", [
-    ["--xi", "0"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"],
 @pytest.mark.parametrize("name", ["records/*/files-*/*.pt", "reference-*/*/*.pt",
                                   "reference-*/excerpts.json"])
 def test_a_damaged_file_of_an_earlier_run_is_named(name, studio, tmp_path):
@@ -724,6 +724,8 @@ def test_a_damaged_file_of_an_earlier_run_is_named(name, studio, tmp_path):
     assert (tmp_path / "table.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [
+    ["--xi", "0"], ["--no-equalise"], ["--steps", "5"], ["--as-printed"], ["--k", "0.7"],
     ["--sampler", "ddim"], ["--tasks", "infill"], ["--clips", "3"], ["--model", "latent"],
     ["--checkpoint", "x.pt"]], ids=lambda flags: flags[0])
 def test_flags_for_a_model_are_refused_for_files(flags, studio, tmp_path):
