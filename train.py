@@ -536,8 +536,12 @@ def begin_log(folder, step):
     """
     kept = []
     if step > 0 and (folder / "log.csv").exists():
-        with open(folder / "log.csv", newline="") as file:
-            for entry in csv.DictReader(file):
+        with open(folder / "log.csv", newline="", errors="replace") as file:
+            entries = csv.DictReader(file)
+            if not set(LOG) <= set(entries.fieldnames or ()):
+                raise UserError(f"{folder}/log.csv lacks columns, as if another program had "
+                                "saved it: move it elsewhere")
+            for entry in entries:
                 number = entry["step"] or ""
                 if number.isdecimal() and int(number) <= step:
                     kept.append(entry)
@@ -1274,6 +1278,8 @@ def settle(o):
     if o.data and len(o.data) != len(o.origin):
         raise UserError(f"--data: the music of this run was in {len(o.origin)} folder(s): "
                         "give as many, in the same order")
+    if state and o.steps < state["run_step"]:
+        raise UserError(f"--steps {o.steps}: this run has made {state['run_step']} steps already")
     o.save_every = o.save_every or max(50, min(1000, o.steps // 10))
     o.device = pick_device(o.device)
     if o.precision is None:

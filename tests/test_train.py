@@ -572,6 +572,36 @@ def test_resuming_restores_the_settings(tmp_path):
         train.main([*again, "--batch", "4"])
 
 
+def test_a_run_is_not_resumed_to_a_step_that_it_has_passed(tmp_path):
+    """It would save itself as a run of so many steps. As many as it has are no fault."""
+    fit("vae", tmp_path, "--steps", 2, *SHORT)
+    with pytest.raises(sample.UserError, match="--steps 1: this run has made 2 steps already"):
+        fit("vae", tmp_path, "--resume", "--steps", 1)
+    assert fit("vae", tmp_path, "--resume", "--steps", 2)["settings"]["steps"] == 2
+
+
+def test_a_log_of_another_program_is_kept(tmp_path):
+    """A spreadsheet may have saved it with semicolons: its lines are not thrown away."""
+    fit("vae", tmp_path, "--steps", 1, *SHORT)
+    log = tmp_path / "log.csv"
+    saved = log.read_text().replace(",", ";")
+    log.write_text(saved)
+    with pytest.raises(sample.UserError, match="log.csv lacks columns"):
+        fit("vae", tmp_path, "--resume", "--steps", 2)
+    assert log.read_text() == saved
+
+
+@pytest.mark.parametrize("below", ["", "/deep"])
+def test_an_out_that_is_no_folder_is_refused(tmp_path, below, capsys):
+    """Exit status 2, and a line that names the flag."""
+    (tmp_path / "song.wav").write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        sample.run(lambda: fit("vae", f"{tmp_path}/song.wav{below}", "--steps", 1, *SHORT))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert err.startswith(f"error: --out {tmp_path}/song.wav{below} cannot be written")
+
+
 def test_what_cannot_be_resumed_is_named(tmp_path):
     """--resume in the folder of another model, or of an earlier version of train.py."""
     state = fit("vae", tmp_path, "--steps", 1, *SHORT)
