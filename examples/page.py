@@ -35,7 +35,7 @@ HELP = ("Keys: space plays and pauses, {} switch versions on the spot, L loops, 
         "back or forth, {}.")
 # What the .json of an edit says: what was edited, and where it is new; and about the version.
 OF_EDIT = ["task", "input", "input2", "fade", "origin", "start", "end", "context"]
-OF_VERSION = ["command", "times", "output", "seed", "variation"]
+OF_VERSION = ["command", "times", "output", "seed", "variation", "sha256"]
 SCALE = ("Spectrograms: 50 Hz to 16 kHz, logarithmic; 80 dB from black to white, the same for all.")
 
 
@@ -223,6 +223,9 @@ def track_before(record):
         if not Path(name).is_file():
             raise UserError(f"{name}, which was edited, is not there: go to the folder in which "
                             "sample.py was called, or put it back")
+        if record["sha256"].get(name) != sample.file_digest(name):
+            raise UserError(f"{name} has changed since it was edited: put the old one back, or "
+                            "edit again")
     if task == "transition":
         track, _, _ = sample.crossfaded(Track.read(path), Track.read(other), record["fade"])
         return track
@@ -239,15 +242,29 @@ def main(argv=None):
     # They must be versions of one edit: the same track, new in the same place.
     first = None
     for path in options.edits:
+        if path.suffix.lower() not in (".wav", ".flac"):
+            raise UserError(f"{path} is no .wav or .flac file: give edits alone")
         record = read_record(path, OF_EDIT + OF_VERSION)
+        shape = sample.probe(path)                                  # [frames, rate, channels]
+        if isinstance(shape, str):
+            raise UserError(f"{path} cannot be read ({shape}): edit again")
         edit = {key: record[key] for key in OF_EDIT}
         if first is None:
-            first = edit
-        if edit != first:
+            first, facts = (edit, shape), record
+        if (edit, shape) != first:
             raise UserError(f"{path} and {options.edits[0]} are not versions of one edit: make a "
                             "page of each")
-    region = Region(first["start"], first["end"], first["context"])
-    write_edit_page(options.edits, track_before(first), region)
+
+    # What is there must be what they were made from, and made into. The end of a loop may be rounded
+    # up to the sample after it.
+    before = track_before(facts)
+    frames, rate, _ = shape
+    if frames < facts["end"] - 1 or before.n and rate != before.rate:
+        raise UserError(f"{path} is shorter, or of another rate, than its .json says: edit again")
+    made = options.edits[0].with_suffix(".html")
+    if made.is_dir() or made.is_file() and b'id="data"' not in made.read_bytes():
+        raise UserError(f"{made} is no page of edits, and would be lost: move it elsewhere")
+    write_edit_page(options.edits, before, Region(facts["start"], facts["end"], facts["context"]))
 
 
 if __name__ == "__main__":

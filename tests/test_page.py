@@ -157,7 +157,8 @@ def make_edit(folder, left, right, count=2):
         facts = {"command": "python sample.py --task infill", "times": "new audio 0:03 to 0:04",
                  "output": str(paths[i]), "seed": 0, "variation": i, "task": "infill",
                  "input": str(source), "input2": None, "fade": None, "start": start, "end": end,
-                 "context": 0, "origin": 0}
+                 "context": 0, "origin": 0,
+                 "sha256": {str(source): sample.file_digest(source)}}
         paths[i].with_suffix(".json").write_text(json.dumps(facts))
     page.main([str(path) for path in paths])
     return paths[0].with_suffix(".html")
@@ -311,6 +312,37 @@ def test_edits_that_have_no_page_end_in_a_sentence(edited, tmp_path):
         with pytest.raises(sample.UserError, match=said):
             page.main(paths)
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_page_is_of_what_was_edited(edited, tmp_path):
+    """What is no edit, is gone, cut or replaced ends in a sentence, and so does a lost track.
+
+    As `page.py clip.infill*` gives all files; and a page of the user's own stays.
+    """
+    make_edit(tmp_path, 0.1 * np.ones(8 * 44100), 0.01).unlink()
+    one, two = (tmp_path / f"{NAME}.infill{i}.wav" for i in ("", "-2"))
+
+    def refused(paths, said):
+        with pytest.raises(sample.UserError, match=said):
+            page.main([str(path) for path in paths])
+
+    refused([one.with_suffix(".json")], "infill.json is no .wav or .flac file")
+    refused(["."], "no .wav or .flac file")
+    one.with_suffix(".html").write_text("my own page")
+    refused([one, two], "infill.html is no page of edits")
+    two.unlink()
+    refused([one, two], "infill-2.wav cannot be read .no such file")
+    two.write_text("no audio")
+    refused([one, two], "infill-2.wav cannot be read .damaged, or not audio")
+    sf.write(two, np.zeros((100, 2)), 44100)
+    refused([one, two], "are not versions of one edit")
+    refused([two], "infill-2.wav is shorter, or of another rate")
+    sf.write(two, np.zeros((8 * 44100, 2)), 8000)
+    refused([two], "infill-2.wav is shorter, or of another rate")
+    track = Path(json.loads(one.with_suffix(".json").read_text())["input"])
+    sf.write(track, np.zeros((8 * 44100, 2)), 44100)
+    refused([one], "has changed since it was edited")
+    assert one.with_suffix(".html").read_text() == "my own page"
 
 
 def test_a_tone_is_bright_at_its_label_and_loud_in_its_outline(tmp_path):
