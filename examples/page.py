@@ -255,8 +255,8 @@ def main(argv=None):
             raise UserError(f"{path} and {options.edits[0]} are not versions of one edit: make a "
                             "page of each")
 
-    # What is there must be what they were made from, and made into. The end of a loop may be rounded
-    # up to the sample after it.
+    # What is there must be what they were made from, and made into. (Rounding may put the end of a
+    # loop's new audio on the sample after its last.)
     before = track_before(facts)
     frames, rate, _ = shape
     if frames < facts["end"] - 1 or before.n and rate != before.rate:
