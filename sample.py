@@ -1521,8 +1521,8 @@ TASKS = ("unconditional", *EDITS, "embedding", "classifier")
 GAP = 2.0                                       # seconds (Sect. 4.3): of infill and regenerate
 CONTEXT = 2.4                                   # of a continuation
 FADE = {"transition": 2.5, "loop": 2.0}
-# Variations at a time, at most, by kind of device; on others one. A batch keeps a GPU busy. It is
-# no faster on a CPU, and the first variation would be ready last.
+# Variations at a time, at most, on this kind of device; on others one. A batch keeps a GPU busy.
+# On a CPU it is no faster, and the first variation would be ready last.
 AT_ONCE = {"cuda": 8}
 
 # Flags without which a task cannot run, and the tasks in which a flag does something (the others:

@@ -1,4 +1,4 @@
-"""What a checkpoint's music is like, where Table 1 says nothing: eight tables, alone or together.
+"""What a checkpoint's music is like, where Table 1 says nothing: nine tables, alone or together.
 
     python tests/sanity.py likeness attacks v-loss --data path/to/test
     python tests/sanity.py likeness --task infill --data path/to/test --sampler ddim
@@ -28,6 +28,9 @@ example    Guidance by example against unguided samples of the same seeds. Does 
            unguided samples that get the example's spectrum, and for other seconds of the examples'
            tracks.
 class      Guidance by class, likewise: do log-probabilities rise, for the guide and for the judge?
+defaults   Each default of sampling against what it was chosen over, one change at a time, on the
+           same clips and two seeds: measures of the tables above. A difference counts only where it
+           is larger than what a seed does, the last line.
 seams      Loops of five seconds, by --task loop, played twice: the rank of the spectral flux at the
            jump among all flux inside, which is 0.5 where there is no seam. Also of the same stretch
            untreated, and of one that is cross-faded over two seconds, and so shorter.
@@ -36,6 +39,7 @@ import argparse
 import functools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,20 +100,39 @@ class Study:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self.checkpoint.net(x_t, t).float()
 
-    @torch.no_grad()
     def made(self, task):
         """The part of each clip that the model generates in this task."""
         if task not in self.generated:
-            a, b = self.spans[task].a, self.spans[task].b
-            C_L = a // self.checkpoint.hop
-            C_R = (self.window - b) // self.checkpoint.hop
-            parts = []
-            for j, clip in enumerate(sample.progress(self.clips, task, unit="clip")):
-                audio = sample.fill(self.checkpoint, task, clip[None].to(self.device), C_L, C_R,
-                                    self.settings, self.random(j))
-                parts.append(audio[0, :, a:b].cpu())
-            self.generated[task] = parts
+            self.generated[task] = self.sampled(task, self.settings, self.options.seed)
         return self.generated[task]
+
+    @torch.no_grad()
+    def sampled(self, task, settings, seed):
+        """The same with other settings, or another seed."""
+        a, b = self.spans[task].a, self.spans[task].b
+        C_L = a // self.checkpoint.hop
+        C_R = (self.window - b) // self.checkpoint.hop
+        parts = []
+        for j, clip in enumerate(sample.progress(self.clips, task, unit="clip")):
+            audio = sample.fill(self.checkpoint, task, clip[None].to(self.device), C_L, C_R,
+                                settings, evaluate.generator_of(seed, j))
+            parts.append(audio[0, :, a:b].cpu())
+        return parts
+
+    def real(self, task):
+        """What really stood there, of each clip."""
+        a, b = self.spans[task].a, self.spans[task].b
+        return [clip[:, a:b] for clip in self.clips]
+
+    def contexts(self, task):
+        """The chroma of each clip's context, (clips, 12)."""
+        a, b = self.spans[task].a, self.spans[task].b
+        chromas = []
+        for clip in self.clips:
+            context = torch.cat([clip[:, :a], clip[:, b:]], 1)
+            _, at_peaks, f = peaks(context.mean(0).double())
+            chromas.append(chroma(at_peaks, f))
+        return torch.stack(chromas)
 
     @torch.no_grad()
     def through_vae(self):
@@ -205,29 +228,28 @@ def likeness(x, context, others):
     return torch.stack([tonal, pitch, beat, flux])
 
 
+def mean_likeness(clips, contexts):
+    """Of clips, each with its own of the contexts (clips, 12): means over the clips, (4,)."""
+    measured = []
+    for j, clip in enumerate(clips):
+        others = contexts[torch.arange(len(clips)) != j]
+        measured.append(likeness(clip, contexts[j], others))
+    return torch.stack(measured).mean(0)
+
+
 @torch.no_grad()
 def about_likeness(study):
     task = study.options.task
     a, b = study.spans[task].a, study.spans[task].b
-    systems = {"model": study.made(task), "real": [clip[:, a:b] for clip in study.clips]}
+    systems = {"model": study.made(task), "real": study.real(task)}
     if study.checkpoint.kind == "latent":
         systems["VAE"] = [clip[:, a:b] for clip in study.through_vae()]
     systems |= study.fillers(task)
 
-    contexts = []
-    for clip in study.clips:
-        context = torch.cat([clip[:, :a], clip[:, b:]], 1)
-        _, at_peaks, f = peaks(context.mean(0).double())
-        contexts.append(chroma(at_peaks, f))
-    contexts = torch.stack(contexts)                                            # (clips, 12)
-
     print(f"likeness, {task}, {len(study.clips)} clips\n{'':18} tonal  pitch   beat   flux")
+    contexts = study.contexts(task)
     for name, clips in systems.items():
-        measured = []
-        for j, clip in enumerate(clips):
-            others = contexts[torch.arange(len(clips)) != j]
-            measured.append(likeness(clip, contexts[j], others))
-        values = torch.stack(measured).mean(0)
+        values = mean_likeness(clips, contexts)
         print(f"  {name:16}" + " ".join(f"{value:6.3f}" for value in values))
 
 
@@ -415,7 +437,7 @@ def about_prompts(study):
     made = study.made("continuation")
     a = study.spans["continuation"].a
     prompts = [clip[:, :a] for clip in study.clips]
-    real = [clip[:, a:] for clip in study.clips]
+    real = study.real("continuation")
     repeated = study.fillers("continuation")["context repeated"]
 
     # Does each follow from its own prompt?
@@ -479,8 +501,7 @@ def best_correlation(excerpts, track):
 def about_memory(study):
     """Nearest training music, by embeddings of windows of the same length and as waveforms."""
     made = study.made("continuation")
-    a = study.spans["continuation"].a
-    real = [clip[:, a:] for clip in study.clips]
+    real = study.real("continuation")
     n = made[0].shape[1]
 
     excerpts = [slow(clip) for clip in (*made, *real)]
@@ -611,8 +632,6 @@ def about_classes(study):
               f"up in {(changes > 0).sum()}")
 
 
-# ---- command line --------------------------------------------------------------------------------
-
 # ---- seams of loops ------------------------------------------------------------------------------
 
 def looped(study, stretch, random):
@@ -664,6 +683,74 @@ def about_seams(study):
         print(f"  {name:12} {values.quantile(0.5):.2f}  {values.max():.2f}")
 
 
+# ---- the defaults --------------------------------------------------------------------------------
+
+def alternatives(study, task):
+    """{what is done instead of a default: the settings}; only what makes a difference."""
+    settings = study.settings
+    printed = argparse.Namespace(as_printed=True, sampler=settings.sampler, steps=settings.steps,
+                                 precision=settings.precision)
+    found = {
+        "x_t is projected": replace(settings, project="x_t"),
+        "ends at t = 0": replace(settings, t_end=0.0),
+        "not equalised": replace(settings, equalise=False),
+        "level not kept": replace(settings, keep_level=False),
+        "DDIM": replace(settings, sampler="ddim"),
+        "a quarter of xi": replace(settings, xi=settings.xi / 4),
+        "four times xi": replace(settings, xi=4 * settings.xi),
+        "as printed": sample.Settings.of(printed, study.checkpoint),
+    }
+    if task in sample.FROM_X_BAR:
+        found |= {
+            "k = 0.85": replace(settings, k=0.85),
+            "starts at t = 1": replace(settings, start_from="paper"),
+        }
+    return {name: other for name, other in found.items() if other != settings}
+
+
+def qualities(clips, study, task):
+    """Measures of the clips' generated parts, {name: number}, means over the clips."""
+    real, a = study.real(task), study.spans[task].a
+    tonal, pitch, beat, flux = mean_likeness(clips, study.contexts(task)).tolist()
+    starts, starts_in_real = [sum(attacks(clip)[0] for clip in part) for part in (clips, real)]
+    prompts = embed(study.classifier.net, [clip[:, :a] for clip in study.clips])
+    nearest, _ = own_prompt_wins(embed(study.classifier.net, clips), prompts)
+    pairs = list(zip(clips, real))
+    louder = torch.stack([level(x) - level(y) for x, y in pairs]).abs().mean()
+    bands = torch.stack([band_levels(x) - band_levels(y) for x, y in pairs]).abs().mean()
+    distance = torch.stack([evaluate.mel_distance(x, y, SAMPLE_RATE) for x, y in pairs]).mean()
+    return {"tonal": tonal, "pitch": pitch, "beat": beat, "flux": flux,
+            "onsets": starts / max(starts_in_real, 1e-9), "prompt": nearest, "MR": distance.item(),
+            "dB": louder.item(), "bands dB": bands.item()}
+
+
+@torch.no_grad()
+def about_defaults(study):
+    task = study.options.task
+    rows = {"as it is": study.settings} | alternatives(study, task)
+    real = qualities(study.real(task), study, task)
+    print(f"defaults, {task}, {len(study.clips)} clips, means of two seeds\n{'':18}"
+          + "".join(f"{name:>9}" for name in real))
+
+    def line(name, values):
+        print(f"  {name:16}" + "".join(f"{value:9.3f}" for value in values), flush=True)
+
+    line("real", real.values())
+    differences = []
+    for name, settings in rows.items():
+        both = []
+        for seed in (study.options.seed, study.options.seed + 1):
+            clips = study.sampled(task, settings, seed)
+            both.append(list(qualities(clips, study, task).values()))
+        one, two = torch.tensor(both)
+        line(name, (one + two) / 2)
+        differences.append(one - two)
+    # A mean of two seeds deviates by half of their difference, as a root mean square over the rows.
+    line("a seed's share", torch.stack(differences).square().mean(0).sqrt() / 2)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
 TABLES = {
     "likeness": about_likeness,
     "attacks": about_attacks,
@@ -673,6 +760,7 @@ TABLES = {
     "example": about_examples,
     "class": about_classes,
     "seams": about_seams,
+    "defaults": about_defaults,
 }
 NEED_TRAIN = ("memory", "example", "class")
 
@@ -687,7 +775,7 @@ def main(argv=None):
     add("--data", required=True, help="folder of test music")
     add("--train", nargs="+", help="memory, example, class: folders of the training music")
     add("--task", choices=("continuation", "infill", "regenerate"), default="continuation",
-        help="likeness, attacks: what the model makes (%(default)s)")
+        help="likeness, attacks, defaults: what the model makes (%(default)s)")
     add("--clips", type=sample.within(2, 100000, int), default=18,
         help="excerpts of the test music, or guided cases (%(default)s)")
     add("--seconds", type=sample.within(0.1, 2.9), default=2.0,

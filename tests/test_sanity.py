@@ -175,7 +175,7 @@ def test_the_judge_tells_tracks_and_classes(tmp_path):
 
 @pytest.mark.slow
 def test_every_table_is_printed(studio, tmp_path, capsys):
-    """All seven, for a tiny latent model; the v-loss again, alone, is the same."""
+    """For a tiny latent model; the v-loss again, alone, is the same."""
     for name, path in zip("abc", (studio / "test").iterdir()):
         (tmp_path / name).mkdir()
         shutil.copy(path, tmp_path / name)
@@ -187,7 +187,8 @@ def test_every_table_is_printed(studio, tmp_path, capsys):
     assert "nan" not in printed
     for words in ("white noise", "onsets/s", "from t = 0.8, in one step",
                   "v-loss on 6 whole windows", "own prompt wins", "training windows",
-                  "by example, 3 cases", "the judge", "log-probability to the judge"):
+                  "by example, 3 cases", "the judge", "log-probability to the judge",
+                  "x_t is projected", "as printed", "a seed's share"):
         assert words in printed
     sanity.main(["v-loss", *command])
     assert capsys.readouterr().out.splitlines()[-1] in printed
