@@ -988,6 +988,15 @@ def test_what_no_integers_can_hold_is_written_as_floats(file, subtype, dtype, wr
     assert sample.word_length(Path(file), track) == written
 
 
+@pytest.mark.parametrize("subtype, bits", [("PCM_16", 16), ("PCM_24", 24), ("PCM_32", 32)])
+def test_full_scale_is_the_largest_integer(subtype, bits, tmp_path):
+    """1.0 is one step above it, and must not become the lowest; nor what lies beyond."""
+    path = tmp_path / "loud.wav"
+    sample.write_track(path, Track(torch.tensor([[1.0, -1.0, 1.5, -1.5, 0.5]]), 44100, subtype))
+    step = 2.0 ** (1 - bits)
+    assert read(path)[:, 0].tolist() == [1 - step, -1, 1 - step, -1, 0.5]
+
+
 @pytest.mark.parametrize("ending, subtype", [("flac", "PCM_16"), ("wav", "FLOAT")])
 def test_a_long_file_is_written_whole(ending, subtype, tmp_path):
     """It is written in blocks of 2^20 samples."""

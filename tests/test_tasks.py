@@ -177,6 +177,7 @@ X_BAR, Z = signals(2)
     ("mask", lambda: tasks.KeepMask(torch.ones(n, dtype=torch.bool))),
     ("weights", lambda: tasks.combine(weights=[1.0])),
     ("labels", lambda: tasks.classifier_guidance(lambda x: x, torch.tensor([[1.5]]), Z)),
+    ("labels", lambda: tasks.classifier_guidance(lambda x: x, torch.tensor([[-0.5]]), Z)),
 ])
 def test_bad_arguments_are_named(word, call):
     """ValueError with a sentence that names the argument."""
