@@ -385,6 +385,17 @@ def test_figure_1_is_the_distance_to_the_first_track():
     assert faded[0] < 0.1 * last[0] and faded[-1] > 0.5 * last[-1]
 
 
+def test_the_table_has_two_digits_and_no_empty_columns():
+    """One figure for two tasks that have the same; a deviation where there is one; no "-0.00"."""
+    results = {"Ours": {"infill": {"FAD": [-0.001, None, 9], "MR": [1.234, None, 9]},
+                        "regenerate": {"FAD": [0.004, None, 9], "MR": [1.5, None, 9]},
+                        "transition": {"Realism": [0.95, 0.12, 9]}}, "Silence": {}}
+    assert evaluate.table_lines(results) == [
+        "         Infill/Regeneration FAD  MR         Transitions Realism",
+        "Ours     0.00                     1.23/1.50  0.95±0.12",
+        "Silence  -                        -          -"]
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 class CountingJudges:

@@ -324,14 +324,14 @@ def test_the_limiter_holds_full_scale_and_leaves_the_rest():
 # ---- Table 2, by name ----------------------------------------------------------------------------
 
 def by_hand(row, x_bar, C_L, C_R, settings, generator):
-    """One window of a row of Table 2, from tasks.py and guidance.py alone."""
+    """One window of a row of Table 2, from tasks.py and guidance.py alone; hop is 2048 samples."""
     z = guidance.draw_noise(x_bar, generator)
     model, level = neighbours, 1.0
     if settings.keep_level:
         contexts = torch.cat([x_bar[..., :C_L], x_bar[..., x_bar.shape[-1] - C_R:]], -1)
         level = rms(contexts, (1, 2))                                               # (B,)
         if row in ("continuation", "infill"):
-            model = sample.level_kept(neighbours, C_L, C_R, round(0.25 * 44100 / 128))
+            model = sample.level_kept(neighbours, C_L, C_R, round(0.25 * 44100 / 2048))
     term = {"weight": level, "project": settings.project}
     k, start = settings.k, settings.start_from
     if row == "continuation":
@@ -367,7 +367,7 @@ def test_each_task_is_its_row_of_table_2(row, name):
     x_bar = noise(2, 4, 64, dtype=torch.float32) * torch.tensor([0.3, 2.0])[:, None, None]
     C_R = 0 if row == "continuation" else 24
     settings = SETTINGS[name]
-    made = sample.generate(toy(), row, x_bar, 16, C_R, settings, seeded(1))
+    made = sample.generate(toy(hop=2048), row, x_bar, 16, C_R, settings, seeded(1))
     expected = by_hand(row, x_bar, 16, C_R, settings, seeded(1))
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
 
@@ -402,7 +402,7 @@ def test_later_windows_take_what_was_made_as_their_context(task, C_R, rows):
     x = noise(2, 4, 64, dtype=torch.float32)
     settings = Settings(steps=4, xi=0.2)
     spans = [(0, 40), (24, 64)]
-    made = sample.generate(toy(), task, x, 16, C_R, settings, seeded(1), spans=spans)
+    made = sample.generate(toy(hop=2048), task, x, 16, C_R, settings, seeded(1), spans=spans)
     generator = seeded(1)
     x[..., 0:40] = by_hand(rows[0], x[..., 0:40], 16, 0, settings, generator)
     x[..., 24:64] = by_hand(rows[1], x[..., 24:64], 16, C_R, settings, generator)
@@ -431,6 +431,7 @@ def test_windows_fill_the_gap_in_equal_shares():
             shares.append(end - done)
             done = last
         assert done == n and max(shares) - min(shares) <= 1
+    assert len(sample.windows(16, 96, 16, 64, 16)) == 3         # of 64 - 16 - 16 each, and no more
 
 
 @pytest.mark.parametrize("C_L", [0, 3])
@@ -477,6 +478,17 @@ def test_regions_longer_than_the_window_are_filled_without_a_seam(case, seamless
                         spans=spans)
     steps = rms(x.diff(dim=-1), (0, 1))
     assert len(spans) >= 4 and (steps[meet].max() < 1.2 * steps.mean()) == seamless
+
+
+@pytest.mark.parametrize("start", ["paper", "matched"])
+@pytest.mark.parametrize("row", sample.TABLE_2)
+def test_the_bar_has_as_many_steps_as_are_made(row, start):
+    """Those of one window; fewer from a matched start, and fewer to an early end."""
+    settings, made = Settings(steps=20, k=0.5, start_from=start, t_end=0.3), []
+    sample.generate(toy(), row, noise(1, 4, 64, dtype=torch.float32), 16, 8, settings, seeded(),
+                    callback=lambda s, x_s: made.append(s))
+    assert len(made) == sample.steps_of(row, settings) <= 15 and made[-1] == 0
+    assert len(made) == 1 or made[-2] >= 0.3 - 1e-9
 
 
 @pytest.mark.parametrize("start", ["paper", "matched"])
@@ -965,6 +977,14 @@ def test_a_transition_has_the_channels_of_its_first_track(one, two):
     wanted = second.audio.mean(0, keepdim=True) if one == 1 else second.audio.expand(2, -1)
     torch.testing.assert_close(faded.audio[:, :a], first.audio[:, :a])
     torch.testing.assert_close(faded.audio[:, b:], wanted[:, 100:])
+
+
+@pytest.mark.parametrize("subtype, joined", [("PCM_16", "PCM_16"), ("PCM_24", "mixed")])
+def test_a_transition_has_the_word_length_of_both_or_floats(subtype, joined):
+    """A 16-bit track does not cut the other one's 24 bits off."""
+    one, other = (Track(noise(1, 1000), 1000, kind) for kind in ("PCM_16", subtype))
+    for tracks in ((one, other), (other, one)):
+        assert sample.crossfaded(*tracks, 0.1)[0].subtype == joined
 
 
 @pytest.mark.parametrize("rate", [22050, 48000])
@@ -1459,7 +1479,7 @@ BAD = [
     ("must be a part of it", EDIT + "--start 0 --end 3"),
     ("--start 0:09.000 leaves nothing", EDIT + "--task continuation --start 9"),
     ("--start", EDIT + "--start x"),
-    ("1:75 is no time", EDIT + "--start 1:75"),
+    ("1:60 is no time", EDIT + "--start 1:60"),
     ("--length", "--task unconditional --length 0.00001"),
     ("--length", "--task unconditional --length inf"),
     ("--length", "--task unconditional --length nan"),
