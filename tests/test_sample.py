@@ -703,6 +703,16 @@ def test_an_example_guide_compares_embeddings_of_a_part(folder):
     assert torch.equal(term.A(other), term.A(x))
 
 
+def test_weights_reach_their_guides(folder):
+    """--weights, each to the term of its name; 1 where none is given."""
+    classifier = load_checkpoint(folder / "classifier.pt")
+    command = ["--task", "classifier", "--reference", str(folder / "other.wav"), "--classes", "a=1"]
+    for flags, factors in (([], [1, 1]), (["--weights", "embedding=2,classifier=3"], [2, 3])):
+        guides, _ = sample.make_guides(sample.parse([*command, *flags]), toy(), classifier, "cpu")
+        weights = [guide(noise(1, 256, 60)).terms[0].weight for guide in guides]
+        assert weights == [sample.GUIDE_STEP * factor for factor in factors]
+
+
 def test_an_example_guide_alone_leads_towards_the_example(folder):
     """The distance of the embeddings falls, by a model in audio."""
     net = load_checkpoint(folder / "classifier.pt").net
