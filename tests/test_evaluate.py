@@ -222,6 +222,18 @@ def test_an_excerpt_is_that_part_of_the_whole_file(suffix, rate, channels, tmp_p
         evaluate.read_excerpt(evaluate.Excerpt(str(path), whole.shape[1] - n + 1, n))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_excerpt_with_a_bad_sample_is_left_out(value, tmp_path, capsys):
+    """By name; an excerpt of the same file without one is not."""
+    path, audio = str(tmp_path / "x.wav"), np.zeros((3000, 2))
+    audio[2000, 1] = value
+    soundfile.write(path, audio, 44100, subtype="FLOAT")
+    jobs = [{0: [evaluate.Excerpt(path, 0, 1500)], 1: [evaluate.Excerpt(path, 1500, 1500)]}]
+    loaded, = evaluate.read_ahead(jobs)
+    assert list(loaded) == [0] and loaded[0][0].shape == (2, 1500)
+    assert f"left out: {path} has samples that are not finite" in "".join(capsys.readouterr())
+
+
 def test_ogg_is_decoded_from_its_start(tmp_path):
     """libsndfile lands elsewhere in about a tenth of the seeks in such a file."""
     t = np.arange(20 * 44100) / 44100
@@ -345,6 +357,44 @@ def test_figures_compare_with_the_training_music_and_transitions_with_the_crossf
     assert found["Realism"] == [pytest.approx(2), 0, 2]
     assert found["KLD"][0] == pytest.approx(math.log(2), abs=1e-5)
 
+    # A clip without a cross-fade counts in FAD and KLD; one clip alone gives no figures.
+    one_more = records(10.0) | {7: records(10.0)[0]}
+    found = evaluate.figures("transition", one_more, reference, records(12.0))
+    assert found["Realism"][2] == 2 and found["KLD"][2] == 3
+    assert evaluate.figures("transition", {0: one_more[0]}, reference, records(12.0)) == {}
+
+
+def test_of_a_long_window_the_region_within_the_clip_is_compared():
+    """What was generated beyond the 6 s that are evaluated does not count."""
+    x = normal(1, 2, 9000, dtype=torch.float32) / 10
+    batch = evaluate.Batch("continuation", evaluate.Span(2000, 9000, 0, 6000), x, x, [])
+    beyond, within = x.clone(), x.clone()
+    beyond[..., 6000:] = beyond[..., :2000] = 0
+    within[..., 5000:6000] = 0
+    assert evaluate.compare(batch, beyond)["MR"] == 0 < evaluate.compare(batch, within)["MR"]
+
+
+def test_figure_1_is_the_distance_to_the_first_track():
+    """Zero all along for that track itself; for the raw cross-fade it grows from window to window,
+    up to that of the other track."""
+    first, other = normal(2, 1, 2, 90_000, dtype=torch.float32) / 10
+    other = other / 100
+    batch = evaluate.Batch("transition", evaluate.Span(10_000, 80_000, 0, 90_000), first, other, [])
+    same, faded, last = (evaluate.compare(batch, x)["curve"][0] for x in (first, batch.x, other))
+    assert not same.any() and (faded.diff() > 0).all() and len(faded) == 19
+    assert faded[0] < 0.1 * last[0] and faded[-1] > 0.5 * last[-1]
+
+
+def test_the_table_has_two_digits_and_no_empty_columns():
+    """One figure for two tasks that have the same; a deviation where there is one; no "-0.00"."""
+    results = {"Ours": {"infill": {"FAD": [-0.001, None, 9], "MR": [1.234, None, 9]},
+                        "regenerate": {"FAD": [0.004, None, 9], "MR": [1.5, None, 9]},
+                        "transition": {"Realism": [0.95, 0.12, 9]}}, "Silence": {}}
+    assert evaluate.table_lines(results) == [
+        "         Infill/Regeneration FAD  MR         Transitions Realism",
+        "Ours     0.00                     1.23/1.50  0.95±0.12",
+        "Silence  -                        -          -"]
+
 
 # ---- measuring -----------------------------------------------------------------------------------
 
@@ -382,6 +432,36 @@ def test_what_is_equal_is_made_and_evaluated_once(studio, tmp_path):
     assert judges.clips == 3 * 3                # the first 5 s, the whole clip, the cross-fade
     for task in evaluate.TASKS:
         assert len(evaluation.finite(row, task)) == 3
+
+
+def test_records_are_kept_apart_by_all_that_they_depend_on(studio, tmp_path):
+    """Other judges, seeds, settings or clips: another folder; the same again: the same one."""
+    def folder(judges="counting", seed=0, xi=1, clips=3):
+        row = evaluate.Row("Ours", ("infill",), evaluate.silence, facts={"xi": xi})
+        judged = SimpleNamespace(names=[judges])
+        evaluation = evaluate.Evaluation([row], clips_of(studio)[:clips], judged, tmp_path, seed)
+        return evaluation.records["Ours", "infill"].folder
+
+    others = [folder("others"), folder(seed=1), folder(xi=2), folder(clips=2)]
+    assert folder() == folder() and len({folder(), *others}) == 5
+
+
+def test_training_music_is_measured_again_for_other_judges_and_seeds(studio, tmp_path):
+    """And what is lost of it, of one length too; each excerpt once."""
+    def measured(name="counting", **changes):
+        judges = CountingJudges()
+        judges.names = [name, name]
+        given = {"reference": studio / "train", "reference_clips": 4, "seed": 0, "batch": 2}
+        found = evaluate.measure_reference([9000, 20_000], judges,
+                                           SimpleNamespace(**given | changes), tmp_path, "cpu")
+        assert all(len(kept.read()) == (given | changes)["reference_clips"]
+                   for kept in found.values())
+        return judges.clips
+
+    assert [measured(), measured()] == [8, 0]
+    next(tmp_path.glob("reference-*/9000/*.pt")).unlink()
+    assert measured() == 4                              # two excerpts in both lengths
+    assert [measured("others"), measured(seed=1), measured(reference_clips=3)] == [8, 8, 6]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(studio, tmp_path):
@@ -639,8 +719,22 @@ def test_pairs_of_unequal_length_are_cut_to_what_both_have(studio, tmp_path, cap
     assert named == ["5.wav"]
     evaluate.main(file_arguments(studio, tmp_path / "all", *folders))
     table = json.loads((tmp_path / "all" / "table.json").read_text())["rows"]
-    # Without --region, nothing is missing.
+    # Without --region, nothing is missing; the training music is as long as the median.
     assert table["Generated"]["files"]["MR"] == [0, None, 6]
+    measured, = (tmp_path / "all").glob("reference-*/*/")
+    assert measured.name == "36000"
+
+
+def test_files_too_short_for_vggish_are_left_out(tmp_path, capsys):
+    """It needs 0.975 s, as long as one of its patches; PaSST alone takes any length."""
+    for n in (42000, 43100):
+        soundfile.write(tmp_path / f"{n}.wav", np.zeros((n, 2)), 44100)
+    options = SimpleNamespace(originals=tmp_path, generated=tmp_path, region=None, vggish="v.pth")
+    clip, = evaluate.pair_files(options)
+    assert clip.excerpt.n == 43100
+    assert "42000.wav (or its original) ends after 0.952 s; 0.975 s" in "".join(capsys.readouterr())
+    options.vggish = None
+    assert len(evaluate.pair_files(options)) == 2
 
 
 def test_a_region_that_no_file_has_ends_in_a_sentence(studio, tmp_path):

@@ -134,13 +134,14 @@ print((peak() - before) / (audio.numel() * 4))"""
 
 # ---- what is written -----------------------------------------------------------------------------
 
-def test_a_wav_that_its_header_cannot_count_is_an_rf64(tmp_path, monkeypatch):
+@pytest.mark.parametrize("subtype, width", [("PCM_16", 2), ("FLOAT", 4), ("DOUBLE", 8)])
+def test_a_wav_that_its_header_cannot_count_is_an_rf64(tmp_path, monkeypatch, subtype, width):
     """From 4 GiB on, which is made smaller here."""
-    track = Track(torch.from_numpy(music(0.5).T.copy()).float(), RATE, "PCM_16")
-    monkeypatch.setattr(sample, "WAV_LIMIT", track.audio.numel() * 2 - 1)
+    track = Track(torch.from_numpy(music(0.5).T.copy()).float(), RATE, subtype)
+    monkeypatch.setattr(sample, "WAV_LIMIT", track.audio.numel() * width - 1)
     sample.write_track(tmp_path / "long.wav", track)
     assert sf.info(tmp_path / "long.wav").format == "RF64"
-    monkeypatch.setattr(sample, "WAV_LIMIT", track.audio.numel() * 2)
+    monkeypatch.setattr(sample, "WAV_LIMIT", track.audio.numel() * width)
     sample.write_track(tmp_path / "short.wav", track)
     assert sf.info(tmp_path / "short.wav").format == "WAV"
     long, short = (sf.read(tmp_path / name)[0] for name in ("long.wav", "short.wav"))

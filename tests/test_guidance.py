@@ -283,7 +283,8 @@ CLIPS = noise(2, 1, 8)
 
 @pytest.mark.parametrize("word, arguments", [
     ("xi", {}), ("xi", {"xi": -1}), ("steps", {"xi": 0.1, "steps": 0}),
-    ("sampler", {"xi": 0.1, "sampler": "euler"}), ("generator", {"xi": 0.1, "generator": [None]})])
+    ("sampler", {"xi": 0.1, "sampler": "euler"}), ("generator", {"xi": 0.1, "generator": [None]}),
+    ("generator", {"xi": 0.1, "generator": [None] * 3})])
 def test_bad_arguments_are_named(word, arguments):
     """ValueError with a sentence that names the argument."""
     task = tasks.continuation(CLIPS, 4, CLIPS)

@@ -188,6 +188,13 @@ def sounds_of(path):
     return sounds
 
 
+def rows_of(data):
+    """What a PNG of spectrograms.py holds: (height, 1 + width), with the filter of each row."""
+    width, height = struct.unpack(">II", data[16:24])
+    start, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    return np.frombuffer(zlib.decompress(data[start:end]), np.uint8).reshape(height, width + 1)
+
+
 # ---- the page of an edit -------------------------------------------------------------------------
 
 def test_the_page_of_an_edit_holds_all_versions_and_loads_nothing(edited):
@@ -288,6 +295,66 @@ def test_a_page_that_is_made_later_is_the_same(task, studio, folder):
     assert made.read_bytes() == text
 
 
+@pytest.fixture
+def short_pages(monkeypatch):
+    """Pages hold a third of a second around the new audio, and the rest as one MP3."""
+    monkeypatch.setattr(page, "LOSSLESS", 4.0)
+    monkeypatch.setattr(page, "CONTEXT", 0.1)
+
+
+@pytest.mark.parametrize("second", [1, 3.4], ids=["outside", "inside"])
+def test_peaks_above_full_scale_turn_the_whole_page_down(second, tmp_path, short_pages):
+    """Of a float track, wherever they are: the excerpts and the rest by the same gain."""
+    left = np.zeros(8 * 44100)
+    left[int(second * 44100):][:8000] = 2.0
+    *versions, whole = sounds_of(make_edit(tmp_path, left, 0.4))
+    assert len(versions) == 3 and whole.shape[-1] > 7.9 * 44100
+    for i, sound in enumerate(versions):
+        assert np.allclose(sound[1, :4000], 0.2, atol=1e-3)
+        assert np.allclose(sound[1, 20000:30000], 0.2 + 0.005 * i, atol=1e-3)
+    assert np.median(whole[1]) == pytest.approx(0.2, abs=0.01)
+    assert np.median(whole[0, int(second * 44100):][1000:7000]) == pytest.approx(1, abs=0.05)
+
+
+def test_a_louder_version_is_brighter(tmp_path, short_pages):
+    """Pictures of all versions are on one scale: the track before is 26 dB below the new audio."""
+    tone = np.sin(2 * np.pi * 1000 * np.arange(8 * 44100) / 44100)
+    made = make_edit(tmp_path, 0.01 * tone, 0.0, count=1)
+    loud = 0.01 * tone
+    loud[3 * 44100:4 * 44100] *= 20
+    sf.write(made.with_suffix(".wav"), np.stack([loud, loud], 1), 44100, subtype="FLOAT")
+    page.main([str(made.with_suffix(".wav"))])
+    pictures = [base64.b64decode(version["picture"])
+                for version in data_of(made)["items"][0]["versions"]]
+    before, after = (int(rows_of(data)[:, 1:].max()) for data in pictures)
+    assert after >= 250 and before < 200
+
+
+def test_silence_has_a_page(tmp_path, short_pages):
+    """Its outline is a line in the middle."""
+    made = make_edit(tmp_path, np.zeros(8 * 44100), 0.0, count=1)
+    silent = made.with_suffix(".wav")
+    sf.write(silent, np.zeros((8 * 44100, 2)), 44100)
+    page.main([str(silent)])
+    heights = re.findall(r",([\d.-]+)", data_of(made)["items"][0]["wave"])
+    assert {float(y) for y in heights} == {50}
+
+
+@pytest.mark.parametrize("count, keys", [(1, "1 to 2"), (9, "1 to 9")])
+def test_the_help_names_the_keys_that_there_are(count, keys, tmp_path, short_pages):
+    """One for each version, the track before among them, but no more than nine."""
+    data = data_of(make_edit(tmp_path, np.zeros(5 * 44100), 0.1, count))
+    assert len(data["items"][0]["versions"]) == count + 1 and f"{keys} switch" in data["help"]
+
+
+def test_a_choice_is_remembered_by_what_was_heard(tmp_path, short_pages):
+    """Pages of one name, of other sounds, do not share it."""
+    ids = []
+    for right in (0.1, 0.2, 0.1):
+        ids.append(data_of(make_edit(tmp_path, np.zeros(5 * 44100), right, count=1))["id"])
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_edits_that_have_no_page_end_in_a_sentence(edited, tmp_path):
     """A file without its .json, a .json that is damaged or lacks a key, two edits, a lost track."""
     first, second = (edited.with_name(f"{NAME}.infill{i}.wav") for i in ("", "-2"))
@@ -354,9 +421,7 @@ def test_a_tone_is_bright_at_its_label_and_loud_in_its_outline(tmp_path):
     assert level[:, 800].argmax() == pytest.approx(share * len(level), abs=3)
     entries = page.picture(level, level.max())
     data = page.png(entries, page.palette())
-    width, height = struct.unpack(">II", data[16:24])
-    start, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
-    rows = np.frombuffer(zlib.decompress(data[start:end]), np.uint8).reshape(height, width + 1)
+    rows = rows_of(data)
     assert np.array_equal(rows[:, 1:], entries) and entries.max() >= 250 and not rows[:, 0].any()
     outline = page.outline(tone, 1.0)
     heights = np.array([float(y) for y in re.findall(r",([\d.]+)", outline)])

@@ -215,6 +215,7 @@ def test_small_latent_models_alone_are_held_at_a_level(kind, size, kept):
     """Large models keep it by themselves, and the waveform model's works in audio."""
     settings = Settings.of(SimpleNamespace(as_printed=False), SimpleNamespace(kind=kind, size=size))
     assert settings.keep_level == kept and settings.xi == sample.XI[kind]
+    assert settings.t_end == (sample.T_END if kept else 0)      # nor do large ones lack details
 
 
 def test_each_setting_with_a_flag_is_a_field_of_that_name():
@@ -323,14 +324,14 @@ def test_the_limiter_holds_full_scale_and_leaves_the_rest():
 # ---- Table 2, by name ----------------------------------------------------------------------------
 
 def by_hand(row, x_bar, C_L, C_R, settings, generator):
-    """One window of a row of Table 2, from tasks.py and guidance.py alone."""
+    """One window of a row of Table 2, from tasks.py and guidance.py alone; hop is 2048 samples."""
     z = guidance.draw_noise(x_bar, generator)
     model, level = neighbours, 1.0
     if settings.keep_level:
         contexts = torch.cat([x_bar[..., :C_L], x_bar[..., x_bar.shape[-1] - C_R:]], -1)
         level = rms(contexts, (1, 2))                                               # (B,)
         if row in ("continuation", "infill"):
-            model = sample.level_kept(neighbours, C_L, C_R, round(0.25 * 44100 / 128))
+            model = sample.level_kept(neighbours, C_L, C_R, round(0.25 * 44100 / 2048))
     term = {"weight": level, "project": settings.project}
     k, start = settings.k, settings.start_from
     if row == "continuation":
@@ -366,7 +367,7 @@ def test_each_task_is_its_row_of_table_2(row, name):
     x_bar = noise(2, 4, 64, dtype=torch.float32) * torch.tensor([0.3, 2.0])[:, None, None]
     C_R = 0 if row == "continuation" else 24
     settings = SETTINGS[name]
-    made = sample.generate(toy(), row, x_bar, 16, C_R, settings, seeded(1))
+    made = sample.generate(toy(hop=2048), row, x_bar, 16, C_R, settings, seeded(1))
     expected = by_hand(row, x_bar, 16, C_R, settings, seeded(1))
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
 
@@ -401,7 +402,7 @@ def test_later_windows_take_what_was_made_as_their_context(task, C_R, rows):
     x = noise(2, 4, 64, dtype=torch.float32)
     settings = Settings(steps=4, xi=0.2)
     spans = [(0, 40), (24, 64)]
-    made = sample.generate(toy(), task, x, 16, C_R, settings, seeded(1), spans=spans)
+    made = sample.generate(toy(hop=2048), task, x, 16, C_R, settings, seeded(1), spans=spans)
     generator = seeded(1)
     x[..., 0:40] = by_hand(rows[0], x[..., 0:40], 16, 0, settings, generator)
     x[..., 24:64] = by_hand(rows[1], x[..., 24:64], 16, C_R, settings, generator)
@@ -430,6 +431,7 @@ def test_windows_fill_the_gap_in_equal_shares():
             shares.append(end - done)
             done = last
         assert done == n and max(shares) - min(shares) <= 1
+    assert len(sample.windows(16, 96, 16, 64, 16)) == 3         # of 64 - 16 - 16 each, and no more
 
 
 @pytest.mark.parametrize("C_L", [0, 3])
@@ -476,6 +478,17 @@ def test_regions_longer_than_the_window_are_filled_without_a_seam(case, seamless
                         spans=spans)
     steps = rms(x.diff(dim=-1), (0, 1))
     assert len(spans) >= 4 and (steps[meet].max() < 1.2 * steps.mean()) == seamless
+
+
+@pytest.mark.parametrize("start", ["paper", "matched"])
+@pytest.mark.parametrize("row", sample.TABLE_2)
+def test_the_bar_has_as_many_steps_as_are_made(row, start):
+    """Those of one window; fewer from a matched start, and fewer to an early end."""
+    settings, made = Settings(steps=20, k=0.5, start_from=start, t_end=0.3), []
+    sample.generate(toy(), row, noise(1, 4, 64, dtype=torch.float32), 16, 8, settings, seeded(),
+                    callback=lambda s, x_s: made.append(s))
+    assert len(made) == sample.steps_of(row, settings) <= 15 and made[-1] == 0
+    assert len(made) == 1 or made[-2] >= 0.3 - 1e-9
 
 
 @pytest.mark.parametrize("start", ["paper", "matched"])
@@ -612,6 +625,12 @@ def test_decoded_audio_gets_the_spectrum_of_the_contexts():
     halved = decibels_between(of_gap[..., new], x[..., new]) + 6.02
     assert halved.abs().max() < 1
 
+    # And what stood there may be louder than the contexts.
+    loud = x.clone()
+    loud[..., C_L * 128:n - C_R * 128] *= 3
+    of_gap = sample.decode_like(decoder(torch.clone), loud, loud, C_L, C_R, from_x_bar=True)
+    assert (decibels_between(of_gap[..., new], x[..., new]) - 9.54).abs().max() < 1
+
     # A clip does not depend on its batch.
     alone = sample.decode_like(decoder(decode), x[:1], original[:1], C_L, C_R)
     assert torch.allclose(made[:1], alone, atol=1e-6)
@@ -649,6 +668,11 @@ def test_little_context_gives_no_spectrum():
     enough = sample.decode_like(decoder(lambda x: x), tone, 3 * tone, 50, 40)
     assert not torch.allclose(enough, tone)
 
+    # It says how loud new audio may be; with from_x_bar, what stood there does.
+    for from_x_bar in (False, True):
+        made = sample.decode_like(decoder(lambda x: x), tone, tone / 3, 40, 40, from_x_bar)
+        assert torch.allclose(made, tone) == from_x_bar
+
 
 # ---- guides --------------------------------------------------------------------------------------
 
@@ -677,6 +701,16 @@ def test_an_example_guide_compares_embeddings_of_a_part(folder):
     torch.testing.assert_close(term.y, net.listen(example, 44100)[1])
     torch.testing.assert_close(term.A(x), net.listen(toy().decode(x)[..., 1280:9000], 44100)[1])
     assert torch.equal(term.A(other), term.A(x))
+
+
+def test_weights_reach_their_guides(folder):
+    """--weights, each to the term of its name; 1 where none is given."""
+    classifier = load_checkpoint(folder / "classifier.pt")
+    command = ["--task", "classifier", "--reference", str(folder / "other.wav"), "--classes", "a=1"]
+    for flags, factors in (([], [1, 1]), (["--weights", "embedding=2,classifier=3"], [2, 3])):
+        guides, _ = sample.make_guides(sample.parse([*command, *flags]), toy(), classifier, "cpu")
+        weights = [guide(noise(1, 256, 60)).terms[0].weight for guide in guides]
+        assert weights == [sample.GUIDE_STEP * factor for factor in factors]
 
 
 def test_an_example_guide_alone_leads_towards_the_example(folder):
@@ -736,6 +770,8 @@ def test_guides_have_a_step_of_their_own():
     z = guidance.draw_noise(x_bar, generator)
     expected = guidance.sample(neighbours, z, guide(z), steps=4, xi=50 / 4, generator=generator)
     torch.testing.assert_close(made(0.1, [guide]), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="xi must be above 0 with guides"):
+        made(0, [guide])
 
 
 def test_a_reference_gives_its_spectrum(folder):
@@ -820,11 +856,87 @@ def test_a_continuation_fills_what_its_context_leaves_of_the_window(folder, flag
     assert (b - a) / 48000 == pytest.approx(2048 * 128 / 44100 - context, abs=1e-4)
 
 
+def test_what_follows_a_short_track_fills_the_window_too(folder):
+    """Half a second of music leaves more of the window than 2.4 s would."""
+    sf.write(folder / "half.wav", np.zeros((24000, 1)), 48000)
+    a, b, _ = region_of("--task", "continuation", "--input", folder / "half.wav", window=2048)
+    assert a == 24000 and b / 48000 == pytest.approx(2048 * 128 / 44100, abs=1e-4)
+
+
+def test_an_intro_is_half_a_window_long(folder):
+    """In whole frames."""
+    a, b, _ = region_of("--task", "intro", "--input", folder / "long.wav", window=512)
+    assert (a, b) == (0, 256 * 128)
+
+
+@pytest.mark.parametrize("flags, row", [
+    ("loop", "infill"), ("loop --k 1", "infill"), ("loop --k 0.9", "regenerate"),
+    ("intro", "infill"), ("regenerate --k 1", "regenerate"), ("infill", "infill")])
+def test_a_loop_and_an_intro_are_infills(flags, row):
+    """But for a loop that keeps a part of what stood there: less noise than all."""
+    assert sample.row_of(sample.parse(["--task", *flags.split(), "--input", "x.wav"])) == row
+
+
 def test_context_is_what_the_model_reads_on_either_side(folder):
     """In whole frames."""
     track = Track.read(folder / "mono.wav")
     edit = Edit(toy(window=2048), track, round(1.4 * 48000), round(1.6 * 48000), context=0.5)
     assert edit.C_L == edit.C_R == int(0.5 * 44100 / 128)
+
+
+def edit_of(rate, first, last, context=None, hop=128, window=512):
+    """The Edit of a noisy track of 4 s, where the model's window holds 1.5 s."""
+    track = Track(0.1 * noise(2, 4 * rate, dtype=torch.float32), rate)
+    return Edit(toy(hop=hop, window=window), track, first, last, context)
+
+
+@pytest.mark.parametrize("rate", [44100, 48000, 22050])
+def test_what_is_new_is_rounded_up_to_whole_frames(rate):
+    """All that was asked for, and less than a frame more; nothing more where frames fit exactly."""
+    frame = 128 * rate / 44100
+    for length in (1, 1000, 1000 + round(frame / 4), 1000 + round(frame / 2), round(0.7 * rate)):
+        edit = edit_of(rate, rate, rate + length)
+        assert 0 <= edit.end - (rate + length) < math.ceil(frame)
+        assert -1e-6 < edit.end - (rate + edit.gap * frame) < 1
+    exact = 147 * 128 * rate // 44100                   # 147 frames are whole samples at each rate
+    assert edit_of(rate, rate, rate + exact).gap == 147
+    assert edit_of(rate, rate, rate + exact).end == rate + exact
+
+
+def test_contexts_share_what_the_window_leaves():
+    """Half of it each; what one side of the track lacks goes to the other."""
+    middle = edit_of(44100, 2 * 44100, 2 * 44100 + 112 * 128)
+    assert (middle.C_L, middle.gap, middle.C_R) == (200, 112, 200)
+    early = edit_of(44100, 50 * 128, 162 * 128)
+    assert (early.C_L, early.C_R) == (50, 350)
+    late = edit_of(44100, 4 * 44100 - 162 * 128, 4 * 44100 - 50 * 128)
+    assert (late.C_L, late.C_R) == (350, 50)
+
+
+def test_a_context_is_half_of_a_window_at_most():
+    """However much is asked for: the rest of the window is for what is new."""
+    edit = edit_of(44100, 4 * 44100, 4 * 44100 + 128, context=10)
+    assert edit.C_L == 256 and edit.C_R == 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_offset_stays_in_the_track_and_away_from_the_model(whole):
+    """A constant, of each channel its own, is in the new audio too; the model reads none."""
+    edit, offset = edit_of(48000, 48000, 52000), torch.tensor([[0.3], [-0.1]])
+    other = Edit(edit.checkpoint, Track(edit.track.audio + offset, 48000), 48000, 52000)
+    torch.testing.assert_close(other.context(whole), edit.context(whole), atol=1e-5, rtol=0)
+    decoded = 0.1 * noise(2, 512 * 128, seed=1, dtype=torch.float32)
+    plain, moved = (one.splice(decoded, 0.03)[:, edit.a:edit.end] for one in (edit, other))
+    torch.testing.assert_close(moved, plain + offset, atol=1e-5, rtol=0)
+
+
+def test_a_fade_is_as_short_as_its_context():
+    """With three frames of context, the cross-fades of 30 ms end where the model's audio does."""
+    edit = edit_of(44100, 44100, 44100 + 1280, context=0.01)
+    first, last = edit.a - 3 * 128, edit.end + 3 * 128
+    spliced = edit.splice(0.1 * noise(2, 16 * 128, seed=1, dtype=torch.float32), 0.03)
+    changed = (spliced != edit.track.audio).any(0).nonzero()
+    assert changed.min() == first and changed.max() == last - 1
 
 
 def test_mono_keeps_the_level_of_what_was_generated(folder):
@@ -877,6 +989,14 @@ def test_a_transition_has_the_channels_of_its_first_track(one, two):
     torch.testing.assert_close(faded.audio[:, b:], wanted[:, 100:])
 
 
+@pytest.mark.parametrize("subtype, joined", [("PCM_16", "PCM_16"), ("PCM_24", "mixed")])
+def test_a_transition_has_the_word_length_of_both_or_floats(subtype, joined):
+    """A 16-bit track does not cut the other one's 24 bits off."""
+    one, other = (Track(noise(1, 1000), 1000, kind) for kind in ("PCM_16", subtype))
+    for tracks in ((one, other), (other, one)):
+        assert sample.crossfaded(*tracks, 0.1)[0].subtype == joined
+
+
 @pytest.mark.parametrize("rate", [22050, 48000])
 def test_the_second_track_of_a_transition_is_resampled(rate):
     """It keeps its pitch and its length at the rate of the first."""
@@ -896,6 +1016,15 @@ def test_what_no_integers_can_hold_is_written_as_floats(file, subtype, dtype, wr
     """What was compressed, and two tracks of different word lengths; flac has 24 bits."""
     track = Track(torch.zeros(2, 9, dtype=dtype), 44100, subtype)
     assert sample.word_length(Path(file), track) == written
+
+
+@pytest.mark.parametrize("subtype, bits", [("PCM_16", 16), ("PCM_24", 24), ("PCM_32", 32)])
+def test_full_scale_is_the_largest_integer(subtype, bits, tmp_path):
+    """1.0 is one step above it, and must not become the lowest; nor what lies beyond."""
+    path = tmp_path / "loud.wav"
+    sample.write_track(path, Track(torch.tensor([[1.0, -1.0, 1.5, -1.5, 0.5]]), 44100, subtype))
+    step = 2.0 ** (1 - bits)
+    assert read(path)[:, 0].tolist() == [1 - step, -1, 1 - step, -1, 0.5]
 
 
 @pytest.mark.parametrize("ending, subtype", [("flac", "PCM_16"), ("wav", "FLOAT")])
@@ -1060,6 +1189,7 @@ def test_variations_and_seeds(folder):
     eighth = call(folder, *edit, "--seed", 8, out="eight.wav", steps=1)
     assert np.array_equal(once, again)
     assert not np.array_equal(once, second) and not np.array_equal(once, eighth)
+    assert not np.array_equal(second, eighth)           # seed 8 is not the next variation of seed 7
 
     # The .json has the settings, and the command that makes the same file again.
     stored = json.loads((folder / "out-2.json").read_text())
@@ -1362,7 +1492,7 @@ BAD = [
     ("must be a part of it", EDIT + "--start 0 --end 3"),
     ("--start 0:09.000 leaves nothing", EDIT + "--task continuation --start 9"),
     ("--start", EDIT + "--start x"),
-    ("1:75 is no time", EDIT + "--start 1:75"),
+    ("1:60 is no time", EDIT + "--start 1:60"),
     ("9 is no time", EDIT + "--end " + 400 * "9"),
     ("9:01 is no time", EDIT + f"--start {400 * '9'}:01"),
     ("--length", "--task unconditional --length 0.00001"),
@@ -1390,6 +1520,8 @@ BAD = [
     ("folder.wav is a folder", EDIT + "--output {folder}/folder.wav --force"),
     ("session.json exists", EDIT + "--output {folder}/session.wav"),
     ("also what is read", EDIT + "--output {folder}/long.wav --force"),
+    ("also what is read",
+     EDIT + "--reference {folder}/other.wav --output {folder}/other.wav --force" + CLASSIFIER),
     ("long.wav/deep.wav cannot be written", EDIT + "--output {folder}/long.wav/deep.wav --force"),
     # what would do nothing
     ("--length", EDIT + "--length 2"),

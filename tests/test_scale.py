@@ -236,6 +236,23 @@ def test_a_run_says_what_it_does_and_how_fast(tmp_path, capsys):
     assert seconds * clips == pytest.approx(3, rel=0.02)            # 4 and 2 clips
 
 
+def test_a_resumed_run_counts_its_own_seconds(tmp_path, capsys, monkeypatch):
+    """What earlier calls took is in log.csv, not in the pace of this one."""
+    monkeypatch.setattr(train, "VALIDATED", 2)
+    run = ["--model", "vae", "--device", "cpu", "--out", str(tmp_path)]
+    train.main([*run, "--size", "tiny", "--batch", "2", "--steps", "2", "--windows", "0.2"])
+    state = sample.load_state(tmp_path / "state.pt")
+    torch.save(state | {"seconds": 5000.0}, tmp_path / "long.pt")
+    os.replace(tmp_path / "long.pt", tmp_path / "state.pt")
+    capsys.readouterr()
+    train.main([*run, "--resume", "--steps", "3"])
+    said = capsys.readouterr().out
+    seconds = float(said.split(" seconds a step")[0].split()[-1])
+    clips = float(said.split(" clips a second")[0].split()[-1])
+    assert seconds < 1000 and seconds * clips == pytest.approx(2, rel=0.02)
+    assert float((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[1]) > 5000
+
+
 # ---- the cache of latents ------------------------------------------------------------------------
 
 def music_of(folder, count=5):

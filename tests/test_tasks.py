@@ -177,11 +177,28 @@ X_BAR, Z = signals(2)
     ("mask", lambda: tasks.KeepMask(torch.ones(n, dtype=torch.bool))),
     ("weights", lambda: tasks.combine(weights=[1.0])),
     ("labels", lambda: tasks.classifier_guidance(lambda x: x, torch.tensor([[1.5]]), Z)),
+    ("labels", lambda: tasks.classifier_guidance(lambda x: x, torch.tensor([[-0.5]]), Z)),
 ])
 def test_bad_arguments_are_named(word, call):
     """ValueError with a sentence that names the argument."""
     with pytest.raises(ValueError, match=word):
         call()
+
+
+# ---- the resampler -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rate_in, rate_out", [
+    (48000, 44100), (44100, 48000), (22050, 44100), (88200, 44100), (44100, 16000)])
+def test_a_part_with_its_margins_is_resampled_as_the_whole(rate_in, rate_out):
+    """Wherever it begins and ends within the blocks of the two rates."""
+    x = noise(1, 5000)
+    whole = tasks.resample(x, rate_in, rate_out)
+    for first in range(700, 1000, 7):
+        last = first + 100 + first % 13
+        begin, end = tasks.to_resample(rate_in, rate_out, first, last)
+        part = tasks.resample(x[:, begin:end], rate_in, rate_out)
+        part = part[:, first - begin * rate_out // rate_in:][:, :last - first]
+        torch.testing.assert_close(part, whole[:, first:last], atol=1e-9, rtol=0)
 
 
 # ---- precision -----------------------------------------------------------------------------------

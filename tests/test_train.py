@@ -5,6 +5,7 @@ the run's folder. A stopped run got SIGTERM; gradients are read from an optimize
 """
 import csv
 import io
+import math
 import os
 import random
 import resource
@@ -168,6 +169,8 @@ def test_a_clip_is_a_function_of_seed_and_number(music):
         assert other["u"] != alone["u"] and not torch.equal(other["x"], alone["x"])
     spread = train.Clips(tracks, [2**12], lambda *_: {}, ["loud", "quiet"], 0, train.VALID, count=5)
     assert spread(range(5))["label"].tolist() == [0, 0, 1, 1, 1]        # one of each file
+    spread = train.Clips(tracks, [2**12], lambda *_: {}, ["quiet"], 0, train.VALID, count=5)
+    assert spread(range(5))["label"].tolist() == [-1, -1, 0, 0, 0]      # loud is no class
     clips = train.Clips(tracks, [2**10, 2**12, 3000], lambda rng, window: {"n": window}, [], 0,
                         batch=4)
     assert [len(clips.of_step(i)) for i in range(4)] == [16, 4, 4, 16]
@@ -255,6 +258,9 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
         fresh, kept = vae.encode(audio)[0], torch.tensor(cached.read(i, first, 256))
         assert kept.shape == (8, 256)
         torch.testing.assert_close(kept[:, edge:-edge], fresh[:, edge:-edge], rtol=5e-4, atol=1e-3)
+
+    rest = cached.read(1, cached.lengths[1] - 5, 9)     # what follows is another track's
+    assert rest.shape == (8, 5) and np.array_equal(rest, cached.read(1, 0, 2**15)[:, -5:])
 
     audio = torch.from_numpy(tracks.read(0, 0, 2**15))[None]
     rows = torch.tensor(cached.read(0, 0, 2**8))[None]
@@ -449,6 +455,13 @@ def test_muon_takes_the_matrices_of_blocks_and_vae_but_no_discriminator(vae_file
         assert set(adamw.param_groups[0]["params"]) == set(objective.parameters()) - linear
         assert adamw.defaults["betas"] == (0.9, 0.97)
         assert adamw.defaults["weight_decay"] == muon.defaults["weight_decay"] == 0
+        # Muon's steps are as large as AdamW's usually are, whatever the shape of a matrix.
+        before = [p.detach().clone() for p in muon.param_groups[0]["params"]]
+        for p in muon.param_groups[0]["params"]:
+            p.grad = torch.randn_like(p)
+        muon.step()
+        for p, old in zip(muon.param_groups[0]["params"], before):
+            assert 0.12 < (p - old).square().mean().sqrt() < 0.28
     for size, recipe in train.RECIPES["decoder"].items():
         assert not recipe.muon
         assert recipe.lr == pytest.approx(0.15 * train.RECIPES["vae"][size].lr)
@@ -840,6 +853,18 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     with pytest.raises(sample.UserError, match="ten steps up to 9 .* lower --lr") as error:
         fit("vae", tmp_path / "run", "--init", tmp_path / "nan.pt", "--steps", 40, *SHORT)
     assert error.value.status == 1 and set(losses(tmp_path / "run")) == {"nan"}
+
+
+def test_a_good_gradient_begins_the_count_of_bad_ones_anew():
+    """Nine, a good one, nine: training goes on. Ten, of two looks at the numbers: it ends."""
+    def entries(text):
+        return [{"step": i, "gradient_norm": math.nan if letter == "x" else 1.0}
+                for i, letter in enumerate(text)]
+
+    assert train.count_bad(entries(9 * "x" + "." + 9 * "x"), 0) == 9
+    assert train.count_bad(entries("xx.x"), 8 - 1) == 1
+    with pytest.raises(sample.UserError, match="ten steps up to 0 "):
+        train.count_bad(entries("xx"), 8)
 
 
 def test_gradients_are_clipped(vae_file, tmp_path):
@@ -1276,6 +1301,24 @@ def test_short_windows_are_measured_and_validated_as_they_are(vae_file, tmp_path
     assert np.isfinite(float(column(tmp_path / "run", "validation")[-1]))
 
 
+def test_spectra_are_those_of_normalised_latents():
+    """Whatever the mean and the scale of a VAE's latents: these are measured, and taken off."""
+    found = []
+    for scale, mean in ((1.0, 0.0), (3.0, 5.0)):
+        random = np.random.default_rng(0)
+        vae = Namespace(latent_mean=torch.zeros(8), latent_std=torch.ones(8),
+                        posterior=lambda x: (scale * x[:, :, ::128].repeat(1, 4, 1) + mean, None))
+        source = Namespace(crop=lambda place, n: (random.standard_normal((2, n), np.float32), 0))
+        net = tiny("latent", hops=(64, 16))
+        options = Namespace(size="tiny", workers=1, device=torch.device("cpu"))
+        train.measure(options, net, vae, source)
+        found.append(net.stages[0].power)
+        assert vae.latent_mean.mean() == pytest.approx(mean, abs=0.2)
+        assert vae.latent_std.mean() == pytest.approx(scale, rel=0.05)
+    assert found[0].std() > 0
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_statistics_of_short_files_are_not_diluted(tmp_path):
     """Noise of deviation 0.1 in files of 0.3 s, shorter than the clips that are measured: that is
     the scale."""
@@ -1323,3 +1366,8 @@ def test_the_rate_is_constant_and_then_falls_to_zero():
     options = Namespace(steps=1000, warmup=50, lr=2.0, cooldown=0.4)
     rates = [train.learning_rate(options, i) for i in (0, 24, 49, 300, 599, 600, 700, 800, 999)]
     assert rates == pytest.approx([2 / 50, 1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 2 / 400])
+    assert train.turning_points(options) == (50, 600)
+    options.warmup = 500                                # never more than a tenth of the steps
+    assert train.turning_points(options) == (100, 600)
+    options.steps = 3
+    assert train.turning_points(options) == (1, 2) and train.learning_rate(options, 0) == 2
