@@ -87,6 +87,7 @@ def run(main, need_memory="lower --batch"):
     try:
         result = main()
         sys.stdout.flush()
+        leave_processes()
         return result
     except UserError as error:
         message, status = error, error.status
@@ -109,6 +110,7 @@ def run(main, need_memory="lower --batch"):
             message = f"{message}; free some space, or choose another folder"
         status = 1
     print(f"error: {message}", file=sys.stderr)
+    leave_processes(failed=True)
     sys.exit(status)
 
 
@@ -234,6 +236,16 @@ def join_processes(device):
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def leave_processes(failed=False):
+    """Leave the process group, if there is one.
+
+    A thread of gloo that is still there when Python ends may abort the process, so that its exit
+    status is lost. NCCL has no such thread, and after a failure it would wait for the others.
+    """
+    if dist.is_initialized() and (dist.get_backend() == "gloo" or not failed):
+        dist.destroy_process_group()
 
 
 def barrier():

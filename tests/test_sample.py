@@ -105,6 +105,28 @@ def test_an_error_ends_in_one_sentence(error, status, words, capsys):
     assert end.value.code == status and said.startswith(words) and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("backend, error, left", [
+    ("gloo", None, True), ("nccl", None, True), ("gloo", UserError("no"), True),
+    ("gloo", KeyboardInterrupt(), True), ("nccl", UserError("no"), False)])
+def test_the_process_group_is_left_before_python_ends(backend, error, left, monkeypatch):
+    """By gloo's after any end; by NCCL's, which would wait for the others, after a good one."""
+    calls = []
+    monkeypatch.setattr(sample.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(sample.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(sample.dist, "destroy_process_group", lambda: calls.append("left"))
+
+    def main():
+        if error:
+            raise error
+
+    if error:
+        with pytest.raises(SystemExit):
+            sample.run(main)
+    else:
+        sample.run(main)
+    assert bool(calls) == left
+
+
 def test_a_fault_of_the_program_keeps_its_traceback():
     """A RuntimeError about anything but memory is not the user's."""
     def main():

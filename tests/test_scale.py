@@ -129,6 +129,7 @@ for model in models:
     train.main(["--model", model, "--size", "tiny", "--steps", "3", "--batch", "8", "--out",
                 f"{folder}/{train.WORLD}-{micro_batch}/{model}", "--device", "cpu",
                 "--micro-batch", micro_batch, "--windows", "0.2", "0.4", "--workers", "1", *more])
+train.sample.leave_processes()
 """
 
 
@@ -326,6 +327,7 @@ vae.encode = count
 cached = train.Latents(tracks, folder / sys.argv[4] / str(node), vae, 0, versions=2)
 found = [vae.encoded, cached.keys, [cached.read(i, 0, 999) for i in range(10)]]
 torch.save(found, folder / f"{sys.argv[4]}-{sample.RANK}.pt")
+sample.leave_processes()
 """
 
 
