@@ -659,6 +659,26 @@ def test_two_processes_give_the_figures_of_one(studio, measured, tmp_path):
     assert figures(tmp_path) == pytest.approx(figures(measured[0]), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_agree_on_files_of_another_rate(studio, tmp_path):
+    """At 48 kHz excerpts are resampled by the process that has them."""
+    home = tmp_path / "home"
+    shutil.copytree(studio, home)
+    for path in home.glob("t*/[0-9].wav"):
+        audio, _ = soundfile.read(path)
+        soundfile.write(path, np.concatenate([audio, audio[:8000]]), 48000)
+    found = []
+    for count in "12":
+        out = tmp_path / count
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node", count, Path(evaluate.__file__),
+                   *arguments(home, out, "--batch", "2")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(figures(out))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def test_few_clips_are_announced_with_their_number(measured):
     """Three embeddings of 32 dimensions: the warning says so."""
     assert "FAD from n = 3 embeddings of 32 dimensions" in measured[1]
