@@ -1100,7 +1100,7 @@ def main(argv=None, add_flags=sample.Settings.add_flags, open_model=None, rows_o
     out = options.out or Path("runs") / f"evaluate-{name}"
     sample.prepare_folder(out, f"--out {out}")
     if len(clips) < 2:
-        raise UserError("a single clip has no FAD: at least two are needed")
+        raise UserError("a single clip has no FAD: give more --clips, or more files")
 
     # The training music is measured in excerpts that are as long as what the judges get of a clip,
     # task by task; of files of several lengths, as long as the median.

@@ -134,7 +134,7 @@ def within(low, high, kind=float):
 def seconds(text):
     """A type for argparse: "61.5" or "1:01.5" -> 61.5."""
     match = re.fullmatch(r"(?:(\d+):)?(\d+\.?\d*|\.\d+)", text)
-    time = math.inf                     # as of too many digits
+    time = math.inf                     # which hundreds of digits are, too
     if match and not (match[1] and float(match[2]) >= 60):
         time = 60 * float(match[1] or 0) + float(match[2])
     if time == math.inf:
@@ -1807,6 +1807,35 @@ def as_many_as_fit(make, items, at_once):
         done += len(results)
 
 
+def format_of_result(o, path, edit):
+    """(subtype, highest peak of new audio): below full scale, or below the track's own peaks."""
+    subtype = o.subtype or word_length(path, edit.track)
+    check_format(path, replace(edit.track, subtype=subtype))
+    top = max([1.0] + [part.abs().max().item() for part in edit.kept() if part.numel()])
+    if subtype in PCM_BITS and top > 1:
+        raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: "
+                        "take .wav, --subtype FLOAT")
+    return subtype, top
+
+
+def facts(o, checkpoint, classifier, settings, edit, fade):
+    """What all variations of an edit share, for their .json: examples/page.py reads it."""
+    sources = [o.input, o.input2, o.reference, checkpoint.path]
+    if classifier:
+        sources.append(classifier.path)
+    return {
+        "task": o.task, "input": o.input, "input2": o.input2,
+        "fade": (o.fade or FADE[o.task]) if o.task in FADE else None,
+        "origin": edit.track.origin,                    # see Track
+        "start": edit.a, "end": edit.end,               # samples of the result
+        "context": 0 if fade else round(max(edit.C_L, edit.C_R) * edit.frame),
+        "settings": asdict(settings),
+        "sha256": {path: file_digest(path) for path in sources if path},
+        "times": edit.times(),
+        "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
+    }
+
+
 def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     """Run the command. add_flags and open_model let examples/ bring another model."""
     # Refuse what cannot be done before any work begins.
@@ -1832,34 +1861,13 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         classifier = open_checkpoint("classifier", o.classifier, device)
     guides, example = make_guides(o, checkpoint, classifier, device)
 
-    # The format of the result. Peaks of the new audio stay below full scale, or below the track's
-    # own.
-    rate = edit.track.rate
-    subtype = o.subtype or word_length(paths[0], edit.track)
-    check_format(paths[0], Track(edit.track.audio, rate, subtype))
-    top = max([1.0] + [part.abs().max().item() for part in edit.kept() if part.numel()])
-    if subtype in PCM_BITS and top > 1:
-        raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: "
-                        "take .wav, --subtype FLOAT")
-
-    # What the .json of each variation says.
-    sources = [o.input, o.input2, o.reference, checkpoint.path]
-    if classifier:
-        sources.append(classifier.path)
-    words = ["python", *sys.argv] if argv is None else ["python", "sample.py", *argv]
+    # What is written: the result's format, and what the .json of each variation says.
     fade = SPLICE if o.splice is None else o.splice / 1000
-    record = {
-        "command": shlex.join(words),
-        "task": o.task, "input": o.input, "input2": o.input2,
-        "fade": (o.fade or FADE[o.task]) if o.task in FADE else None,
-        "origin": edit.track.origin,                    # see Track
-        "start": edit.a, "end": edit.end,               # samples of the result
-        "context": 0 if fade else round(max(edit.C_L, edit.C_R) * edit.frame),
-        "settings": asdict(settings),
-        "sha256": {path: file_digest(path) for path in sources if path},
-        "times": edit.times(),
-        "versions": {"torch": torch.__version__, "checkpoint step": checkpoint.step},
-    }
+    rate = edit.track.rate
+    subtype, top = format_of_result(o, paths[0], edit)
+    words = ["python", *sys.argv] if argv is None else ["python", "sample.py", *argv]
+    record = {"command": shlex.join(words)}
+    record |= facts(o, checkpoint, classifier, settings, edit, fade)
 
     # What all variations begin with. A variation has random numbers of its own, so that it is the
     # same whatever else is made.

@@ -232,6 +232,28 @@ def track_before(record):
     return sample.shifted(Track.read(path), record["origin"])
 
 
+def read_edits(paths):
+    """(the .json of the first, frames, rate) of files that must be versions of one edit.
+
+    So the track is the same, and new in the same place.
+    """
+    first = None
+    for path in paths:
+        if path.suffix.lower() not in (".wav", ".flac"):
+            raise UserError(f"{path} is no .wav or .flac file: give edits alone")
+        record = read_record(path, OF_EDIT + OF_VERSION)
+        shape = sample.probe(path)                                  # [frames, rate, channels]
+        if isinstance(shape, str):
+            raise UserError(f"{path} cannot be read ({shape}): edit again")
+        edit = {key: record[key] for key in OF_EDIT}, shape
+        if first is None:
+            first, first_record = edit, record
+        if edit != first:
+            raise UserError(f"{path} and {paths[0]} are not versions of one edit: make a page of "
+                            "each")
+    return first_record, *shape[:2]
+
+
 def main(argv=None):
     parser = sample.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,32 +261,19 @@ def main(argv=None):
                         help="versions of one edit, each with its .json")
     options = parser.parse_args(argv)
 
-    # They must be versions of one edit: the same track, new in the same place.
-    first = None
-    for path in options.edits:
-        if path.suffix.lower() not in (".wav", ".flac"):
-            raise UserError(f"{path} is no .wav or .flac file: give edits alone")
-        record = read_record(path, OF_EDIT + OF_VERSION)
-        shape = sample.probe(path)                                  # [frames, rate, channels]
-        if isinstance(shape, str):
-            raise UserError(f"{path} cannot be read ({shape}): edit again")
-        edit = {key: record[key] for key in OF_EDIT}
-        if first is None:
-            first, facts = (edit, shape), record
-        if (edit, shape) != first:
-            raise UserError(f"{path} and {options.edits[0]} are not versions of one edit: make a "
-                            "page of each")
+    record, frames, rate = read_edits(options.edits)
 
     # What is there must be what they were made from, and made into. (Rounding may put the end of a
     # loop's new audio on the sample after its last.)
-    before = track_before(facts)
-    frames, rate, _ = shape
-    if frames < facts["end"] - 1 or before.n and rate != before.rate:
-        raise UserError(f"{path} is shorter, or of another rate, than its .json says: edit again")
+    before = track_before(record)
+    if frames < record["end"] - 1 or before.n and rate != before.rate:
+        raise UserError(f"{options.edits[0]} is shorter, or of another rate, than its .json says: "
+                        "edit again")
     made = options.edits[0].with_suffix(".html")
     if made.is_dir() or made.is_file() and b'id="data"' not in made.read_bytes():
         raise UserError(f"{made} is no page of edits, and would be lost: move it elsewhere")
-    write_edit_page(options.edits, before, Region(facts["start"], facts["end"], facts["context"]))
+    region = Region(record["start"], record["end"], record["context"])
+    write_edit_page(options.edits, before, region)
 
 
 if __name__ == "__main__":

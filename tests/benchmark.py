@@ -174,7 +174,7 @@ def attention(rounds, device):
 
 
 def transformer(rounds, device):
-    """A DiT's forward over 2048 frames as a share of the GEMM rate; guided steps of two DiTs."""
+    """A DiT's forward over 2048 frames as a share of the GEMM rate; guided steps."""
     config = dit.DiTConfig(channels=16, frames=2048, width=192, depth=6, heads=3)
     model = at_random(dit.build(config), device)
     spectral = at_random(dit.build(dit.PRESETS["small"]), device)

@@ -124,6 +124,7 @@ class Study:
         a, b = self.spans[task].a, self.spans[task].b
         return [clip[:, a:b] for clip in self.clips]
 
+    @functools.cache
     def contexts(self, task):
         """The chroma of each clip's context, (clips, 12)."""
         a, b = self.spans[task].a, self.spans[task].b
@@ -133,6 +134,12 @@ class Study:
             _, at_peaks, f = peaks(context.mean(0).double())
             chromas.append(chroma(at_peaks, f))
         return torch.stack(chromas)
+
+    @functools.cache
+    def prompts(self, task):
+        """Embeddings of what precedes the generated part, (clips, width)."""
+        a = self.spans[task].a
+        return embed(self.classifier.net, [clip[:, :a] for clip in self.clips])
 
     @torch.no_grad()
     def through_vae(self):
@@ -435,8 +442,6 @@ def level(clip):
 
 def about_prompts(study):
     made = study.made("continuation")
-    a = study.spans["continuation"].a
-    prompts = [clip[:, :a] for clip in study.clips]
     real = study.real("continuation")
     repeated = study.fillers("continuation")["context repeated"]
 
@@ -444,7 +449,7 @@ def about_prompts(study):
     embeddings = {"generated": embed(study.classifier.net, made),
                   "context repeated": embed(study.classifier.net, repeated),
                   "real continuation": embed(study.classifier.net, real)}
-    of_prompts = embed(study.classifier.net, prompts)
+    of_prompts = study.prompts("continuation")
     print("own prompt wins: nearest of all, and against one other "
           f"(chance {1 / len(made):.2f} and 0.50)")
     for name, of_clips in embeddings.items():
@@ -710,18 +715,16 @@ def alternatives(study, task):
 
 def qualities(clips, study, task):
     """Measures of the clips' generated parts, {name: number}, means over the clips."""
-    real, a = study.real(task), study.spans[task].a
     tonal, pitch, beat, flux = mean_likeness(clips, study.contexts(task)).tolist()
-    starts, starts_in_real = [sum(attacks(clip)[0] for clip in part) for part in (clips, real)]
-    prompts = embed(study.classifier.net, [clip[:, :a] for clip in study.clips])
-    nearest, _ = own_prompt_wins(embed(study.classifier.net, clips), prompts)
-    pairs = list(zip(clips, real))
+    onsets, _ = torch.tensor([attacks(clip) for clip in clips]).mean(0).tolist()
+    nearest, _ = own_prompt_wins(embed(study.classifier.net, clips), study.prompts(task))
+    pairs = list(zip(clips, study.real(task)))
     louder = torch.stack([level(x) - level(y) for x, y in pairs]).abs().mean()
     bands = torch.stack([band_levels(x) - band_levels(y) for x, y in pairs]).abs().mean()
     distance = torch.stack([evaluate.mel_distance(x, y, SAMPLE_RATE) for x, y in pairs]).mean()
     return {"tonal": tonal, "pitch": pitch, "beat": beat, "flux": flux,
-            "onsets": starts / max(starts_in_real, 1e-9), "prompt": nearest, "MR": distance.item(),
-            "dB": louder.item(), "bands dB": bands.item()}
+            "onsets/s": onsets, "prompt": nearest, "MR": distance.item(), "dB": louder.item(),
+            "bands dB": bands.item()}
 
 
 @torch.no_grad()
@@ -766,7 +769,7 @@ NEED_TRAIN = ("memory", "example", "class")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = sample.Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("tables", nargs="+", choices=TABLES)
     add("--model", choices=("latent", "waveform"), default="latent", help="(%(default)s)")
