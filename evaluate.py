@@ -650,6 +650,9 @@ def model_row(checkpoint, settings, given, judges, task_names):
     for flag, value in given.items():
         name += ", printed" if flag == "as_printed" else f", {flag} {value}"
     facts = {"checkpoint": sample.file_digest(checkpoint.path), **asdict(settings)}
+    if checkpoint.weak:
+        name += ", with a weak model"
+        facts["weak"] = sample.file_digest(checkpoint.weak.path)
     return Row(name, tuple(task_names), make, by_task, facts)
 
 
@@ -996,7 +999,7 @@ def fixed_rows(options):
 
 # Defaults of the flags that go with --data alone; those of sample.Settings do too. --region goes
 # with --generated alone, all others go with both.
-FOR_MODEL = {"model": "latent", "checkpoint": None, "tasks": TASKS, "clips": CLIPS,
+FOR_MODEL = {"model": "latent", "checkpoint": None, "weak": None, "tasks": TASKS, "clips": CLIPS,
              "sampler": [sample.Settings.sampler], "steps": [sample.Settings.steps]}
 
 
@@ -1011,6 +1014,7 @@ def make_parser(add_flags):
     add("--data", help="folder of test music, excerpts of which the model edits")
     add("--model", choices=("latent", "waveform"), help=f"which of the two ({FOR_MODEL['model']})")
     add("--checkpoint", help="of the model (the one shipped)")
+    add("--weak", help="the model that it was trained from, to move away from: see sample.py")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     add("--clips", type=number, help=f"excerpts of the test music, for each task ({CLIPS})")
     add("--generated", help="folder of files that any system edited, named like the originals")
@@ -1092,7 +1096,7 @@ def main(argv=None, add_flags=sample.Settings.add_flags, open_model=None, rows_o
             checkpoint = open_model(options, device)
             name = Path(checkpoint.path).stem
         else:
-            checkpoint = sample.open_checkpoint(options.model, options.checkpoint, device)
+            checkpoint = sample.open_for_sampling(options, device)
             name = options.model
         digest = sample.file_digest(checkpoint.path)
         rows = rows_of(checkpoint, judges, options)

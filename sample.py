@@ -11,6 +11,7 @@ Top to bottom: what all scripts share (errors, devices, audio files, checkpoints
 to new audio (`generate`, `fill`); from a track to an edited track (`Edit`); the command line.
 """
 import argparse
+import copy
 import errno
 import hashlib
 import io
@@ -610,6 +611,7 @@ class Checkpoint:
     step: int | None = 0                # steps trained, those before --init included; None: unknown
     size: str = ""
     path: str = ""                      # of its file
+    weak: "Checkpoint | None" = None    # what sampling moves away from: see moving_away
 
     def __post_init__(self):
         config = self.net.config
@@ -621,6 +623,18 @@ class Checkpoint:
             self.hop = 1
             self.window = getattr(config, "samples", None)
             self.channels = 2
+
+    def estimate(self, x_t, t):
+        """v; with a weak model, moved on from what that says (ours; autoguidance, see below).
+
+        The gradients of terms take the difference as a constant.
+        """
+        v = self.net(x_t, t)
+        if self.weak:
+            with torch.no_grad():
+                difference = v - self.weak.net(x_t, t)
+            v = v + AWAY * difference
+        return v
 
     def encode(self, audio):
         """Audio (B, 2, n) -> the model's space (B, C, n / hop)."""
@@ -767,6 +781,41 @@ def open_checkpoint(kind, path=None, device="cpu"):
     return checkpoint
 
 
+def open_for_sampling(o, device):
+    """The model of --model, --checkpoint and --weak."""
+    checkpoint = open_checkpoint(o.model, o.checkpoint, device)
+    if o.weak and o.as_printed:
+        raise UserError("--weak is not in the paper: leave it or --as-printed out")
+    if o.weak:
+        checkpoint = moving_away(checkpoint, o.weak, device)
+    return checkpoint
+
+
+def moving_away(checkpoint, path, device="cpu"):
+    """The checkpoint with a weak model: the one that it was trained from, in the file `path`.
+
+    What both do badly, the weak one does worse. So the difference between them points to what is
+    better than either (Karras et al., 2024, "Guiding a diffusion model with a bad version of
+    itself"). UserError if the file has a network of another shape, or the same weights.
+
+    The weak model has the weights of its file in a copy of the checkpoint's network: so it is for
+    the latents of the checkpoint's VAE, by the spectra that were measured on them.
+    """
+    other = load_checkpoint(path, device, (checkpoint.kind,))
+    if other.net.config != checkpoint.net.config:
+        raise UserError(f"--weak {path}: its network has another size than that of "
+                        f"{checkpoint.path}: give the model that it was trained from")
+    weak = copy.deepcopy(checkpoint.net)
+    same = True
+    for mine, theirs in zip(weak.parameters(), other.net.parameters()):
+        same = same and torch.equal(mine, theirs)
+        mine.copy_(theirs)
+    if same:
+        raise UserError(f"--weak {path} holds the same weights as {checkpoint.path}: "
+                        "give the model that it was trained from")
+    return replace(checkpoint, weak=replace(other, net=weak))
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 # The step size of the L1 sum, for each kind of model; its product with the steps is what matters.
@@ -774,6 +823,7 @@ XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
 GUIDE_STEP = 3.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
+AWAY = 1.0                              # how far to move away from a weak model
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
@@ -1022,7 +1072,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
     """
     def model(x_t, t):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return checkpoint.net(x_t, t).float()
+            return checkpoint.estimate(x_t, t).float()
 
     # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
     xi = settings.xi * XI_STEPS / settings.steps
@@ -1617,6 +1667,8 @@ def parse(argv, add_flags=Settings.add_flags):
     add("--model", choices=tuple(XI), default="latent",
         help="one of the two shipped models (default: %(default)s)")
     add("--checkpoint", help="a model that you trained (default: the shipped one)")
+    add("--weak",
+        help="the model that it was trained from, to move away from: clearer music, more work")
     add("--classifier",
         help="a classifier for --reference and --classes (default: the shipped one)")
     add("--sampler", choices=("ddpm", "ddim"),
@@ -1821,6 +1873,8 @@ def format_of_result(o, path, edit):
 def facts(o, checkpoint, classifier, settings, edit, fade):
     """What all variations of an edit share, for their .json: examples/page.py reads it."""
     sources = [o.input, o.input2, o.reference, checkpoint.path]
+    if checkpoint.weak:
+        sources.append(checkpoint.weak.path)
     if classifier:
         sources.append(classifier.path)
     return {
@@ -1848,7 +1902,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     if open_model:
         checkpoint = open_model(o, device)
     else:
-        checkpoint = open_checkpoint(o.model, o.checkpoint, device)
+        checkpoint = open_for_sampling(o, device)
     trained = "" if checkpoint.step is None else f", trained for {checkpoint.step} steps"
     print(f"model: {checkpoint.path}{trained}")
     settings = Settings.of(o, checkpoint)

@@ -65,7 +65,7 @@ class Study:
     def __init__(self, options):
         self.options = options
         self.device = sample.pick_device(options.device)
-        self.checkpoint = sample.open_checkpoint(options.model, options.checkpoint, self.device)
+        self.checkpoint = sample.open_for_sampling(options, self.device)
         self.settings = sample.Settings.of(options, self.checkpoint)
         self.classifier = sample.open_checkpoint("classifier", options.classifier, self.device)
         self.window = self.checkpoint.window * self.checkpoint.hop              # samples
@@ -98,7 +98,7 @@ class Study:
         """v, in the precision of the settings, as sample.generate has it."""
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.checkpoint.net(x_t, t).float()
+            return self.checkpoint.estimate(x_t, t).float()
 
     def made(self, task):
         """The part of each clip that the model generates in this task."""
@@ -608,6 +608,14 @@ def about_examples(study):
         print(f"    {name:24} {own:.3f}  {others:.3f}  {right:.2f}")
 
 
+def wanted_class(scores, aims):
+    """Of scores (cases, classes): in how many cases the wanted class is the likeliest, and its
+    log-probabilities (cases,). aims: the indices of the wanted classes.
+    """
+    logp = scores.log_softmax(1).gather(1, aims[:, None])[:, 0]
+    return (scores.argmax(1) == aims).sum().item(), logp
+
+
 @torch.no_grad()
 def about_classes(study):
     classifier, judge = study.classifier, study.judge
@@ -627,14 +635,14 @@ def about_classes(study):
     evaluators = {"the guide": (guide_scores, classifier.classes),
                   "the judge": (judge.scores, judge.classes)}
     for evaluator, (scores, classes) in evaluators.items():
-        changes = []
-        for name, without, along in zip(wanted, plain, guided):
-            both = torch.cat([scores(without[None]), scores(along[None])])      # (2, classes)
-            before, after = both.log_softmax(1)[:, classes.index(name)]
-            changes.append(after - before)
-        changes = torch.stack(changes)
-        print(f"  log-probability to {evaluator}: {changes.mean():+.2f} on average, "
-              f"up in {(changes > 0).sum()}")
+        aims = torch.tensor([classes.index(name) for name in wanted])
+        before = torch.cat([scores(clip[None]) for clip in plain])              # (cases, classes)
+        after = torch.cat([scores(clip[None]) for clip in guided])
+        right, logp = wanted_class(before, aims)
+        right_now, logp_now = wanted_class(after, aims)
+        gain = logp_now - logp
+        print(f"  to {evaluator} the wanted class is the likeliest in {right}, guided in "
+              f"{right_now}; log-probability {gain.mean():+.2f}, up in {(gain > 0).sum()}")
 
 
 # ---- seams of loops ------------------------------------------------------------------------------
@@ -774,6 +782,7 @@ def main(argv=None):
     add("tables", nargs="+", choices=TABLES)
     add("--model", choices=("latent", "waveform"), default="latent", help="(%(default)s)")
     add("--checkpoint", help="of the model (the one shipped)")
+    add("--weak", help="the model that it was trained from, to move away from: see sample.py")
     add("--classifier", help="guides, and embeds for prompts and memory (the one shipped)")
     add("--data", required=True, help="folder of test music")
     add("--train", nargs="+", help="memory, example, class: folders of the training music")

@@ -607,6 +607,18 @@ def test_the_waveform_model_has_a_row_and_no_vae(studio, tmp_path):
     assert 0 < found["Waveform DDPM 2", "infill", "MR"] < math.inf
 
 
+def test_with_a_weak_model_the_row_is_another(studio, tmp_path):
+    """Its name says so, and it is measured anew."""
+    state = dict(torch.load(studio / "latent.pt", weights_only=True))
+    state["ema"] = {name: 2 * value for name, value in state["ema"].items()}
+    torch.save(state, tmp_path / "weak.pt")
+    out = tmp_path / "out"
+    evaluate.main(arguments(studio, out, "--tasks", "infill"))
+    alone = figures(out)["Latent DDPM 2", "infill", "MR"]
+    evaluate.main(arguments(studio, out, "--tasks", "infill", "--weak", str(tmp_path / "weak.pt")))
+    assert figures(out)["Latent DDPM 2, with a weak model", "infill", "MR"] != alone
+
+
 def test_clips_have_noise_of_their_own(studio, tmp_path):
     """A track and its copy: the test set's records are equal, those made from noise are not."""
     (tmp_path / "test").mkdir()

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,6 +206,76 @@ def test_a_latent_model_brings_its_autoencoder(folder):
     assert torch.equal(vae.net.encode(audio), latent.encode(audio))
     with pytest.raises(UserError, match="waveform.pt holds a waveform model, not a vae or latent"):
         sample.open_checkpoint("vae", folder / "waveform.pt")
+
+
+# ---- a weak model --------------------------------------------------------------------------------
+
+def test_an_estimate_moves_away_from_the_weak_model(folder):
+    """v + AWAY (v - v_weak), whose derivative is v's own: the weak model is a constant."""
+    checkpoint = load_checkpoint(folder / "waveform.pt")
+    x_t, t = noise(1, 2, 512, dtype=torch.float32), torch.full((1,), 0.5)
+    v = checkpoint.net(x_t, t)
+    assert torch.equal(checkpoint.estimate(x_t, t), v)
+
+    checkpoint.weak = SimpleNamespace(net=lambda x_t, t: x_t**3)
+    x_t.requires_grad_()
+    away = checkpoint.estimate(x_t, t)
+    torch.testing.assert_close(away.detach(), v + sample.AWAY * (v - x_t.detach()**3))
+    gradient, = torch.autograd.grad(away.sum(), x_t)
+    alone, = torch.autograd.grad(checkpoint.net(x_t, t).sum(), x_t)
+    torch.testing.assert_close(gradient, alone)
+
+
+def changed(path, new, **how):
+    """A copy of a checkpoint with other parameters and spectra, and other entries."""
+    state = dict(torch.load(path, weights_only=True)) | how
+    state["ema"] = {name: 2 * value + 1 for name, value in state["ema"].items()}
+    torch.save(state, new)
+    return new
+
+
+def test_a_weak_model_has_the_weights_of_its_file_and_the_scale_of_the_checkpoint(folder, tmp_path):
+    """So an earlier model serves whose latents, or whose music, were others."""
+    checkpoint = load_checkpoint(folder / "waveform.pt")
+    earlier = changed(folder / "waveform.pt", tmp_path / "earlier.pt")
+    weak = sample.moving_away(checkpoint, earlier).weak
+    for mine, its in zip(checkpoint.net.parameters(), weak.net.parameters()):
+        torch.testing.assert_close(its, 2 * mine + 1)
+        assert not its.requires_grad
+    assert torch.equal(weak.net.scale, checkpoint.net.scale)
+    assert weak.path == str(earlier)
+
+
+def test_a_weak_model_that_does_not_serve_is_refused(folder, tmp_path):
+    """The same weights, another shape, another kind; and with --as-printed."""
+    checkpoint = load_checkpoint(folder / "waveform.pt")
+    with pytest.raises(UserError, match="holds the same weights"):
+        sample.moving_away(checkpoint, folder / "waveform.pt")
+    with pytest.raises(UserError, match="holds a latent model"):
+        sample.moving_away(checkpoint, folder / "latent.pt")
+    save_checkpoint(tmp_path / "deeper.pt", "waveform", UNet1D(replace(UNET["tiny"], blocks=2)))
+    with pytest.raises(UserError, match="has another size"):
+        sample.moving_away(checkpoint, tmp_path / "deeper.pt")
+    command = ["--model", "waveform", "--checkpoint", str(folder / "waveform.pt"),
+               "--weak", str(tmp_path / "deeper.pt"), "--task", "unconditional", "--as-printed",
+               "--output", str(tmp_path / "out.wav")]
+    with pytest.raises(UserError, match="--weak is not in the paper"):
+        sample.main(command)
+
+
+def test_the_command_moves_away_from_a_weak_model(folder, tmp_path):
+    """The result differs, and the .json names both files."""
+    earlier = changed(folder / "latent.pt", tmp_path / "earlier.pt")
+    command = ["--checkpoint", str(folder / "latent.pt"), "--task", "continuation",
+               "--input", str(folder / "long.wav"), "--steps", "2"]
+    results = []
+    for name, flags in (("alone", []), ("away", ["--weak", str(earlier)])):
+        output = tmp_path / f"{name}.wav"
+        sample.main([*command, *flags, "--output", str(output)])
+        results.append(sf.read(output)[0])
+    assert np.isfinite(results[1]).all() and not np.allclose(*results)
+    record = json.loads((tmp_path / "away.json").read_text())
+    assert {str(earlier), str(folder / "latent.pt")} <= record["sha256"].keys()
 
 
 # ---- settings ------------------------------------------------------------------------------------

@@ -133,6 +133,14 @@ def test_cosine_with_the_own_aim_and_with_others():
     assert sanity.own_and_others(made, torch.eye(3)) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
 
 
+def test_how_often_the_wanted_class_is_the_likeliest():
+    """Scores count up to a constant: 3 to 1 is a probability of 3 / 4, or 1 / 4."""
+    scores = torch.tensor([[3.0, 1.0], [1.0, 3.0], [30.0, 10.0]]).log()
+    right, logp = sanity.wanted_class(scores, torch.tensor([0, 0, 0]))
+    assert right == 2
+    assert torch.allclose(logp.exp(), torch.tensor([0.75, 0.25, 0.75]))
+
+
 def test_a_copied_excerpt_is_found():
     """The highest correlation of an excerpt of the track is 1, that of other noise is far lower."""
     generator = torch.Generator().manual_seed(1)
@@ -187,7 +195,7 @@ def test_every_table_is_printed(studio, tmp_path, capsys):
     assert "nan" not in printed
     for words in ("white noise", "onsets/s", "from t = 0.8, in one step",
                   "v-loss on 6 whole windows", "own prompt wins", "training windows",
-                  "by example, 3 cases", "the judge", "log-probability to the judge",
+                  "by example, 3 cases", "the judge", "to the judge the wanted class",
                   "x_t is projected", "as printed", "a seed's share"):
         assert words in printed
     sanity.main(["v-loss", *command])
