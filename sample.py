@@ -625,7 +625,7 @@ class Checkpoint:
             self.channels = 2
 
     def estimate(self, x_t, t):
-        """v; with a weak model, moved on from what that says (ours; autoguidance, see below).
+        """v; with a weak model, moved on from what that says (ours, see moving_away).
 
         The gradients of terms take the difference as a constant.
         """

@@ -58,8 +58,8 @@ def tokenizer(words):
 
 def options(folder, **given):
     """The flags that open_pretrained reads."""
-    defaults = {"checkpoint": None, "model": "latent", "prompt": None, "scale": None,
-                "timing": None, "recompute": False}
+    defaults = {"checkpoint": None, "weak": None, "model": "latent", "prompt": None,
+                "scale": None, "timing": None, "recompute": False}
     return SimpleNamespace(pretrained=str(folder), **defaults | given)
 
 
