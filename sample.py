@@ -11,7 +11,6 @@ Top to bottom: what all scripts share (errors, devices, audio files, checkpoints
 to new audio (`generate`, `fill`); from a track to an edited track (`Edit`); the command line.
 """
 import argparse
-import copy
 import errno
 import hashlib
 import io
@@ -624,16 +623,17 @@ class Checkpoint:
             self.window = getattr(config, "samples", None)
             self.channels = 2
 
-    def estimate(self, x_t, t):
-        """v; with a weak model, moved on from what that says (ours, see moving_away).
+    def estimate(self, x_t, t, precision="fp32"):
+        """v, float32; with a weak model, moved on from what that says (ours, see moving_away).
 
         The gradients of terms take the difference as a constant.
         """
-        v = self.net(x_t, t)
-        if self.weak:
-            with torch.no_grad():
-                difference = v - self.weak.net(x_t, t)
-            v = v + AWAY * difference
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            v = self.net(x_t, t).float()
+            if self.weak:
+                with torch.no_grad():
+                    difference = v - self.weak.net(x_t, t).float()
+                v = v + AWAY * difference
         return v
 
     def encode(self, audio):
@@ -783,9 +783,9 @@ def open_checkpoint(kind, path=None, device="cpu"):
 
 def open_for_sampling(o, device):
     """The model of --model, --checkpoint and --weak."""
-    checkpoint = open_checkpoint(o.model, o.checkpoint, device)
     if o.weak and o.as_printed:
         raise UserError("--weak is not in the paper: leave it or --as-printed out")
+    checkpoint = open_checkpoint(o.model, o.checkpoint, device)
     if o.weak:
         checkpoint = moving_away(checkpoint, o.weak, device)
     return checkpoint
@@ -798,22 +798,19 @@ def moving_away(checkpoint, path, device="cpu"):
     better than either (Karras et al., 2024, "Guiding a diffusion model with a bad version of
     itself"). UserError if the file has a network of another shape, or the same weights.
 
-    The weak model has the weights of its file in a copy of the checkpoint's network: so it is for
-    the latents of the checkpoint's VAE, by the spectra that were measured on them.
+    The weak model takes the checkpoint's buffers, such as the spectra measured on its latents: so
+    it serves for them, even if it was trained on those of another VAE.
     """
-    other = load_checkpoint(path, device, (checkpoint.kind,))
-    if other.net.config != checkpoint.net.config:
+    weak = load_checkpoint(path, device, (checkpoint.kind,))
+    if weak.net.config != checkpoint.net.config:
         raise UserError(f"--weak {path}: its network has another size than that of "
                         f"{checkpoint.path}: give the model that it was trained from")
-    weak = copy.deepcopy(checkpoint.net)
-    same = True
-    for mine, theirs in zip(weak.parameters(), other.net.parameters()):
-        same = same and torch.equal(mine, theirs)
-        mine.copy_(theirs)
-    if same:
+    if all(map(torch.equal, weak.net.parameters(), checkpoint.net.parameters())):
         raise UserError(f"--weak {path} holds the same weights as {checkpoint.path}: "
                         "give the model that it was trained from")
-    return replace(checkpoint, weak=replace(other, net=weak))
+    for its, ours in zip(weak.net.buffers(), checkpoint.net.buffers()):
+        its.copy_(ours)
+    return replace(checkpoint, weak=weak)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -1071,8 +1068,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
     callback    see guidance.sample
     """
     def model(x_t, t):
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return checkpoint.estimate(x_t, t).float()
+        return checkpoint.estimate(x_t, t, settings.precision)
 
     # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
     xi = settings.xi * XI_STEPS / settings.steps
@@ -1665,8 +1661,8 @@ def parse(argv, add_flags=Settings.add_flags):
 
     add = parser.add_argument_group("how").add_argument
     add("--model", choices=tuple(XI), default="latent",
-        help="one of the two shipped models (default: %(default)s)")
-    add("--checkpoint", help="a model that you trained (default: the shipped one)")
+        help="one of the two kinds (default: %(default)s)")
+    add("--checkpoint", help="its file, such as one that you trained (default: the shipped one)")
     add("--weak",
         help="the model that it was trained from, to move away from: clearer music, more work")
     add("--classifier",

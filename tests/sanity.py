@@ -95,10 +95,8 @@ class Study:
         return evaluate.generator_of(self.options.seed, j)
 
     def predict(self, x_t, t):
-        """v, in the precision of the settings, as sample.generate has it."""
-        bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.checkpoint.estimate(x_t, t).float()
+        """v, as sample.generate has it."""
+        return self.checkpoint.estimate(x_t, t, self.settings.precision)
 
     def made(self, task):
         """The part of each clip that the model generates in this task."""
