@@ -651,7 +651,7 @@ def model_row(checkpoint, settings, given, judges, task_names):
         name += ", printed" if flag == "as_printed" else f", {flag} {value}"
     facts = {"checkpoint": sample.file_digest(checkpoint.path), **asdict(settings)}
     if checkpoint.weak:
-        name += ", with a weak model"
+        name += f", away from {Path(checkpoint.weak.path).stem}"
         facts["weak"] = sample.file_digest(checkpoint.weak.path)
     return Row(name, tuple(task_names), make, by_task, facts)
 
@@ -1014,7 +1014,7 @@ def make_parser(add_flags):
     add("--data", help="folder of test music, excerpts of which the model edits")
     add("--model", choices=("latent", "waveform"), help=f"which of the two ({FOR_MODEL['model']})")
     add("--checkpoint", help="of the model (the one shipped)")
-    add("--weak", help="the model that it was trained from, to move away from: see sample.py")
+    add("--weak", help="a weaker model to move away from: see sample.py")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     add("--clips", type=number, help=f"excerpts of the test music, for each task ({CLIPS})")
     add("--generated", help="folder of files that any system edited, named like the originals")

@@ -48,6 +48,13 @@ from vae import VAE
 SAMPLE_RATE = 44100                     # Hz, of all audio inside
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 COMPRESSED = (".ogg", ".mp3")
+SHIPPED = Path(__file__).resolve().parent / "checkpoints"
+
+# The weak model of each shipped latent model is the other one: see moving_away.
+WEAK = {
+    SHIPPED / "latent.pt": SHIPPED / "scores.pt",
+    SHIPPED / "scores.pt": SHIPPED / "latent.pt",
+}
 
 # For each kind of model: the constructor of its network, its configuration, and the presets of
 # --size.
@@ -623,17 +630,18 @@ class Checkpoint:
             self.window = getattr(config, "samples", None)
             self.channels = 2
 
-    def estimate(self, x_t, t, precision="fp32"):
-        """v, float32; with a weak model, moved on from what that says (ours, see moving_away).
+    def estimate(self, x_t, t, precision="fp32", away=0.0):
+        """v, float32; from t = T_AWAY on, moved `away` from what the weak model says (ours).
 
-        The gradients of terms take the difference as a constant.
+        v + away (v - v_weak), see moving_away. The gradients of terms take the difference as a
+        constant.
         """
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
             v = self.net(x_t, t).float()
-            if self.weak:
+            if away and t[0] <= T_AWAY:
                 with torch.no_grad():
                     difference = v - self.weak.net(x_t, t).float()
-                v = v + AWAY * difference
+                v = v + away * difference
         return v
 
     def encode(self, audio):
@@ -773,7 +781,7 @@ def open_checkpoint(kind, path=None, device="cpu"):
     """
     shipped = "latent" if kind == "vae" else kind
     if path is None:
-        path = Path(__file__).parent / "checkpoints" / f"{shipped}.pt"
+        path = SHIPPED / f"{shipped}.pt"
     kinds = (kind,) if kind == shipped else (kind, shipped)
     checkpoint = load_checkpoint(path, device, kinds)
     if checkpoint.kind != kind:
@@ -782,21 +790,27 @@ def open_checkpoint(kind, path=None, device="cpu"):
 
 
 def open_for_sampling(o, device):
-    """The model of --model, --checkpoint and --weak."""
-    if o.weak and o.as_printed:
-        raise UserError("--weak is not in the paper: leave it or --as-printed out")
+    """The model of --model and --checkpoint, with a weak one to move away from.
+
+    That is --weak's; or, for the two shipped latent models, the other of them; else there is none.
+    """
+    alone = o.as_printed or o.away == 0
+    if alone and o.weak:
+        raise UserError("--weak does nothing with --as-printed or --away 0: leave one of them out")
     checkpoint = open_checkpoint(o.model, o.checkpoint, device)
-    if o.weak:
-        checkpoint = moving_away(checkpoint, o.weak, device)
-    return checkpoint
+    weak = o.weak or WEAK.get(Path(checkpoint.path).resolve())
+    if alone or not weak:
+        return checkpoint
+    return moving_away(checkpoint, weak, device)
 
 
 def moving_away(checkpoint, path, device="cpu"):
-    """The checkpoint with a weak model: the one that it was trained from, in the file `path`.
+    """The checkpoint with a weak model, that of the file `path`: one that does the same less well.
 
-    What both do badly, the weak one does worse. So the difference between them points to what is
-    better than either (Karras et al., 2024, "Guiding a diffusion model with a bad version of
-    itself"). UserError if the file has a network of another shape, or the same weights.
+    Such as the model that it was trained from, or one for other music. What both do badly, the weak
+    one does worse. So the difference between them points to what is better than either (Karras et
+    al., 2024, "Guiding a diffusion model with a bad version of itself"). UserError if the file has
+    a network of another shape, or the same weights.
 
     The weak model takes the checkpoint's buffers, such as the spectra measured on its latents: so
     it serves for them, even if it was trained on those of another VAE.
@@ -804,10 +818,10 @@ def moving_away(checkpoint, path, device="cpu"):
     weak = load_checkpoint(path, device, (checkpoint.kind,))
     if weak.net.config != checkpoint.net.config:
         raise UserError(f"--weak {path}: its network has another size than that of "
-                        f"{checkpoint.path}: give the model that it was trained from")
+                        f"{checkpoint.path}: give one of the same size")
     if all(map(torch.equal, weak.net.parameters(), checkpoint.net.parameters())):
         raise UserError(f"--weak {path} holds the same weights as {checkpoint.path}: "
-                        "give the model that it was trained from")
+                        "give a weaker model, such as the one that it was trained from")
     for its, ours in zip(weak.net.buffers(), checkpoint.net.buffers()):
         its.copy_(ours)
     return replace(checkpoint, weak=weak)
@@ -820,13 +834,15 @@ XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
 GUIDE_STEP = 3.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
-AWAY = 1.0                              # how far to move away from a weak model
+AWAY = 1.5                              # how far to move away from a weak model,
+T_AWAY = 0.7                            # and from which time on: earlier, it costs the key
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
     "start_from": "paper",              # Table 2, x_T
     "project": "x_t",                   # Algorithms 1 and 2, the last line
     "t_end": 0.0,                       # ours
+    "away": 0.0,                        # ours
     "equalise": False,                  # ours
     "keep_level": False,                # ours
 }
@@ -842,12 +858,13 @@ class Settings:
     start_from: str = "matched"                 # regenerate, transition: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
+    away: float = 0.0           # how far to move away from the weak model, if there is one
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
     keep_level: bool = True     # new audio gets the level of its context
 
     # The fields that have a flag in add_flags.
-    FLAGS: ClassVar = ("xi", "k", "precision", "equalise")
+    FLAGS: ClassVar = ("xi", "k", "away", "precision", "equalise")
 
     @staticmethod
     def add_flags(add):
@@ -857,6 +874,8 @@ class Settings:
                  "(default: {latent} latent, {waveform} waveform)".format(**XI))
         add("--k", type=within(0.01, 1),
             help=f"regenerate, transition: share of noise, up to 1 (default: {Settings.k})")
+        add("--away", type=within(0, 10),
+            help=f"how far to move away from the weak model; 0: not at all (default: {AWAY:g})")
         add("--precision", choices=("fp32", "bf16"),
             help=f"of the diffusion network (default: {Settings.precision})")
         add("--equalise", action=argparse.BooleanOptionalAction,
@@ -878,6 +897,8 @@ class Settings:
 
         # Defaults that depend on the model. Large models keep the level, and draw details, well.
         preset = {"xi": XI[checkpoint.kind], "keep_level": False}
+        if checkpoint.weak:
+            preset = preset | {"away": AWAY}
         if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
             preset = preset | {"keep_level": True, "t_end": T_END}
         if options.as_printed:
@@ -886,7 +907,10 @@ class Settings:
             preset = AS_PRINTED | {"xi": XI_AS_PRINTED[checkpoint.kind] * steps / XI_STEPS}
             for name in sorted(given.keys() & preset.keys()):
                 raise UserError(f"{flag_of(name)} is set by --as-printed: leave one of them out")
-        return cls(**preset | given)
+        settings = cls(**preset | given)
+        if settings.away and not checkpoint.weak:
+            raise UserError("--away has no weak model to move away from: give --weak too")
+        return settings
 
 
 # ---- levels and spectra of new audio -------------------------------------------------------------
@@ -1068,7 +1092,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
     callback    see guidance.sample
     """
     def model(x_t, t):
-        return checkpoint.estimate(x_t, t, settings.precision)
+        return checkpoint.estimate(x_t, t, settings.precision, settings.away)
 
     # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
     xi = settings.xi * XI_STEPS / settings.steps
@@ -1664,7 +1688,8 @@ def parse(argv, add_flags=Settings.add_flags):
         help="one of the two kinds (default: %(default)s)")
     add("--checkpoint", help="its file, such as one that you trained (default: the shipped one)")
     add("--weak",
-        help="the model that it was trained from, to move away from: clearer music, more work")
+        help="a weaker model of the same size to move away from, such as the one that it was "
+             "trained from (default: for the two shipped latent models, the other one)")
     add("--classifier",
         help="a classifier for --reference and --classes (default: the shipped one)")
     add("--sampler", choices=("ddpm", "ddim"),

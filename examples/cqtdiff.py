@@ -335,8 +335,9 @@ def load(unet, path):
 
 def open_pretrained(o, device):
     """The Checkpoint of --pretrained, for sample.py and evaluate.py."""
-    if o.checkpoint or o.weak or o.model != "latent":
-        raise UserError("--checkpoint, --weak and --model do nothing here: leave them out")
+    if o.checkpoint or o.weak or o.away or o.model != "latent":
+        raise UserError("--checkpoint, --weak, --away and --model do nothing here: "
+                        "leave them out")
     if not Path(o.pretrained).is_file():
         raise UserError(f"--pretrained {o.pretrained} is no file: download {URL} (124 MB)")
     unet = UNet()

@@ -197,9 +197,11 @@ def load_pipeline(name, with_text):
 
 def open_pretrained(o, device):
     """The Checkpoint that --pretrained names; its text encoder is loaded for a prompt only."""
-    if o.checkpoint or o.weak or o.model != "latent" or o.scale is not None and o.prompt is None:
-        raise UserError("--checkpoint, --weak, --model, and --scale without --prompt, do nothing "
-                        "here: leave them out")
+    if o.checkpoint or o.weak or o.away or o.model != "latent":
+        raise UserError("--checkpoint, --weak, --away and --model do nothing here: "
+                        "leave them out")
+    if o.scale is not None and o.prompt is None:
+        raise UserError("--scale does nothing without --prompt: leave it out")
     pipe = load_pipeline(o.pretrained, with_text=o.prompt is not None)
     print(LICENCE)
 

@@ -56,7 +56,7 @@ def official(tmp_path_factory):
 
 
 def open_tiny(official, **given):
-    flags = dict(checkpoint=None, weak=None, model="latent", window=0.4, level=None,
+    flags = dict(checkpoint=None, weak=None, away=None, model="latent", window=0.4, level=None,
                  recompute=False) | given
     o = SimpleNamespace(pretrained=str(official), **flags)
     return cqtdiff.open_pretrained(o, torch.device("cpu"))

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,16 +212,19 @@ def test_a_latent_model_brings_its_autoencoder(folder):
 # ---- a weak model --------------------------------------------------------------------------------
 
 def test_an_estimate_moves_away_from_the_weak_model(folder):
-    """v + AWAY (v - v_weak), whose derivative is v's own: the weak model is a constant."""
+    """v + away (v - v_weak), whose derivative is v's own: the weak model is a constant."""
     checkpoint = load_checkpoint(folder / "waveform.pt")
     x_t, t = noise(1, 2, 512, dtype=torch.float32), torch.full((1,), 0.5)
     v = checkpoint.net(x_t, t)
     assert torch.equal(checkpoint.estimate(x_t, t), v)
 
     checkpoint.weak = SimpleNamespace(net=lambda x_t, t: x_t**3)
+    early = torch.full((1,), sample.T_AWAY + 0.01)
+    assert torch.equal(checkpoint.estimate(x_t, t, away=0), v)
+    assert torch.equal(checkpoint.estimate(x_t, early, away=2), checkpoint.net(x_t, early))
     x_t.requires_grad_()
-    away = checkpoint.estimate(x_t, t)
-    torch.testing.assert_close(away.detach(), v + sample.AWAY * (v - x_t.detach()**3))
+    away = checkpoint.estimate(x_t, t, away=1.5)
+    torch.testing.assert_close(away.detach(), v + 1.5 * (v - x_t.detach()**3))
     gradient, = torch.autograd.grad(away.sum(), x_t)
     alone, = torch.autograd.grad(checkpoint.net(x_t, t).sum(), x_t)
     torch.testing.assert_close(gradient, alone)
@@ -247,7 +251,7 @@ def test_a_weak_model_has_the_weights_of_its_file_and_the_scale_of_the_checkpoin
 
 
 def test_a_weak_model_that_does_not_serve_is_refused(folder, tmp_path):
-    """The same weights, another shape, another kind; and with --as-printed."""
+    """The same weights, another shape, another kind; and where it would do nothing."""
     checkpoint = load_checkpoint(folder / "waveform.pt")
     with pytest.raises(UserError, match="holds the same weights"):
         sample.moving_away(checkpoint, folder / "waveform.pt")
@@ -257,10 +261,13 @@ def test_a_weak_model_that_does_not_serve_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="has another size"):
         sample.moving_away(checkpoint, tmp_path / "deeper.pt")
     command = ["--model", "waveform", "--checkpoint", str(folder / "waveform.pt"),
-               "--weak", str(tmp_path / "deeper.pt"), "--task", "unconditional", "--as-printed",
-               "--output", str(tmp_path / "out.wav")]
-    with pytest.raises(UserError, match="--weak is not in the paper"):
-        sample.main(command)
+               "--task", "unconditional", "--output", str(tmp_path / "out.wav")]
+    weak = ["--weak", str(tmp_path / "deeper.pt")]
+    for flags in (["--as-printed"], ["--away", "0"]):
+        with pytest.raises(UserError, match="--weak does nothing with --as-printed or --away 0"):
+            sample.main([*command, *weak, *flags])
+    with pytest.raises(UserError, match="--away has no weak model"):
+        sample.main([*command, "--away", "0.5"])
 
 
 def test_the_command_moves_away_from_a_weak_model(folder, tmp_path):
@@ -278,6 +285,26 @@ def test_the_command_moves_away_from_a_weak_model(folder, tmp_path):
     assert {str(earlier), str(folder / "latent.pt")} <= record["sha256"].keys()
 
 
+@pytest.mark.parametrize("name, other", [("latent", "scores"), ("scores", "latent")])
+def test_the_shipped_latent_models_move_away_from_each_other(name, other, tmp_path):
+    """Unless that is turned off; a copy elsewhere, as one's own model, has no weak one."""
+    def opened(*flags):
+        options = sample.parse(["--task", "unconditional", *flags])
+        checkpoint = sample.open_for_sampling(options, "cpu")
+        return checkpoint.weak, Settings.of(options, checkpoint).away
+
+    path = sample.SHIPPED / f"{name}.pt"
+    weak, away = opened("--checkpoint", str(path))
+    assert weak.path == str(sample.SHIPPED / f"{other}.pt") and away == sample.AWAY
+    for flag in (["--away", "0"], ["--as-printed"]):
+        assert opened("--checkpoint", str(path), *flag) == (None, 0)
+    (tmp_path / "mine.pt").symlink_to(path)
+    shutil.copyfile(path, tmp_path / "copy.pt")
+    assert opened("--checkpoint", str(tmp_path / "mine.pt"))[1] == sample.AWAY
+    assert opened("--checkpoint", str(tmp_path / "copy.pt")) == (None, 0)
+    assert opened("--model", "waveform") == (None, 0)
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 APP_C3 = {"latent": 3e-2, "waveform": 3e-3}                     # xi, App. C.3
@@ -288,7 +315,7 @@ def test_as_printed_sets_the_papers_constants(kind):
     """One switch for App. C.3's xi and k, and all of the paper's other choices."""
     options = sample.parse(
         ["--task", "regenerate", "--input", "x.wav", "--as-printed", "--steps", "5"])
-    settings = Settings.of(options, SimpleNamespace(kind=kind, size="small"))
+    settings = Settings.of(options, SimpleNamespace(kind=kind, size="small", weak=None))
     assert settings.xi * 50 / 5 == pytest.approx(APP_C3[kind])
     assert (settings.sampler, settings.k, settings.start_from) == ("ddpm", 0.85, "paper")
     assert settings.project == "x_t" and not settings.equalise and not settings.keep_level
@@ -299,14 +326,15 @@ def test_a_flag_beside_as_printed_is_refused(flag):
     """One of them would do nothing."""
     options = sample.parse(["--task", "regenerate", "--input", "x.wav", "--as-printed", *flag])
     with pytest.raises(UserError, match=f"{flag[0]} is set by --as-printed"):
-        Settings.of(options, SimpleNamespace(kind="latent", size="small"))
+        Settings.of(options, SimpleNamespace(kind="latent", size="small", weak=None))
 
 
 @pytest.mark.parametrize("kind, size, kept", [
     ("latent", "small", True), ("waveform", "small", False), ("latent", "paper", False)])
 def test_small_latent_models_alone_are_held_at_a_level(kind, size, kept):
     """Large models keep it by themselves, and the waveform model's works in audio."""
-    settings = Settings.of(SimpleNamespace(as_printed=False), SimpleNamespace(kind=kind, size=size))
+    checkpoint = SimpleNamespace(kind=kind, size=size, weak=None)
+    settings = Settings.of(SimpleNamespace(as_printed=False), checkpoint)
     assert settings.keep_level == kept and settings.xi == sample.XI[kind]
     assert settings.t_end == (sample.T_END if kept else 0)      # nor do large ones lack details
 
@@ -1698,12 +1726,12 @@ def test_shipped_checkpoints_load_and_work(path, folder):
 
 # 64 samples, left and right in turn, spread over what two steps of the README's first command make.
 FIRST_COMMAND = [
-    -0.1873, 0.0808, 0.0659, 0.0504, 0.0848, -0.2254, 0.0568, -0.0482, -0.06, 0.0678, 0.0201,
-    0.0335, 0.0916, 0.0087, -0.0738, 0.0363, -0.0358, 0.1069, -0.0165, 0.0043, 0.0305, 0.0959,
-    -0.0801, -0.0721, 0.0406, 0.0205, 0.0539, -0.0132, 0.0797, -0.0559, -0.0497, 0.0526, 0.1287,
-    0.1036, 0.0883, -0.014, 0.0281, -0.0158, -0.0224, -0.0585, -0.0439, -0.0218, -0.038, 0.0575,
-    0.0478, -0.0663, 0.0024, 0.0225, 0.0944, -0.0371, 0.0256, 0.0125, -0.016, 0.0385, 0.0156,
-    0.0771, 0.0949, -0.0241, -0.0564, 0.0719, 0.0002, -0.0127, -0.013, 0.0451
+    0.3014, 0.058, -0.0217, -0.067, 0.0447, -0.083, -0.0198, 0.0751, -0.1443, 0.1304, -0.0324,
+    0.0553, 0.0999, -0.0707, -0.0596, 0.0851, 0.0922, 0.1281, 0.0298, 0.0542, -0.008, -0.0151,
+    0.1275, 0.1515, 0.0465, -0.1308, -0.0346, 0.0038, 0.0068, 0.0363, -0.0517, 0.025, 0.0929,
+    0.0467, 0.0045, -0.0554, 0.0244, -0.0628, -0.111, -0.0623, 0.1053, -0.0156, -0.0562, 0.0705,
+    0.1263, -0.0391, -0.0233, 0.0359, 0.0883, -0.0145, -0.1093, 0.0004, -0.0142, 0.0042, 0.1101,
+    0.0208, 0.0735, 0.0063, 0.1251, 0.0707, 0.0617, 0.0224, 0.0944, 0.0456
 ]
 
 

@@ -58,7 +58,7 @@ def tokenizer(words):
 
 def options(folder, **given):
     """The flags that open_pretrained reads."""
-    defaults = {"checkpoint": None, "weak": None, "model": "latent", "prompt": None,
+    defaults = {"checkpoint": None, "weak": None, "away": None, "model": "latent", "prompt": None,
                 "scale": None, "timing": None, "recompute": False}
     return SimpleNamespace(pretrained=str(folder), **defaults | given)
 
