@@ -1,4 +1,4 @@
-"""What a checkpoint's music is like, where Table 1 says nothing: nine tables, alone or together.
+"""What a checkpoint's music is like, where Table 1 says nothing: ten tables, alone or together.
 
     python tests/sanity.py likeness attacks v-loss --data path/to/test
     python tests/sanity.py likeness --task infill --data path/to/test --sampler ddim
@@ -11,9 +11,10 @@ likeness   Four measures of the generated part alone, unspliced, with the same m
            much more the notes agree with the clip's own context than with other clips' contexts.
            beat: how regular the spectral flux is. flux: how uneven it is. The real row is the aim:
            more is not better.
-attacks    How many notes and strokes begin in a second, and how regularly (see `attacks`). For the
-           rows of likeness, and for real latents that are noised to a time t and denoised again, by
-           sampling from there or in one step. Shows at which times the model loses attacks.
+attacks    How many notes and strokes begin in a second, and how regularly (see `attacks`), for the
+           rows of likeness.
+noised     The same for real latents that are noised to a time t and denoised again, by sampling
+           from there or in one step. Shows at which times the model loses attacks.
 v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, each at
            one time in every quarter of (0, 1), with fixed noise. Comparable between models of one
            kind.
@@ -96,7 +97,7 @@ class Study:
 
     def predict(self, x_t, t):
         """v, as sample.generate has it."""
-        return self.checkpoint.estimate(x_t, t, self.settings.precision)
+        return self.checkpoint.estimate(x_t, t, self.settings.precision, self.settings.away)
 
     def made(self, task):
         """The part of each clip that the model generates in this task."""
@@ -140,13 +141,14 @@ class Study:
         return embed(self.classifier.net, [clip[:, :a] for clip in self.clips])
 
     @torch.no_grad()
-    def through_vae(self):
-        """Each whole clip, encoded and decoded."""
-        clips = []
+    def through_vae(self, task):
+        """The same part of each whole clip that was encoded and decoded."""
+        a, b = self.spans[task].a, self.spans[task].b
+        parts = []
         for clip in self.clips:
             x = self.checkpoint.encode(clip[None].to(self.device))
-            clips.append(self.checkpoint.decode(x)[0].cpu())
-        return clips
+            parts.append(self.checkpoint.decode(x)[0, :, a:b].cpu())
+        return parts
 
     def fillers(self, task):
         """{name: the part of each clip} of two ways to fill it without a model."""
@@ -156,6 +158,13 @@ class Study:
         for j, clip in enumerate(self.clips):
             noise.append(torch.randn(2, b - a, generator=self.random(j)) * clip.std())
         return {"context repeated": repeated, "white noise": noise}
+
+    def systems(self, task):
+        """{name: the part of each clip}: real, the model's, through the VAE, and the fillers."""
+        found = {"real": self.real(task), "model": self.made(task)}
+        if self.checkpoint.kind == "latent":
+            found["VAE"] = self.through_vae(task)
+        return found | self.fillers(task)
 
 
 @torch.no_grad()
@@ -245,15 +254,9 @@ def mean_likeness(clips, contexts):
 @torch.no_grad()
 def about_likeness(study):
     task = study.options.task
-    a, b = study.spans[task].a, study.spans[task].b
-    systems = {"model": study.made(task), "real": study.real(task)}
-    if study.checkpoint.kind == "latent":
-        systems["VAE"] = [clip[:, a:b] for clip in study.through_vae()]
-    systems |= study.fillers(task)
-
     print(f"likeness, {task}, {len(study.clips)} clips\n{'':18} tonal  pitch   beat   flux")
     contexts = study.contexts(task)
-    for name, clips in systems.items():
+    for name, clips in study.systems(task).items():
         values = mean_likeness(clips, contexts)
         print(f"  {name:16}" + " ".join(f"{value:6.3f}" for value in values))
 
@@ -340,11 +343,12 @@ def attacks(x):
 
 @torch.no_grad()
 def noised(study, t, in_one_step):
-    """Each whole clip, noised to time t in the model's space and denoised by the model.
+    """The generated part of whole clips, noised to time t in the model's space and denoised.
 
     By sampling from there, with DDPM in steps as long as those of a whole run; or x0_hat.
     """
-    clips = []
+    span = study.spans[study.options.task]
+    parts = []
     for j, clip in enumerate(sample.progress(study.clips, f"t = {t:g}", unit="clip")):
         random = study.random(j)
         x_0 = study.checkpoint.encode(clip[None].to(study.device))
@@ -356,27 +360,26 @@ def noised(study, t, in_one_step):
             x_0 = guidance.sample(study.predict, x_t, guidance.Task(x_t, (), t), sampler="ddpm",
                                   steps=max(1, round(t * study.settings.steps)),
                                   generator=random)
-        clips.append(study.checkpoint.decode(x_0)[0].cpu())
-    return clips
+        parts.append(study.checkpoint.decode(x_0)[0, :, span.a:span.b].cpu())
+    return parts
 
 
 def about_attacks(study):
-    # Whole clips, of which the generated part is measured.
-    task = study.options.task
-    whole = {"real": study.clips}
-    if study.checkpoint.kind == "latent":
-        whole["VAE"] = study.through_vae()
-    for t in NOISED:
-        whole[f"from t = {t:g}, in steps"] = noised(study, t, in_one_step=False)
-    for t in NOISED:
-        whole[f"from t = {t:g}, in one step"] = noised(study, t, in_one_step=True)
+    show_attacks(study, "attacks", study.systems(study.options.task))
 
-    # The rows that have that part alone.
-    a, b = study.spans[task].a, study.spans[task].b
-    systems = {name: [clip[:, a:b] for clip in clips] for name, clips in whole.items()}
-    systems |= {"model": study.made(task)} | study.fillers(task)
 
-    print(f"attacks, {task}, {len(study.clips)} clips")
+def about_noised(study):
+    systems = {"real": study.real(study.options.task)}
+    for t in NOISED:
+        systems[f"from t = {t:g}, in steps"] = noised(study, t, in_one_step=False)
+    for t in NOISED:
+        systems[f"from t = {t:g}, in one step"] = noised(study, t, in_one_step=True)
+    show_attacks(study, "noised", systems)
+
+
+def show_attacks(study, table, systems):
+    """A row for each of systems {name: the part of each clip}; real is the first."""
+    print(f"{table}, {study.options.task}, {len(study.clips)} clips")
     print(f"{'':26} onsets/s  of real  regularity  of real")
     for name, clips in systems.items():
         rate, regular = torch.tensor([attacks(clip) for clip in clips]).mean(0).tolist()
@@ -704,6 +707,7 @@ def alternatives(study, task):
     found = {
         "x_t is projected": replace(settings, project="x_t"),
         "ends at t = 0": replace(settings, t_end=0.0),
+        "no weak model": replace(settings, away=0.0),
         "not equalised": replace(settings, equalise=False),
         "level not kept": replace(settings, keep_level=False),
         "DDIM": replace(settings, sampler="ddim"),
@@ -763,6 +767,7 @@ def about_defaults(study):
 TABLES = {
     "likeness": about_likeness,
     "attacks": about_attacks,
+    "noised": about_noised,
     "v-loss": about_v_loss,
     "prompts": about_prompts,
     "memory": about_memory,
@@ -780,12 +785,12 @@ def main(argv=None):
     add("tables", nargs="+", choices=TABLES)
     add("--model", choices=("latent", "waveform"), default="latent", help="(%(default)s)")
     add("--checkpoint", help="of the model (the one shipped)")
-    add("--weak", help="the model that it was trained from, to move away from: see sample.py")
+    add("--weak", help="a weaker model to move away from: see sample.py")
     add("--classifier", help="guides, and embeds for prompts and memory (the one shipped)")
     add("--data", required=True, help="folder of test music")
     add("--train", nargs="+", help="memory, example, class: folders of the training music")
     add("--task", choices=("continuation", "infill", "regenerate"), default="continuation",
-        help="likeness, attacks, defaults: what the model makes (%(default)s)")
+        help="likeness, attacks, noised, defaults: what the model makes (%(default)s)")
     add("--clips", type=sample.within(2, 100000, int), default=18,
         help="excerpts of the test music, or guided cases (%(default)s)")
     add("--seconds", type=sample.within(0.1, 2.9), default=2.0,
