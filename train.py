@@ -26,7 +26,7 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,11 @@ import soundfile as sf
 import torch
 import torch.distributed as dist
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
 
 import dit
 import sample
@@ -1383,11 +1388,42 @@ def main(argv=None):
     o = parse(argv)
     join_processes(pick_device(o.device))
     state, start = in_all(settle, o)
-    kind = kind_of(o)
-    make, _, presets = NETS[kind]
+    _, _, presets = NETS[kind_of(o)]
     config = start.net.config if start else presets[o.size]
     fit_windows(o, config)
     in_all(prepare_folder, o.out, f"--out {o.out}")
+    with ExitStack() as until_the_end:
+        in_all(take, o.out, until_the_end)
+        make_and_train(o, state, start, config)
+
+
+def take(folder, until_the_end):
+    """Keep other trainings out of a folder, until an ExitStack is closed or the process ends.
+
+    Two would mix their logs, and overwrite each other's state. UserError if one is at work there.
+    Where there are no locks, on Windows and some network drives, nothing is checked.
+    """
+    if RANK > 0 or fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    until_the_end.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {folder}: another training is at work there: wait for its end, or "
+                        "choose another folder") from None
+    except OSError:
+        pass
+
+
+def make_and_train(o, state, start, config):
+    """From the settled options to a trained model.
+
+    state, start    what --resume and --init read, see settle
+    config          the network's configuration, but what depends on its VAE or classes
+    """
+    kind = kind_of(o)
+    make, _, _ = NETS[kind]
 
     # A latent model diffuses the latents of a VAE, which stays as it is.
     vae, measured = None, bool(start)

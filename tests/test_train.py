@@ -615,6 +615,19 @@ def test_an_out_that_is_no_folder_is_refused(tmp_path, below, capsys):
     assert err.startswith(f"error: --out {tmp_path}/song.wav{below} cannot be written")
 
 
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    """While the first is at work; it leaves nothing there that would keep others out."""
+    fcntl = pytest.importorskip("fcntl")
+    first = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(first, fcntl.LOCK_EX)
+    with pytest.raises(sample.UserError, match="another training is at work there") as refused:
+        fit("vae", tmp_path, "--steps", 1, *SHORT)
+    assert not list(tmp_path.iterdir()) and refused.value.status == 2
+    os.close(first)
+    fit("vae", tmp_path, "--steps", 1, *SHORT)
+    fit("vae", tmp_path, "--resume", "--steps", 2)
+
+
 def test_what_cannot_be_resumed_is_named(tmp_path):
     """--resume in the folder of another model, or of an earlier version of train.py."""
     state = fit("vae", tmp_path, "--steps", 1, *SHORT)
