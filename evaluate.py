@@ -1014,7 +1014,7 @@ def make_parser(add_flags):
     add("--data", help="folder of test music, excerpts of which the model edits")
     add("--model", choices=("latent", "waveform"), help=f"which of the two ({FOR_MODEL['model']})")
     add("--checkpoint", help="of the model (the one shipped)")
-    add("--weak", help="a weaker model to move away from: see sample.py")
+    add("--weak", help="a weaker model to move away from (as in sample.py)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     add("--clips", type=number, help=f"excerpts of the test music, for each task ({CLIPS})")
     add("--generated", help="folder of files that any system edited, named like the originals")

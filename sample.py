@@ -50,11 +50,8 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 COMPRESSED = (".ogg", ".mp3")
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 
-# The weak model of each shipped latent model is the other one: see moving_away.
-WEAK = {
-    SHIPPED / "latent.pt": SHIPPED / "scores.pt",
-    SHIPPED / "scores.pt": SHIPPED / "latent.pt",
-}
+# The weak model of each shipped latent model is the other one: see with_weak_model.
+WEAK = {"latent.pt": "scores.pt", "scores.pt": "latent.pt"}
 
 # For each kind of model: the constructor of its network, its configuration, and the presets of
 # --size.
@@ -617,7 +614,7 @@ class Checkpoint:
     step: int | None = 0                # steps trained, those before --init included; None: unknown
     size: str = ""
     path: str = ""                      # of its file
-    weak: "Checkpoint | None" = None    # what sampling moves away from: see moving_away
+    weak: "Checkpoint | None" = None    # what sampling moves away from: see with_weak_model
 
     def __post_init__(self):
         config = self.net.config
@@ -630,18 +627,18 @@ class Checkpoint:
             self.window = getattr(config, "samples", None)
             self.channels = 2
 
-    def estimate(self, x_t, t, precision="fp32", away=0.0):
-        """v, float32; from t = T_AWAY on, moved `away` from what the weak model says (ours).
+    def estimate(self, x_t, t, settings):
+        """v, float32; below t_away it is v + away (v - v_weak), ours: see with_weak_model.
 
-        v + away (v - v_weak), see moving_away. The gradients of terms take the difference as a
-        constant.
+        One time t for all clips. The gradients of terms take the difference as a constant.
         """
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        half = settings.precision == "bf16"
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
             v = self.net(x_t, t).float()
-            if away and t[0] <= T_AWAY:
+            if settings.away and t[0] <= settings.t_away:
                 with torch.no_grad():
                     difference = v - self.weak.net(x_t, t).float()
-                v = v + away * difference
+                v = v + settings.away * difference
         return v
 
     def encode(self, audio):
@@ -792,38 +789,45 @@ def open_checkpoint(kind, path=None, device="cpu"):
 def open_for_sampling(o, device):
     """The model of --model and --checkpoint, with a weak one to move away from.
 
-    That is --weak's; or, for the two shipped latent models, the other of them; else there is none.
+    The weak one is --weak's; else, for one of the two shipped latent models, the other one. There
+    is none with --as-printed or --away 0, nor for other models.
     """
     alone = o.as_printed or o.away == 0
     if alone and o.weak:
         raise UserError("--weak does nothing with --as-printed or --away 0: leave one of them out")
     checkpoint = open_checkpoint(o.model, o.checkpoint, device)
-    weak = o.weak or WEAK.get(Path(checkpoint.path).resolve())
-    if alone or not weak:
+    if alone:
         return checkpoint
-    return moving_away(checkpoint, weak, device)
+    path = Path(checkpoint.path)
+    weak = o.weak
+    if not weak and path.name in WEAK and path.parent.resolve() == SHIPPED:
+        weak = SHIPPED / WEAK[path.name]
+    if weak:
+        checkpoint = with_weak_model(checkpoint, weak, device)
+    return checkpoint
 
 
-def moving_away(checkpoint, path, device="cpu"):
-    """The checkpoint with a weak model, that of the file `path`: one that does the same less well.
+def with_weak_model(checkpoint, path, device="cpu"):
+    """The checkpoint with a weak model, of the file `path`: one that does the same less well.
 
-    Such as the model that it was trained from, or one for other music. What both do badly, the weak
-    one does worse. So the difference between them points to what is better than either (Karras et
-    al., 2024, "Guiding a diffusion model with a bad version of itself"). UserError if the file has
-    a network of another shape, or the same weights.
+    It may be the model that the checkpoint was trained from, or one for other music. What both do
+    badly, the weak one does worse. So the difference between them points to what is better than
+    either (Karras et al., 2024, "Guiding a diffusion model with a bad version of itself").
+    UserError if the file has a network of another shape, or the same weights.
 
     The weak model takes the checkpoint's buffers, such as the spectra measured on its latents: so
     it serves for them, even if it was trained on those of another VAE.
     """
     weak = load_checkpoint(path, device, (checkpoint.kind,))
     if weak.net.config != checkpoint.net.config:
-        raise UserError(f"--weak {path}: its network has another size than that of "
-                        f"{checkpoint.path}: give one of the same size")
+        raise UserError(f"the weak model {path} has another size than {checkpoint.path}: "
+                        "give --weak one of the same size, or --away 0")
     if all(map(torch.equal, weak.net.parameters(), checkpoint.net.parameters())):
-        raise UserError(f"--weak {path} holds the same weights as {checkpoint.path}: "
-                        "give a weaker model, such as the one that it was trained from")
+        raise UserError(f"the weak model {path} holds the same weights as {checkpoint.path}: "
+                        "give --weak another, such as the one that it was trained from")
     for its, ours in zip(weak.net.buffers(), checkpoint.net.buffers()):
         its.copy_(ours)
+    weak.vae = None                     # not needed: the latents are the checkpoint's
     return replace(checkpoint, weak=weak)
 
 
@@ -834,8 +838,8 @@ XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
 GUIDE_STEP = 3.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
-AWAY = 1.5                              # how far to move away from a weak model,
-T_AWAY = 0.7                            # and from which time on: earlier, it costs the key
+AWAY = 1.5                              # how far v is moved away from a weak model's
+T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
@@ -858,7 +862,8 @@ class Settings:
     start_from: str = "matched"                 # regenerate, transition: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
-    away: float = 0.0           # how far to move away from the weak model, if there is one
+    away: float = 0.0           # how far to move away from the weak model, if there is one,
+    t_away: float = T_AWAY      # below this time: see Checkpoint.estimate
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
     keep_level: bool = True     # new audio gets the level of its context
@@ -875,7 +880,8 @@ class Settings:
         add("--k", type=within(0.01, 1),
             help=f"regenerate, transition: share of noise, up to 1 (default: {Settings.k})")
         add("--away", type=within(0, 10),
-            help=f"how far to move away from the weak model; 0: not at all (default: {AWAY:g})")
+            help="how far to move away from the weak model; 0: not at all, which is faster "
+                 f"(default: {AWAY:g} if there is one)")
         add("--precision", choices=("fp32", "bf16"),
             help=f"of the diffusion network (default: {Settings.precision})")
         add("--equalise", action=argparse.BooleanOptionalAction,
@@ -925,7 +931,7 @@ def level_kept(model, C_L, C_R, reach, most=4.0):
 
     The gap lies between the first C_L and the last C_R positions. x0_hat in it is scaled so that
     its local power (mean over `reach` positions each side) equals its mean power in the contexts.
-    Without this a weak model's notes start late, fade out, or grow without bounds. The gains,
+    Without this a small model's notes start late, fade out, or grow without bounds. The gains,
     1 / most to most, are constants in the gradients of terms.
     """
     def kept(x_t, t):
@@ -1092,7 +1098,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
     callback    see guidance.sample
     """
     def model(x_t, t):
-        return checkpoint.estimate(x_t, t, settings.precision, settings.away)
+        return checkpoint.estimate(x_t, t, settings)
 
     # A term's step is xi times its weight. A guide brings its own step, so xi is divided out of it.
     xi = settings.xi * XI_STEPS / settings.steps
@@ -1925,7 +1931,8 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     else:
         checkpoint = open_for_sampling(o, device)
     trained = "" if checkpoint.step is None else f", trained for {checkpoint.step} steps"
-    print(f"model: {checkpoint.path}{trained}")
+    away = f", away from {Path(checkpoint.weak.path).name}" if checkpoint.weak else ""
+    print(f"model: {checkpoint.path}{trained}{away}")
     settings = Settings.of(o, checkpoint)
     edit = Edit(checkpoint, **region(o, checkpoint))
     print(edit.times())

@@ -26,7 +26,7 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -1388,32 +1388,37 @@ def main(argv=None):
     o = parse(argv)
     join_processes(pick_device(o.device))
     state, start = in_all(settle, o)
-    _, _, presets = NETS[kind_of(o)]
+    presets = NETS[kind_of(o)][2]
     config = start.net.config if start else presets[o.size]
     fit_windows(o, config)
     in_all(prepare_folder, o.out, f"--out {o.out}")
-    with ExitStack() as until_the_end:
-        in_all(take, o.out, until_the_end)
+    lock = in_all(lock_folder, o.out)
+    try:
         make_and_train(o, state, start, config)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def take(folder, until_the_end):
-    """Keep other trainings out of a folder, until an ExitStack is closed or the process ends.
+def lock_folder(folder):
+    """Keep other trainings out of a folder, as long as the file descriptor returned is open.
 
     Two would mix their logs, and overwrite each other's state. UserError if one is at work there.
     Where there are no locks, on Windows and some network drives, nothing is checked.
     """
     if RANK > 0 or fcntl is None:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    until_the_end.callback(os.close, descriptor)
+        return None
+    descriptor = None
     try:
+        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"--out {folder}: another training is at work there: wait for its end, or "
+        os.close(descriptor)
+        raise UserError(f"--out {folder} is in use by another training: wait until it ends, or "
                         "choose another folder") from None
     except OSError:
         pass
+    return descriptor
 
 
 def make_and_train(o, state, start, config):
@@ -1423,7 +1428,7 @@ def make_and_train(o, state, start, config):
     config          the network's configuration, but what depends on its VAE or classes
     """
     kind = kind_of(o)
-    make, _, _ = NETS[kind]
+    make = NETS[kind][0]
 
     # A latent model diffuses the latents of a VAE, which stays as it is.
     vae, measured = None, bool(start)

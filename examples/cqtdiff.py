@@ -335,7 +335,7 @@ def load(unet, path):
 
 def open_pretrained(o, device):
     """The Checkpoint of --pretrained, for sample.py and evaluate.py."""
-    if o.checkpoint or o.weak or o.away or o.model != "latent":
+    if o.checkpoint or o.weak or o.away is not None or o.model != "latent":
         raise UserError("--checkpoint, --weak, --away and --model do nothing here: "
                         "leave them out")
     if not Path(o.pretrained).is_file():

@@ -197,7 +197,7 @@ def load_pipeline(name, with_text):
 
 def open_pretrained(o, device):
     """The Checkpoint that --pretrained names; its text encoder is loaded for a prompt only."""
-    if o.checkpoint or o.weak or o.away or o.model != "latent":
+    if o.checkpoint or o.weak or o.away is not None or o.model != "latent":
         raise UserError("--checkpoint, --weak, --away and --model do nothing here: "
                         "leave them out")
     if o.scale is not None and o.prompt is None:

@@ -113,7 +113,7 @@ def toy(net=neighbours, decode=lambda x: x, hop=128, window=512, kind="waveform"
     def to_audio(x):
         return decode(x.unflatten(1, (2, hop)).transpose(2, 3).flatten(2))
 
-    def estimate(x_t, t, precision, away):
+    def estimate(x_t, t, settings):
         return net(x_t, t).float()
 
     return SimpleNamespace(kind=kind, size="tiny", path="", step=None, vae=None, net=net, weak=None,

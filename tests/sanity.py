@@ -13,7 +13,7 @@ likeness   Four measures of the generated part alone, unspliced, with the same m
            more is not better.
 attacks    How many notes and strokes begin in a second, and how regularly (see `attacks`), for the
            rows of likeness.
-noised     The same for real latents that are noised to a time t and denoised again, by sampling
+noised     The attacks of real latents that are noised to a time t and denoised again, by sampling
            from there or in one step. Shows at which times the model loses attacks.
 v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, each at
            one time in every quarter of (0, 1), with fixed noise. Comparable between models of one
@@ -97,7 +97,7 @@ class Study:
 
     def predict(self, x_t, t):
         """v, as sample.generate has it."""
-        return self.checkpoint.estimate(x_t, t, self.settings.precision, self.settings.away)
+        return self.checkpoint.estimate(x_t, t, self.settings)
 
     def made(self, task):
         """The part of each clip that the model generates in this task."""
@@ -785,7 +785,7 @@ def main(argv=None):
     add("tables", nargs="+", choices=TABLES)
     add("--model", choices=("latent", "waveform"), default="latent", help="(%(default)s)")
     add("--checkpoint", help="of the model (the one shipped)")
-    add("--weak", help="a weaker model to move away from: see sample.py")
+    add("--weak", help="a weaker model to move away from (as in sample.py)")
     add("--classifier", help="guides, and embeds for prompts and memory (the one shipped)")
     add("--data", required=True, help="folder of test music")
     add("--train", nargs="+", help="memory, example, class: folders of the training music")

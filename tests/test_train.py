@@ -620,7 +620,7 @@ def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     first = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(first, fcntl.LOCK_EX)
-    with pytest.raises(sample.UserError, match="another training is at work there") as refused:
+    with pytest.raises(sample.UserError, match="in use by another training") as refused:
         fit("vae", tmp_path, "--steps", 1, *SHORT)
     assert not list(tmp_path.iterdir()) and refused.value.status == 2
     os.close(first)
