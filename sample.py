@@ -94,7 +94,7 @@ def run(main, need_memory="lower --batch"):
         leave_processes()
         return result
     except UserError as error:
-        message, status = error, error.status
+        message, status = str(error), error.status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
@@ -113,7 +113,8 @@ def run(main, need_memory="lower --batch"):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{message}; free some space, or choose another folder"
         status = 1
-    print(f"error: {message}", file=sys.stderr)
+    # One line, also if a file's name has several.
+    print("error:", "\\n".join(message.splitlines()), file=sys.stderr)
     leave_processes(failed=True)
     sys.exit(status)
 

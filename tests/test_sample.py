@@ -91,6 +91,7 @@ def rms(audio, dim):
 @pytest.mark.parametrize("error, status, words", [
     (UserError("no such thing"), 2, "error: no such thing"),
     (UserError("not done", 1), 1, "error: not done"),
+    (UserError("a\nb.wav is silent"), 2, "error: a\\nb.wav is silent"),
     (KeyboardInterrupt(), 130, "error: interrupted"),
     (MemoryError(), 1, "error: out of memory: take less"),
     (RuntimeError("CUDA out of memory. Tried"), 1, "error: out of memory: take less"),
