@@ -45,12 +45,13 @@ except ImportError:                     # Windows
 import dit
 import sample
 import vae as autoencoder
-from diffusion import alpha_sigma, v_error
+from diffusion import add_noise, alpha_sigma, v_error, x0_from_v
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, Parser, UserError, barrier,
-                    flag_of, gathered, join_processes, load_state, open_audio, open_checkpoint,
-                    pick_device, prepare_folder, progress, random_numbers, read_audio, reason,
-                    refuse_idle, run, save_atomic, say, survey, to_stereo_44k, within, write_atomic)
+                    flag_of, gathered, join_processes, load_checkpoint, load_state, open_audio,
+                    open_checkpoint, pick_device, prepare_folder, progress, random_numbers,
+                    read_audio, reason, refuse_idle, run, save_atomic, say, survey, to_stereo_44k,
+                    within, write_atomic)
 from tasks import PASST_RATE, full_precision, resample, to_resample
 from vae import VAE
 
@@ -261,16 +262,45 @@ def noise_in_latents(rng, channels, window):
 
 
 class Classifying(nn.Module):
-    """Binary cross-entropy of each class, with structured patchout [30]; label -1 is no class."""
+    """Binary cross-entropy of each class, with structured patchout [30]; label -1 is no class.
 
-    def __init__(self, net):
+    With a denoiser, a latent diffusion model, two thirds of the clips are its estimates of noised
+    ones (ours): guidance shows the classifier such estimates, at all times t, not music.
+    """
+
+    def __init__(self, net, denoiser=None):
         super().__init__()
         self.net = net
+        self.denoiser = denoiser            # a Checkpoint, no module: neither trained nor saved
 
     def draw(self, rng, window):
-        return {"patchout": np.int64(rng.integers(2**62))}
+        drawn = {"patchout": np.int64(rng.integers(2**62))}
+        if self.denoiser:
+            shape = (self.denoiser.channels, math.ceil(window / self.denoiser.hop))
+            drawn["t"] = np.float64(max(0.0, 1 - 1.5 * rng.random()))       # 0: not noised
+            drawn["eps"] = rng.standard_normal(shape, dtype=np.float32)
+        return drawn
 
-    def forward(self, x, label, patchout, **_):
+    @torch.no_grad()
+    def estimated(self, x, t, eps):
+        """The denoiser's x0_hat, decoded, of clips x (B, 2, n) noised to t (B,); at t = 0, x."""
+        noised = t > 0
+        if not noised.any():
+            return x
+        t = t[noised]
+        with full_precision(x):
+            x_0 = self.denoiser.encode(x[noised])                           # (noised, C, frames)
+        x_t, _ = add_noise(x_0, eps[noised], t)
+        v = self.denoiser.net(x_t, t.to(x_t)).float()
+        with full_precision(x):
+            audio = self.denoiser.decode(x0_from_v(x_t, v, t))
+        x = x.clone()
+        x[noised] = audio[..., :x.shape[-1]]
+        return x
+
+    def forward(self, x, label, patchout, t=None, eps=None, **_):
+        if self.denoiser:
+            x = self.estimated(x, t, eps)
         mel = self.net.mel(resample(x.mean(1), SAMPLE_RATE, PASST_RATE))    # (B, 128, frames)
         # Training drops a quarter of the columns of patches, and two rows, of each clip's own.
         dropped = (0, 0)
@@ -285,14 +315,14 @@ class Classifying(nn.Module):
         return {"loss": loss, "accuracy": (logits.argmax(1) == label).float().mean()}
 
 
-def make_objective(o, net, vae):
-    """The objective of --model around a network; vae: of a latent model."""
+def make_objective(o, net, vae, denoiser):
+    """The objective of --model around a network; vae: of a latent model; denoiser: --denoiser."""
     if o.model == "vae":
         objective = Autoencoding(net)
     elif o.model == "decoder":
         objective = Decoding(net)
     elif o.model == "classifier":
-        objective = Classifying(net)
+        objective = Classifying(net, denoiser)
     else:
         objective = Denoising(net, vae, o.own_error)
     return objective.to(o.device)
@@ -1149,6 +1179,7 @@ def measure(o, net, vae, source):
 # Options that some models do not take, and those that do.
 TAKEN_BY = {
     "vae": ("latent", "decoder"),
+    "denoiser": ("classifier",),
     "init": tuple(NETS),
     "cache": ("latent",),
     "compile": ("latent",),
@@ -1157,10 +1188,10 @@ TAKEN_BY = {
 OF_FILES = ("valid", "cache")
 DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
 # Options that may differ when a run is resumed; the others are saved with the run. Of these, the
-# second ones may be given anew: music can move, but it cannot come where there was none.
+# second ones may be given anew: files can move, but they cannot come where there were none.
 PER_CALL = ("resume", "save_every", "device", "workers", "out", "micro_batch")
-ANEW = ("steps", "data", "valid", "cache", "compile", "precision")
-MUSIC = ("data", "valid")
+ANEW = ("steps", "data", "valid", "denoiser", "cache", "compile", "precision")
+FILES = ("data", "valid", "denoiser")
 
 
 def parse(argv):
@@ -1176,6 +1207,9 @@ def parse(argv):
     what("--size", choices=tuple(RECIPES["vae"]), help="default: small, or the starting model's")
     what("--vae", type=os.path.abspath, metavar="FILE", help="latent, decoder: a checkpoint with "
          "a VAE, instead of the shipped one, or of the one that --init has")
+    what("--denoiser", type=os.path.abspath, metavar="FILE",
+         help="classifier: a latent model, whose estimates of noised music are most of the clips; "
+         "for guidance of this model")
     what("--init", type=os.path.abspath, metavar="FILE",
          help="begin with the weights, and the VAE, of this checkpoint")
 
@@ -1212,7 +1246,7 @@ def parse(argv):
            help="save, validate and play the model; default: a tenth of the steps, 50 to 1000")
     output("--resume", action="store_true", default=None,
            help="go on with the run in --out, with its own settings; --steps may prolong it, and "
-           "--data, --valid, --cache, --compile and --precision may be given anew")
+           "--data, --valid, --denoiser, --cache, --compile and --precision may be given anew")
     return parser.parse_args(argv)
 
 
@@ -1267,7 +1301,7 @@ def settle(o):
     o.windows = o.windows and [in_samples(window) for window in o.windows]
     for name, value in settled.items():
         given = getattr(o, name, None)
-        may_change = name in ANEW and (value is not None or name not in MUSIC)
+        may_change = name in ANEW and (value is not None or name not in FILES)
         if given not in (None, value) and not may_change:
             raise UserError(f"{start.path} has another {flag_of(name)}: leave it out, "
                             "or begin another run")
@@ -1309,10 +1343,10 @@ def in_all(work, *given):
 
 def facts(o, state, source, held_out):
     """{name: value} of what must be the same in all processes, however their folders are called."""
-    of_folders = (*MUSIC, "origin", "vae", "init")
+    of_files = (*FILES, "origin", "vae", "init")
     found = {"step": state["run_step"] if state else 0}
     for name, value in vars(o).items():
-        if name not in PER_CALL and name not in of_folders:
+        if name not in PER_CALL and name not in of_files:
             found[flag_of(name)] = value
     for name, tracks in (("--data", source), ("validation", held_out)):
         if o.data:
@@ -1437,6 +1471,15 @@ def make_and_train(o, state, start, config):
         vae = vae.to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
 
+    # A classifier that is to guide meets a latent model's estimates.
+    denoiser = None
+    if o.denoiser:
+        denoiser = load_checkpoint(o.denoiser, o.device, ("latent",))
+        longest = denoiser.window * denoiser.hop
+        if max(o.windows) > longest:
+            raise UserError(f"--windows: {o.denoiser} takes clips of at most "
+                            f"{longest / SAMPLE_RATE:.2f} s")
+
     # Music, and the classes that it is labelled with: the names of its folders.
     source, held_out = music(o, o.origin)
     agree(facts(o, state, source, held_out))
@@ -1468,8 +1511,8 @@ def make_and_train(o, state, start, config):
 
     # What is minimised, once for the network and once for the average of its weights.
     ema = copy.deepcopy(net)
-    objective = make_objective(o, net, vae)
-    averaged = make_objective(o, ema, vae).requires_grad_(False).eval()
+    objective = make_objective(o, net, vae, denoiser)
+    averaged = make_objective(o, ema, vae, denoiser).requires_grad_(False).eval()
     if o.compile:
         torch._dynamo.config.recompile_limit = 64       # one for each window and kind of block
         for module in net.modules():

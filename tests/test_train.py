@@ -653,7 +653,7 @@ def test_a_run_saves_ten_times_by_default(tmp_path):
 
 @pytest.mark.parametrize("given", ["--model waveform --compile", "--valid music", "--cache",
                                    "--model vae --vae vae.pt", "--model classifier --cache",
-                                   "--model decoder --init vae.pt"])
+                                   "--model decoder --init vae.pt", "--denoiser latent.pt"])
 def test_a_flag_that_would_do_nothing_is_refused(given, tmp_path):
     """It belongs to another model, or needs --data."""
     flag = [word for word in given.split() if word.startswith("--")][-1]
@@ -1163,6 +1163,70 @@ def test_a_classifier_learns_its_classes_from_a_part_of_the_patches():
     torch.testing.assert_close(objective(x, **batch)["loss"], bce(net.listen(x, RATE)[0], truth))
     objective.train()(x, **batch)
     assert seen == [8 * 6, 8 * 6, 6 * 5]
+
+
+def latent_file(tmp_path):
+    """A checkpoint with an untrained latent model."""
+    net, vae = tiny("latent"), tiny("vae")
+    save_checkpoint(tmp_path / "latent.pt", "latent", net, vae)
+    return tmp_path / "latent.pt"
+
+
+def test_a_classifier_for_guidance_meets_estimates_of_noised_clips(tmp_path):
+    """Two thirds of the clips: x0_hat of the noised latents, decoded, each clip by itself; the
+    others are left as they are, bit for bit. Nothing of the denoiser is trained or saved."""
+    denoiser = sample.load_checkpoint(latent_file(tmp_path))
+    objective = train.Classifying(tiny("classifier", classes=3), denoiser)
+    assert all(name.startswith("net.") for name in objective.state_dict())
+
+    # What is drawn for each clip.
+    rng, window = np.random.default_rng(1), 2**14 + 50
+    drawn = [objective.draw(rng, window) for _ in range(300)]
+    times = np.array([one["t"] for one in drawn])
+    assert 0.6 < (times > 0).mean() < 0.73 and times.max() > 0.97
+    assert abs(times[times > 0].mean() - 0.5) < 0.06
+
+    # Clips at three times, one of them 0.
+    x = 0.1 * torch.randn(3, 2, window)
+    t = torch.tensor([0.7, 0.0, 0.3], dtype=torch.float64)
+    eps = torch.from_numpy(np.stack([one["eps"] for one in drawn[:3]]))
+    made = objective.estimated(x, t, eps)
+    assert torch.equal(made[1], x[1]) and made.shape == x.shape
+    for i in (0, 2):
+        x_0 = denoiser.encode(x[i:i + 1])
+        x_t, _ = add_noise(x_0, eps[i:i + 1], t[i:i + 1])
+        x0_hat = x0_from_v(x_t, denoiser.net(x_t, t[i:i + 1].float()), t[i:i + 1])
+        expected = denoiser.decode(x0_hat)[0, :, :window]
+        torch.testing.assert_close(made[i], expected, rtol=1e-4, atol=1e-5)
+
+    # That is what the loss is about.
+    batch = {"label": torch.tensor([2, 0, 1]), "patchout": torch.tensor([1, 2, 3])}
+    plain = train.Classifying(objective.net).eval()
+    expected = plain(made, **batch)["loss"]
+    torch.testing.assert_close(objective.eval()(x, t=t, eps=eps, **batch)["loss"], expected)
+    assert (plain(x, **batch)["loss"] - expected).abs() > 1e-6
+
+
+def test_a_denoiser_may_move_but_not_come_later(music, tmp_path):
+    """A resumed run takes it from where it is said to be; one that began without stays so. Clips
+    are no longer than its window, and it is a latent model."""
+    first = latent_file(tmp_path)
+    given = "--data", music, "--steps", 2
+    out = tmp_path / "one"
+    fit("classifier", out, *given, *SHORT, "--denoiser", first)
+    moved = first.rename(tmp_path / "moved.pt")
+    with pytest.raises(sample.UserError, match="latent.pt"):
+        fit("classifier", out, "--resume", "--steps", 3)
+    assert fit("classifier", out, "--resume", "--steps", 3, "--denoiser", moved)["step"] == 3
+
+    fit("classifier", tmp_path / "two", *given, *SHORT)
+    with pytest.raises(sample.UserError, match="another --denoiser"):
+        fit("classifier", tmp_path / "two", "--resume", "--denoiser", moved)
+    with pytest.raises(sample.UserError, match="^--windows: .* takes clips of at most"):
+        fit("classifier", tmp_path / "three", *given, "--windows", 9, "--denoiser", moved)
+    save_checkpoint(tmp_path / "vae.pt", "vae", tiny("vae"))
+    with pytest.raises(sample.UserError, match="holds a vae model"):
+        fit("classifier", tmp_path / "four", *given, "--denoiser", tmp_path / "vae.pt")
 
 
 def test_autoencoder_and_decoder_have_losses_of_their_own(monkeypatch):
