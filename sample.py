@@ -837,9 +837,9 @@ def with_weak_model(checkpoint, path, device="cpu"):
 # The step size of the L1 sum, for each kind of model; its product with the steps is what matters.
 XI = {"latent": 0.12, "waveform": 0.05}
 XI_STEPS = 50
-GUIDE_STEP = 3.0                        # step size of a guiding term, L2 or BCE
+GUIDE_STEP = 1.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
-AWAY = 1.5                              # how far v is moved away from a weak model's
+AWAY = 2.0                              # how far v is moved away from a weak model's
 T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
