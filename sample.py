@@ -1051,7 +1051,8 @@ def limited(audio, reach):
 # ---- from a context to new audio -----------------------------------------------------------------
 
 # The row of Table 2 that each task takes: functions of x_bar, C_L, C_R, z, the settings, and a
-# Term's fields.
+# Term's fields. A new task has a line here, in FROM_X_BAR if it reads the region, and in USED for
+# its flags.
 TABLE_2 = {
     "continuation": lambda x_bar, C_L, C_R, z, settings, **term:
         tasks.continuation(x_bar, C_L, z, **term),

@@ -316,7 +316,7 @@ class Classifying(nn.Module):
 
 
 def make_objective(o, net, vae, denoiser):
-    """The objective of --model around a network; vae: of a latent model; denoiser: --denoiser."""
+    """The objective of --model around a network, with a latent model's VAE, or a denoiser."""
     if o.model == "vae":
         objective = Autoencoding(net)
     elif o.model == "decoder":
@@ -1208,8 +1208,8 @@ def parse(argv):
     what("--vae", type=os.path.abspath, metavar="FILE", help="latent, decoder: a checkpoint with "
          "a VAE, instead of the shipped one, or of the one that --init has")
     what("--denoiser", type=os.path.abspath, metavar="FILE",
-         help="classifier: a latent model, whose estimates of noised music are most of the clips; "
-         "for guidance of this model")
+         help="classifier: the latent model that it is to guide; most clips are replaced by that "
+         "model's estimates of noised ones")
     what("--init", type=os.path.abspath, metavar="FILE",
          help="begin with the weights, and the VAE, of this checkpoint")
 
@@ -1471,7 +1471,7 @@ def make_and_train(o, state, start, config):
         vae = vae.to(o.device)
         config = replace(config, channels=vae.config.latent_channels)
 
-    # A classifier that is to guide meets a latent model's estimates.
+    # A classifier may be trained for guidance of a latent model: see Classifying.
     denoiser = None
     if o.denoiser:
         denoiser = load_checkpoint(o.denoiser, o.device, ("latent",))

@@ -118,8 +118,8 @@ import train
 to_device, make_objective = train.to_device, train.make_objective
 train.MEASURED["tiny"] = train.VALIDATED = 2
 train.play = lambda *given: None
-train.make_objective = lambda o, net, vae, *more: make_objective(
-    o, net, vae and vae.to(kind), *more).to(kind)
+train.make_objective = lambda o, net, vae, denoiser: make_objective(
+    o, net, vae and vae.to(kind), denoiser).to(kind)
 train.to_device = lambda batch, device: {
     name: x.to(kind) if x.is_floating_point() else x
     for name, x in to_device(batch, device).items()}

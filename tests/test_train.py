@@ -62,6 +62,13 @@ def vae_file(tmp_path):
     return tmp_path / "vae.pt"
 
 
+@pytest.fixture
+def latent_file(tmp_path):
+    """A checkpoint with an untrained latent model."""
+    save_checkpoint(tmp_path / "latent.pt", "latent", tiny("latent"), tiny("vae"))
+    return tmp_path / "latent.pt"
+
+
 def tiny(kind, **changes):
     """An untrained network of that kind."""
     make, _, presets = sample.NETS[kind]
@@ -1165,17 +1172,10 @@ def test_a_classifier_learns_its_classes_from_a_part_of_the_patches():
     assert seen == [8 * 6, 8 * 6, 6 * 5]
 
 
-def latent_file(tmp_path):
-    """A checkpoint with an untrained latent model."""
-    net, vae = tiny("latent"), tiny("vae")
-    save_checkpoint(tmp_path / "latent.pt", "latent", net, vae)
-    return tmp_path / "latent.pt"
-
-
-def test_a_classifier_for_guidance_meets_estimates_of_noised_clips(tmp_path):
+def test_a_classifier_for_guidance_meets_estimates_of_noised_clips(latent_file):
     """Two thirds of the clips: x0_hat of the noised latents, decoded, each clip by itself; the
     others are left as they are, bit for bit. Nothing of the denoiser is trained or saved."""
-    denoiser = sample.load_checkpoint(latent_file(tmp_path))
+    denoiser = sample.load_checkpoint(latent_file)
     objective = train.Classifying(tiny("classifier", classes=3), denoiser)
     assert all(name.startswith("net.") for name in objective.state_dict())
 
@@ -1207,14 +1207,13 @@ def test_a_classifier_for_guidance_meets_estimates_of_noised_clips(tmp_path):
     assert (plain(x, **batch)["loss"] - expected).abs() > 1e-6
 
 
-def test_a_denoiser_may_move_but_not_come_later(music, tmp_path):
+def test_a_denoiser_may_move_but_not_come_later(music, latent_file, vae_file, tmp_path):
     """A resumed run takes it from where it is said to be; one that began without stays so. Clips
     are no longer than its window, and it is a latent model."""
-    first = latent_file(tmp_path)
     given = "--data", music, "--steps", 2
     out = tmp_path / "one"
-    fit("classifier", out, *given, *SHORT, "--denoiser", first)
-    moved = first.rename(tmp_path / "moved.pt")
+    fit("classifier", out, *given, *SHORT, "--denoiser", latent_file)
+    moved = latent_file.rename(tmp_path / "moved.pt")
     with pytest.raises(sample.UserError, match="latent.pt"):
         fit("classifier", out, "--resume", "--steps", 3)
     assert fit("classifier", out, "--resume", "--steps", 3, "--denoiser", moved)["step"] == 3
@@ -1224,9 +1223,8 @@ def test_a_denoiser_may_move_but_not_come_later(music, tmp_path):
         fit("classifier", tmp_path / "two", "--resume", "--denoiser", moved)
     with pytest.raises(sample.UserError, match="^--windows: .* takes clips of at most"):
         fit("classifier", tmp_path / "three", *given, "--windows", 9, "--denoiser", moved)
-    save_checkpoint(tmp_path / "vae.pt", "vae", tiny("vae"))
     with pytest.raises(sample.UserError, match="holds a vae model"):
-        fit("classifier", tmp_path / "four", *given, "--denoiser", tmp_path / "vae.pt")
+        fit("classifier", tmp_path / "four", *given, "--denoiser", vae_file)
 
 
 def test_autoencoder_and_decoder_have_losses_of_their_own(monkeypatch):
