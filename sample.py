@@ -844,6 +844,7 @@ T_AWAY = 0.7                            # only below this time: at higher noise 
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
+    "k_repeats": 1.0,                   # ours
     "start_from": "paper",              # Table 2, x_T
     "project": "x_t",                   # Algorithms 1 and 2, the last line
     "t_end": 0.0,                       # ours
@@ -860,7 +861,8 @@ class Settings:
     steps: int = 50
     xi: float = 0.12            # guidance step size, at 50 steps
     k: float = 0.6              # regenerate, transition: share of noise in x_T
-    start_from: str = "matched"                 # regenerate, transition: see tasks.regenerate
+    k_repeats: float = 0.7      # continuation, infill: the same; the rest is their context, repeated
+    start_from: str = "matched"                 # below k = 1: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
     away: float = 0.0           # how far to move away from the weak model, if there is one,
@@ -879,7 +881,9 @@ class Settings:
             help="guidance step size at 50 steps "
                  "(default: {latent} latent, {waveform} waveform)".format(**XI))
         add("--k", type=within(0.01, 1),
-            help=f"regenerate, transition: share of noise, up to 1 (default: {Settings.k})")
+            help="share of noise to start from; the rest is what stands there or, in continuation "
+                 "and infill, the context repeated. 1: noise alone "
+                 f"(default: {Settings.k}; continuation, infill: {Settings.k_repeats})")
         add("--away", type=within(0, 10),
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
@@ -901,6 +905,8 @@ class Settings:
             value = getattr(options, setting.name, None)
             if value is not None:
                 given[setting.name] = value
+        if "k" in given:
+            given["k_repeats"] = given["k"]
 
         # Defaults that depend on the model. Large models keep the level, and draw details, well.
         preset = {"xi": XI[checkpoint.kind], "keep_level": False}
@@ -1048,6 +1054,86 @@ def limited(audio, reach):
     return audio * mean.to(audio)
 
 
+# ---- the context, repeated -----------------------------------------------------------------------
+
+SHORTEST = 0.8                          # seconds: of a repeat, and of what decides on its length
+PERIOD_FFT, PERIOD_HOP = 2048, 256      # samples
+PERIOD_LOWEST, PERIOD_OCTAVES = 100, 6  # Hz; and up to 6.4 kHz
+
+
+def context_repeated(audio, left, right):
+    """Audio (B, 2, n) with its context, repeated, between the first `left` and last `right` samples.
+
+    The left context's last period goes on, over and over, and is cross-faded into the right one's
+    first period, which precedes it over and over; each only if it is long enough (`enough`). What
+    stood in the gap is not read.
+    """
+    n = audio.shape[-1]
+    end = n - right
+    at = torch.arange(end - left, device=audio.device)
+    clips = []
+    for clip in audio:
+        forwards, backwards = clip.clone(), clip.clone()
+        if enough(left):
+            lag = period(clip[:, :left])
+            forwards[:, left:end] = clip[:, left - lag + at % lag]
+        if enough(right):
+            lag = period(clip[:, end:])
+            backwards[:, left:end] = clip[:, end + (at - len(at)) % lag]
+        if not enough(right):
+            clips.append(forwards)
+        elif not enough(left):
+            clips.append(backwards)
+        else:
+            clips.append(tasks.crossfade(forwards[None], backwards[None], left, right)[0])
+    return torch.stack(clips)
+
+
+def enough(samples):
+    """Whether a context of so many samples holds a period, and as much again to find it."""
+    return samples >= 2 * round(SHORTEST * SAMPLE_RATE)
+
+
+def period(audio):
+    """The lag, in samples, at which audio (2, n) is most like itself: some beats, or a phrase.
+
+    Compared are the power in sixths of an octave (which notes sound), and its rises (when they
+    begin); then, to find the sample, the waveforms. At least SHORTEST, and as much of the audio
+    must be left over to compare.
+    """
+    def best(x, lags):
+        """The lag at which x (..., n) correlates most with itself."""
+        match = [F.cosine_similarity(x[..., :-lag].flatten(), x[..., lag:].flatten(), dim=0)
+                 for lag in lags]
+        return lags[torch.stack(match).argmax().item()]
+
+    # Log power (bands, frames), without what lasts, such as the timbre.
+    size = PERIOD_FFT
+    mono = audio.mean(0).to("cpu", torch.float32)
+    S = torch.stft(mono, size, PERIOD_HOP, window=torch.hann_window(size), return_complex=True)
+    f = torch.arange(size // 2 + 1) * SAMPLE_RATE / size
+    edges = PERIOD_LOWEST * 2 ** (torch.arange(6 * PERIOD_OCTAVES + 1) / 6)
+    inside = ((f >= edges[:-1, None]) & (f < edges[1:, None])).float()          # (bands, bins)
+    P = inside @ S.abs().square()
+    P = (P + 1e-4 * P.mean() + 1e-12).log()
+    P = P - P.mean(1, keepdim=True)
+    rise = F.pad(P.diff(dim=1), (1, 0)).clamp(min=0)
+
+    # In frames, then in samples.
+    X = torch.cat([P / (P.std() + 1e-6), rise / (rise.std() + 1e-6)])
+    least = round(SHORTEST * SAMPLE_RATE)
+    first = math.ceil(least / PERIOD_HOP)
+    lag = best(X, range(first, X.shape[1] - first + 1)) * PERIOD_HOP
+    longest = len(mono) - least
+    return best(mono, range(max(least, lag - PERIOD_HOP), min(longest, lag + PERIOD_HOP) + 1))
+
+
+def repeats_context(checkpoint, name, C_L, C_R, settings):
+    """Whether a task starts from its context, repeated: see `fill`."""
+    return (name in REPEATING and settings.k_repeats < 1
+            and enough(max(C_L, C_R) * checkpoint.hop))
+
+
 # ---- from a context to new audio -----------------------------------------------------------------
 
 # The row of Table 2 that each task takes: functions of x_bar, C_L, C_R, z, the settings, and a
@@ -1064,6 +1150,7 @@ TABLE_2 = {
         tasks.transition(x_bar, C_L, C_R, z, settings.k, settings.start_from, **term),
 }
 FROM_X_BAR = ("regenerate", "transition")       # these start from what is there; others ignore it
+REPEATING = ("continuation", "infill")          # these start from their context, repeated
 
 
 def windows(C_L, gap, C_R, window, overlap):
@@ -1157,10 +1244,12 @@ def row_for(name, left, right):
     return None
 
 
-def steps_of(row, settings):
+def steps_of(row, settings, repeats=False):
     """The steps that sampling takes in one window."""
     t_T = 1.0
-    if row in FROM_X_BAR and settings.start_from == "matched":
+    if repeats:
+        t_T = tasks.matched_time(settings.k_repeats)
+    elif row in FROM_X_BAR and settings.start_from == "matched":
         t_T = tasks.matched_time(settings.k)
     return len(time_steps(settings.steps, t_T, settings.t_end)) - 1
 
@@ -1169,7 +1258,8 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
          x_bar=None, spans=None, guides=(), example=None, callback=None):
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
 
-    Encode, generate, decode, equalise.
+    Encode, generate, decode, equalise. A continuation or an infill starts from its context,
+    repeated, where that is long enough and settings.k_repeats is below 1 (ours).
 
     generator   one, or a list: of B for B clips, or of B for one clip, which gets B new parts
     x_bar       what `encode` makes of the audio, if that is at hand
@@ -1178,10 +1268,15 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
     """
     from_x_bar = name in FROM_X_BAR
     if x_bar is None:
-        x_bar = encode(checkpoint, name, audio, C_L, C_R)
+        x_bar = encode(checkpoint, name, audio, C_L, C_R, settings)
     if isinstance(generator, list):
         x_bar = x_bar.expand(len(generator), -1, -1)
-    x_0 = generate(checkpoint, name, x_bar, C_L, C_R, settings, generator,
+
+    # With the context repeated in the gap of x_bar, it is a Regenerate.
+    row, start = name, settings
+    if repeats_context(checkpoint, name, C_L, C_R, settings):
+        row, start = "regenerate", replace(settings, k=settings.k_repeats)
+    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, start, generator,
                    spans=spans, guides=guides, callback=callback)
 
     # Guidance by class should be free to change the sound.
@@ -1201,12 +1296,15 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
     return new
 
 
-def encode(checkpoint, name, audio, C_L, C_R):
+def encode(checkpoint, name, audio, C_L, C_R, settings):
     """x_bar (B, C, n / hop) of audio (B, 2, n), for the task of that name.
 
     One that starts from x_bar reads all of it; the others read nothing of the gap.
     """
-    if name in FROM_X_BAR:
+    repeats = repeats_context(checkpoint, name, C_L, C_R, settings)
+    if repeats:
+        audio = context_repeated(audio, C_L * checkpoint.hop, C_R * checkpoint.hop)
+    if repeats or name in FROM_X_BAR:
         return encode_context(checkpoint, audio, audio.shape[-1] // checkpoint.hop, 0)
     return encode_context(checkpoint, audio, C_L, C_R)
 
@@ -1631,7 +1729,7 @@ USED = {
     "length": ("unconditional", "continuation", "intro", "embedding", "classifier"),
     "context": EDITS,
     "fade": ("transition", "loop"),
-    "k": (*FROM_X_BAR, "loop"),
+    "k": EDITS,
     "xi": EDITS,
     "splice": EDITS,
 }
@@ -1957,9 +2055,10 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     # same whatever else is made.
     row = row_of(o)
     context = edit.context(whole=row in FROM_X_BAR).to(device)
-    x_bar = encode(checkpoint, row, context, edit.C_L, edit.C_R)
+    x_bar = encode(checkpoint, row, context, edit.C_L, edit.C_R, settings)
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
-    steps = steps_of(row, settings) * len(edit.spans)
+    repeats = repeats_context(checkpoint, row, edit.C_L, edit.C_R, settings)
+    steps = steps_of(row, settings, repeats) * len(edit.spans)
 
     def make(seeds):
         """The model's audio (B, 2, n), a clip for each seed."""

@@ -671,8 +671,11 @@ def play(o, ema, averaged, held_out, step):
 
 
 def continued(checkpoint, audio, C_L):
-    """Audio (1, 2, n), of which all that follows the first C_L frames is made by the model."""
-    options = argparse.Namespace(steps=PLAY_STEPS, as_printed=False)
+    """Audio (1, 2, n), of which all that follows the first C_L frames is made by the model.
+
+    From noise alone, which shows what the model can do by itself.
+    """
+    options = argparse.Namespace(steps=PLAY_STEPS, as_printed=False, k=1.0)
     settings = sample.Settings.of(options, checkpoint)
     generator = torch.Generator().manual_seed(0)
     return sample.fill(checkpoint, "continuation", audio, C_L, 0, settings, generator)

@@ -715,6 +715,12 @@ def alternatives(study, task):
         "four times xi": replace(settings, xi=4 * settings.xi),
         "as printed": sample.Settings.of(printed, study.checkpoint),
     }
+    if task in sample.REPEATING:
+        found |= {
+            "from noise alone": replace(settings, k_repeats=1.0),
+            "k = 0.6": replace(settings, k_repeats=0.6),
+            "k = 0.8": replace(settings, k_repeats=0.8),
+        }
     if task in sample.FROM_X_BAR:
         found |= {
             "k = 0.85": replace(settings, k=0.85),

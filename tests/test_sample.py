@@ -370,8 +370,9 @@ def test_help_has_groups_and_defaults(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for group in ("what to make:", "where, in seconds or m:ss:", "how:", "output:"):
         assert group in said
-    for default in (Settings.steps, Settings.sampler, Settings.k, "latent", "auto"):
+    for default in (Settings.steps, Settings.sampler, "latent", "auto"):
         assert f"(default: {default})" in said
+    assert f"(default: {Settings.k}; continuation, infill: {Settings.k_repeats})" in said
     assert "(default: {latent} latent, {waveform} waveform)".format(**sample.XI) in said
     assert "(default: {transition}; {loop})".format(**sample.FADE) in said
 
@@ -609,6 +610,8 @@ def test_the_bar_has_as_many_steps_as_are_made(row, start):
     sample.generate(toy(), row, noise(1, 4, 64, dtype=torch.float32), 16, 8, settings, seeded(),
                     callback=lambda s, x_s: made.append(s))
     assert len(made) == sample.steps_of(row, settings) <= 15 and made[-1] == 0
+    as_regenerate = sample.steps_of("regenerate", Settings(steps=20, k=0.7, t_end=0.3))
+    assert sample.steps_of("infill", Settings(steps=20, t_end=0.3), repeats=True) == as_regenerate
     assert len(made) == 1 or made[-2] >= 0.3 - 1e-9
 
 
@@ -627,18 +630,100 @@ def test_regenerating_the_start_of_a_track_begins_with_what_stood_there(start):
     assert len(seen) == 2 and (seen[0] - x_bar[..., :32]).abs().mean() < 0.05
 
 
+# ---- the context, repeated -----------------------------------------------------------------------
+
+LONG = round(2.4 * 44100)                            # samples: long enough to be repeated
+
+
+def tune(seconds, samples, start=0):
+    """A tune (1, 2, samples) that lasts so many seconds, over and over, from a sample of it on."""
+    n = round(seconds * 44100)
+    notes = torch.linspace(0, 7, n).floor()
+    pitch = 220 * 2 ** (torch.tensor([0.0, 7, 4, 12, 5, 9, 2, 2])[notes.long()] / 12)
+    phase = 2 * math.pi * pitch.cumsum(0) / 44100
+    fading = torch.exp(-8 * (torch.linspace(0, 7, n) - notes))
+    once = 0.2 * fading * torch.sin(phase)
+    return once[(start + torch.arange(samples)) % n].expand(1, 2, -1)
+
+
+@pytest.mark.parametrize("seconds", [0.9, 1.23, 1.6])
+def test_the_period_of_a_tune_is_how_long_it_lasts(seconds):
+    """To the sample; also at another level, in another timbre, and in a little noise."""
+    audio = tune(seconds, round(2.6 * 44100))[0]
+    for other in (audio, 1e-3 * audio, dull(audio), audio + 0.003 * torch.randn(audio.shape)):
+        assert abs(sample.period(other) - seconds * 44100) <= 1
+    assert sample.period(0 * audio) >= sample.SHORTEST * 44100              # silence has one, too
+    shortest = audio[:, :2 * round(sample.SHORTEST * 44100)]
+    assert sample.enough(shortest.shape[1]) and not sample.enough(shortest.shape[1] - 1)
+    assert sample.period(shortest) == shortest.shape[1] / 2
+
+
+def test_a_context_goes_on_as_it_was_repeated():
+    """From the left, from the right, or both, cross-faded; and what stood there is not read."""
+    gap = 60000
+    whole = torch.cat([tune(1.1, 2 * LONG + gap), tune(1.3, 2 * LONG + gap)])           # 2 clips
+    one_tune = {"left": (LONG, 0), "right": (0, LONG), "both": (LONG, LONG)}
+    for left, right in one_tune.values():
+        audio = whole[..., :left + gap + right].clone()
+        expected = audio.clone()
+        audio[..., left:left + gap] = 9.0
+        made = sample.context_repeated(audio, left, right)
+        assert torch.equal(made[..., :left], audio[..., :left])
+        assert torch.equal(made[..., left + gap:], audio[..., left + gap:])
+        new, old = made[..., left:left + gap], expected[..., left:left + gap]
+        assert (new - old).square().mean() < 0.3 * old.square().mean()
+
+
+def test_a_context_that_is_too_short_is_not_repeated():
+    """Then the other is, alone; and the period of each is found within it."""
+    audio = tune(1.1, 3 * LONG)
+    short = LONG // 2                               # 1.2 s
+    alone = sample.context_repeated(audio, LONG, 0)
+    assert torch.equal(sample.context_repeated(audio, LONG, short)[..., :-short],
+                       alone[..., :-short])
+    model = toy(hop=2048)
+    for task, C_L, C_R, repeats in (("infill", 36, 0, True), ("infill", 1, 36, True),
+                                    ("infill", 34, 34, False), ("continuation", 36, 0, True),
+                                    ("regenerate", 36, 36, False), ("embedding", 36, 0, False)):
+        assert sample.repeats_context(model, task, C_L, C_R, Settings()) == repeats
+        assert not sample.repeats_context(model, task, C_L, C_R, Settings(k_repeats=1.0))
+
+
+@pytest.mark.parametrize("task", sample.REPEATING)
+def test_a_continuation_and_an_infill_regenerate_their_context_repeated(task):
+    """As Table 2's Regenerate with k_repeats; from noise alone, as its own row, with k_repeats 1."""
+    hop, C = 2048, 40
+    model = toy(hop=hop)
+    audio = torch.cat([tune(1.1, 128 * hop), tune(1.3, 128 * hop, 999)])
+    C_R = 0 if task == "continuation" else C
+    settings = Settings(steps=4, xi=0.2, equalise=False)
+    repeated = sample.context_repeated(audio, C * hop, C_R * hop)
+    x_bar = sample.encode_context(model, repeated, 128, 0)
+    expected = by_hand("regenerate", x_bar, C, C_R, sample.replace(settings, k=0.7), seeded(1))
+    made = sample.fill(model, task, audio, C, C_R, settings, seeded(1))
+    torch.testing.assert_close(made, model.decode(expected), atol=1e-4, rtol=1e-4)
+
+    alone = sample.replace(settings, k_repeats=1.0)
+    x_bar = sample.encode_context(model, audio, C, C_R)
+    expected = by_hand(task, x_bar, C, C_R, alone, seeded(1))
+    made = sample.fill(model, task, audio, C, C_R, alone, seeded(1))
+    torch.testing.assert_close(made, model.decode(expected), atol=1e-4, rtol=1e-4)
+
+
 # ---- fill: encode, generate, decode, equalise ----------------------------------------------------
 
 @pytest.mark.parametrize("task, reads", [
     ("continuation", False), ("infill", False), ("regenerate", True), ("transition", True)])
-def test_tasks_from_x_bar_read_the_gap_and_no_others_do(task, reads):
+@pytest.mark.parametrize("C", [100, 600], ids=["short context", "repeated context"])
+def test_tasks_from_x_bar_read_the_gap_and_no_others_do(task, reads, C):
     """Other audio in the place of the gap changes the result, or no bit of it."""
-    audio = 0.1 * noise(1, 2, 2**15, dtype=torch.float32)
-    C_R = 0 if task == "continuation" else 100
+    n = 2**15 if C == 100 else 2**18
+    audio = 0.1 * noise(1, 2, n, dtype=torch.float32)
+    C_R = 0 if task == "continuation" else C
     other = audio.clone()
-    other[..., 100 * 128:2**15 - C_R * 128] = 0.3
+    other[..., C * 128:n - C_R * 128] = 0.3
     settings = Settings(steps=2)
-    made = [sample.fill(toy(), task, x, 100, C_R, settings, seeded(1)) for x in (audio, other)]
+    made = [sample.fill(toy(), task, x, C, C_R, settings, seeded(1)) for x in (audio, other)]
     assert torch.equal(*made) != reads
 
 
@@ -1648,7 +1733,7 @@ BAD = [
     # what would do nothing
     ("--length", EDIT + "--length 2"),
     ("--input does nothing", "--task unconditional --input {folder}/long.wav"),
-    ("--k does nothing", EDIT + "--k 0.5"),
+    ("--k does nothing", "--task unconditional --k 0.5"),
     ("--fade does nothing", EDIT + "--fade 1"),
     ("--xi does nothing", "--task unconditional --xi 0.1"),
     ("--splice does nothing", "--task unconditional --splice 9"),
