@@ -840,6 +840,7 @@ XI_STEPS = 50
 GUIDE_STEP = 1.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
 AWAY = 2.0                              # how far v is moved away from a weak model's
+K_REPEATS = 0.7                         # without repeats a small model has no rhythm
 T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
@@ -861,7 +862,7 @@ class Settings:
     steps: int = 50
     xi: float = 0.12            # guidance step size, at 50 steps
     k: float = 0.6              # regenerate, transition: share of noise in x_T
-    k_repeats: float = 0.7      # continuation, infill: the same; the rest is their context, repeated
+    k_repeats: float = 1.0      # continuation, infill: likewise; the rest is the context, repeated
     start_from: str = "matched"                 # below k = 1: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
@@ -883,7 +884,7 @@ class Settings:
         add("--k", type=within(0.01, 1),
             help="share of noise to start from; the rest is what stands there or, in continuation "
                  "and infill, the context repeated. 1: noise alone "
-                 f"(default: {Settings.k}; continuation, infill: {Settings.k_repeats})")
+                 f"(default: {Settings.k}; continuation, infill: {K_REPEATS} for small models)")
         add("--away", type=within(0, 10),
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
@@ -908,12 +909,12 @@ class Settings:
         if "k" in given:
             given["k_repeats"] = given["k"]
 
-        # Defaults that depend on the model. Large models keep the level, and draw details, well.
+        # Defaults that depend on the model. Large ones keep level and beat, and draw details, well.
         preset = {"xi": XI[checkpoint.kind], "keep_level": False}
         if checkpoint.weak:
             preset = preset | {"away": AWAY}
         if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
-            preset = preset | {"keep_level": True, "t_end": T_END}
+            preset = preset | {"keep_level": True, "t_end": T_END, "k_repeats": K_REPEATS}
         if options.as_printed:
             # App. C.3 has one xi whatever the number of steps; `generate` divides by them.
             steps = given.get("steps", cls.steps)
@@ -1062,11 +1063,11 @@ PERIOD_LOWEST, PERIOD_OCTAVES = 100, 6  # Hz; and up to 6.4 kHz
 
 
 def context_repeated(audio, left, right):
-    """Audio (B, 2, n) with its context, repeated, between the first `left` and last `right` samples.
+    """Audio (B, 2, n) with its contexts, `left` and `right` samples, repeated in the gap between.
 
-    The left context's last period goes on, over and over, and is cross-faded into the right one's
-    first period, which precedes it over and over; each only if it is long enough (`enough`). What
-    stood in the gap is not read.
+    The left context's last period goes on, over and over. It is cross-faded into the right one's
+    first period, which precedes it over and over. A context that is not long `enough` is left out.
+    What stood in the gap is not read.
     """
     n = audio.shape[-1]
     end = n - right

@@ -153,8 +153,10 @@ class Study:
     def fillers(self, task):
         """{name: the part of each clip} of two ways to fill it without a model."""
         a, b = self.spans[task].a, self.spans[task].b
-        repeated = [clip[:, torch.arange(a, b) % a] for clip in self.clips]
-        noise = []
+        repeated, noise = [], []
+        for clip in self.clips:
+            whole = sample.context_repeated(clip[None], a, self.window - b)
+            repeated.append(whole[0, :, a:b])
         for j, clip in enumerate(self.clips):
             noise.append(torch.randn(2, b - a, generator=self.random(j)) * clip.std())
         return {"context repeated": repeated, "white noise": noise}
@@ -456,6 +458,15 @@ def about_prompts(study):
     for name, of_clips in embeddings.items():
         nearest, nearer = own_prompt_wins(of_clips, of_prompts)
         print(f"  {name:18} {nearest:.2f}  {nearer:.2f}")
+
+    # How much of it is the repeated context, from which a small model starts?
+    means = []
+    for clips in (made, real):
+        pairs = zip(clips, repeated)
+        alike = [F.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in pairs]
+        means.append(torch.stack(alike).mean())
+    print("waveform correlation with the context repeated: "
+          "generated {:.2f}, real {:.2f}".format(*means))
 
     # Do they differ from each other as real ones do?
     spread = torch.pdist(embeddings["generated"]).mean()

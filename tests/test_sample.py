@@ -318,6 +318,7 @@ def test_as_printed_sets_the_papers_constants(kind):
     settings = Settings.of(options, SimpleNamespace(kind=kind, size="small", weak=None))
     assert settings.xi * 50 / 5 == pytest.approx(APP_C3[kind])
     assert (settings.sampler, settings.k, settings.start_from) == ("ddpm", 0.85, "paper")
+    assert settings.k_repeats == 1
     assert settings.project == "x_t" and not settings.equalise and not settings.keep_level
 
 
@@ -337,6 +338,9 @@ def test_small_latent_models_alone_are_held_at_a_level(kind, size, kept):
     settings = Settings.of(SimpleNamespace(as_printed=False), checkpoint)
     assert settings.keep_level == kept and settings.xi == sample.XI[kind]
     assert settings.t_end == (sample.T_END if kept else 0)      # nor do large ones lack details
+    assert settings.k_repeats == (sample.K_REPEATS if kept else 1)
+    given = Settings.of(SimpleNamespace(as_printed=False, k=0.8), checkpoint)
+    assert (given.k, given.k_repeats) == (0.8, 0.8)
 
 
 def test_each_setting_with_a_flag_is_a_field_of_that_name():
@@ -372,7 +376,8 @@ def test_help_has_groups_and_defaults(capsys):
         assert group in said
     for default in (Settings.steps, Settings.sampler, "latent", "auto"):
         assert f"(default: {default})" in said
-    assert f"(default: {Settings.k}; continuation, infill: {Settings.k_repeats})" in said
+    small = sample.K_REPEATS
+    assert f"(default: {Settings.k}; continuation, infill: {small} for small models)" in said
     assert "(default: {latent} latent, {waveform} waveform)".format(**sample.XI) in said
     assert "(default: {transition}; {loop})".format(**sample.FADE) in said
 
@@ -611,7 +616,8 @@ def test_the_bar_has_as_many_steps_as_are_made(row, start):
                     callback=lambda s, x_s: made.append(s))
     assert len(made) == sample.steps_of(row, settings) <= 15 and made[-1] == 0
     as_regenerate = sample.steps_of("regenerate", Settings(steps=20, k=0.7, t_end=0.3))
-    assert sample.steps_of("infill", Settings(steps=20, t_end=0.3), repeats=True) == as_regenerate
+    settings = Settings(steps=20, k_repeats=0.7, t_end=0.3)
+    assert sample.steps_of("infill", settings, repeats=True) == as_regenerate
     assert len(made) == 1 or made[-2] >= 0.3 - 1e-9
 
 
@@ -685,18 +691,18 @@ def test_a_context_that_is_too_short_is_not_repeated():
     for task, C_L, C_R, repeats in (("infill", 36, 0, True), ("infill", 1, 36, True),
                                     ("infill", 34, 34, False), ("continuation", 36, 0, True),
                                     ("regenerate", 36, 36, False), ("embedding", 36, 0, False)):
-        assert sample.repeats_context(model, task, C_L, C_R, Settings()) == repeats
-        assert not sample.repeats_context(model, task, C_L, C_R, Settings(k_repeats=1.0))
+        assert sample.repeats_context(model, task, C_L, C_R, Settings(k_repeats=0.7)) == repeats
+        assert not sample.repeats_context(model, task, C_L, C_R, Settings())
 
 
 @pytest.mark.parametrize("task", sample.REPEATING)
 def test_a_continuation_and_an_infill_regenerate_their_context_repeated(task):
-    """As Table 2's Regenerate with k_repeats; from noise alone, as its own row, with k_repeats 1."""
+    """As Table 2's Regenerate, with k_repeats; at 1, from noise alone, as their own row."""
     hop, C = 2048, 40
     model = toy(hop=hop)
     audio = torch.cat([tune(1.1, 128 * hop), tune(1.3, 128 * hop, 999)])
     C_R = 0 if task == "continuation" else C
-    settings = Settings(steps=4, xi=0.2, equalise=False)
+    settings = Settings(steps=4, xi=0.2, k_repeats=0.7, equalise=False)
     repeated = sample.context_repeated(audio, C * hop, C_R * hop)
     x_bar = sample.encode_context(model, repeated, 128, 0)
     expected = by_hand("regenerate", x_bar, C, C_R, sample.replace(settings, k=0.7), seeded(1))
@@ -722,7 +728,7 @@ def test_tasks_from_x_bar_read_the_gap_and_no_others_do(task, reads, C):
     C_R = 0 if task == "continuation" else C
     other = audio.clone()
     other[..., C * 128:n - C_R * 128] = 0.3
-    settings = Settings(steps=2)
+    settings = Settings(steps=2, k_repeats=0.7)
     made = [sample.fill(toy(), task, x, C, C_R, settings, seeded(1)) for x in (audio, other)]
     assert torch.equal(*made) != reads
 

@@ -195,6 +195,7 @@ def test_every_table_is_printed(studio, tmp_path, capsys):
     assert "nan" not in printed
     for words in ("white noise", "onsets/s", "from t = 0.8, in one step",
                   "v-loss on 6 whole windows", "own prompt wins", "training windows",
+                  "waveform correlation with the context repeated",
                   "by example, 3 cases", "the judge", "to the judge the wanted class",
                   "x_t is projected", "as printed", "a seed's share"):
         assert words in printed
