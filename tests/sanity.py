@@ -330,9 +330,10 @@ def regularity(marks):
     match = autocorrelation(density)
     near = in_frames(0.02)
     again = F.max_pool1d(match[None], 2 * near + 1, 1, near)[0]
-    lags = torch.arange(in_frames(0.2), min(in_frames(1.0), (len(match) - 1) // 2) + 1)
-    if not len(lags):
+    longest = min(in_frames(1.0), (len(match) - 1) // 2)
+    if longest < in_frames(0.2):
         return 0.0
+    lags = torch.arange(in_frames(0.2), longest + 1)
     return max(0.0, ((match[lags] + again[2 * lags]) / 2).max().item())
 
 
