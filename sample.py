@@ -1110,7 +1110,7 @@ def period(audio):
 
     # Log power (bands, frames), without what lasts, such as the timbre.
     size = PERIOD_FFT
-    mono = audio.mean(0).to("cpu", torch.float32)
+    mono = to_mono(audio)[0].to("cpu", torch.float32)
     S = torch.stft(mono, size, PERIOD_HOP, window=torch.hann_window(size), return_complex=True)
     f = torch.arange(size // 2 + 1) * SAMPLE_RATE / size
     edges = PERIOD_LOWEST * 2 ** (torch.arange(6 * PERIOD_OCTAVES + 1) / 6)
@@ -2060,6 +2060,9 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
     repeats = repeats_context(checkpoint, row, edit.C_L, edit.C_R, settings)
     steps = steps_of(row, settings, repeats) * len(edit.spans)
+    if row in REPEATING and settings.k_repeats < 1 and not repeats:
+        print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: "
+              "the new part starts from noise alone")
 
     def make(seeds):
         """The model's audio (B, 2, n), a clip for each seed."""

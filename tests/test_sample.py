@@ -656,7 +656,9 @@ def tune(seconds, samples, start=0):
 def test_the_period_of_a_tune_is_how_long_it_lasts(seconds):
     """To the sample; also at another level, in another timbre, and in a little noise."""
     audio = tune(seconds, round(2.6 * 44100))[0]
-    for other in (audio, 1e-3 * audio, dull(audio), audio + 0.003 * torch.randn(audio.shape)):
+    opposite = audio * torch.tensor([[1.0], [-1.0]])
+    noisy = audio + 0.003 * torch.randn(audio.shape)
+    for other in (audio, 1e-3 * audio, dull(audio), opposite, noisy):
         assert abs(sample.period(other) - seconds * 44100) <= 1
     assert sample.period(0 * audio) >= sample.SHORTEST * 44100              # silence has one, too
     shortest = audio[:, :2 * round(sample.SHORTEST * 44100)]
@@ -693,6 +695,16 @@ def test_a_context_that_is_too_short_is_not_repeated():
                                     ("regenerate", 36, 36, False), ("embedding", 36, 0, False)):
         assert sample.repeats_context(model, task, C_L, C_R, Settings(k_repeats=0.7)) == repeats
         assert not sample.repeats_context(model, task, C_L, C_R, Settings())
+
+
+def test_a_command_says_that_its_context_is_too_short_to_repeat(folder, capsys):
+    """Not if the user wants noise alone."""
+    def said(*flags):
+        call(folder, "--task", "infill", "--input", folder / "long.wav", "--start", 1, "--end", 2,
+             *flags)
+        return "is not repeated: the new part starts from noise alone" in capsys.readouterr().out
+    assert said() and said("--k", 0.5) and not said("--k", 1)
+    assert not said("--as-printed")
 
 
 @pytest.mark.parametrize("task", sample.REPEATING)
