@@ -1584,6 +1584,14 @@ class Edit:
             result = torch.cat([over, result[:, over.shape[-1]:self.repeats]], dim=-1)
         return result
 
+    def silence(self):
+        """Seconds before the new part that are 60 dB or more below the track's highest peak."""
+        before = self.track.audio[:, :self.a].abs().amax(0)                         # (a,)
+        if not before.any():
+            return 0.0
+        last = torch.nonzero(before > before.max() / 1000)[-1].item()
+        return (self.a - 1 - last) / self.track.rate
+
     def kept(self):
         """The parts of the track, left and right of the new one, that stay as they are."""
         return self.track.audio[:, :self.a], self.track.audio[:, self.end:]
@@ -2037,6 +2045,11 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     settings = Settings.of(o, checkpoint)
     edit = Edit(checkpoint, **region(o, checkpoint))
     print(edit.times())
+    silence = edit.silence()
+    if o.task == "continuation" and silence > LITTLE:
+        sound = clock(edit.a / edit.track.rate - silence)
+        print(f"note: the last {silence:.2f} s are silent, and silence may go on: "
+              f"--start {sound} continues the sound")
 
     # Guidance by example and by class.
     classifier = None

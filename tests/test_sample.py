@@ -655,9 +655,9 @@ def tune(seconds, samples, start=0):
 @pytest.mark.parametrize("seconds", [0.9, 1.23, 1.6])
 def test_the_period_of_a_tune_is_how_long_it_lasts(seconds):
     """To the sample; also at another level, in another timbre, and in a little noise."""
-    audio = tune(seconds, round(2.6 * 44100))[0]
+    audio = tune(seconds, round(2.5 * 44100))[0]        # no room for twice the shortest of them
     opposite = audio * torch.tensor([[1.0], [-1.0]])
-    noisy = audio + 0.003 * torch.randn(audio.shape)
+    noisy = audio + 0.003 * torch.randn(audio.shape, generator=seeded())
     for other in (audio, 1e-3 * audio, dull(audio), opposite, noisy):
         assert abs(sample.period(other) - seconds * 44100) <= 1
     assert sample.period(0 * audio) >= sample.SHORTEST * 44100              # silence has one, too
@@ -705,6 +705,18 @@ def test_a_command_says_that_its_context_is_too_short_to_repeat(folder, capsys):
         return "is not repeated: the new part starts from noise alone" in capsys.readouterr().out
     assert said() and said("--k", 0.5) and not said("--k", 1)
     assert not said("--as-printed")
+
+
+@pytest.mark.parametrize("seconds, said", [(0.5, True), (0.2, False), (0, False)])
+def test_a_command_says_where_the_sound_ends(folder, tmp_path, capsys, seconds, said):
+    """Of a track that ends in silence; silence itself has no sound to go back to."""
+    audio = read(folder / "long.wav")[:44100 * 2]
+    audio[len(audio) - round(44100 * seconds):] = 0
+    for track, note in ((audio, said), (0 * audio, False)):
+        sf.write(tmp_path / "ends.wav", track, 44100)
+        call(folder, "--task", "continuation", "--input", tmp_path / "ends.wav", "--length", 0.3)
+        printed = capsys.readouterr().out
+        assert ("are silent, and silence may go on: --start 0:01.500" in printed) == note
 
 
 @pytest.mark.parametrize("task", sample.REPEATING)
