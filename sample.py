@@ -840,8 +840,8 @@ XI_STEPS = 50
 GUIDE_STEP = 1.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
 AWAY = 2.0                              # how far v is moved away from a weak model's
-K_REPEATS = 0.7                         # without repeats a small model has no rhythm
 T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
+K_REPEATS = 0.7                         # from noise alone a small model loses the rhythm
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
@@ -1066,14 +1066,16 @@ def context_repeated(audio, left, right):
     """Audio (B, 2, n) with its contexts, `left` and `right` samples, repeated in the gap between.
 
     The left context's last period goes on, over and over. It is cross-faded into the right one's
-    first period, which precedes it over and over. A context that is not long `enough` is left out.
-    What stood in the gap is not read.
+    first period, which precedes it over and over. A context that is not long `enough` is left out;
+    if both are, the gap is silent. What stood in the gap is not read.
     """
     n = audio.shape[-1]
     end = n - right
     at = torch.arange(end - left, device=audio.device)
     clips = []
     for clip in audio:
+        clip = clip.clone()
+        clip[:, left:end] = 0
         forwards, backwards = clip.clone(), clip.clone()
         if enough(left):
             lag = period(clip[:, :left])
@@ -1133,6 +1135,13 @@ def repeats_context(checkpoint, name, C_L, C_R, settings):
     """Whether a task starts from its context, repeated: see `fill`."""
     return (name in REPEATING and settings.k_repeats < 1
             and enough(max(C_L, C_R) * checkpoint.hop))
+
+
+def row_and_settings(checkpoint, name, C_L, C_R, settings):
+    """What `generate` is given for a task: with its context repeated in x_bar, it is Regenerate."""
+    if repeats_context(checkpoint, name, C_L, C_R, settings):
+        return "regenerate", replace(settings, k=settings.k_repeats)
+    return name, settings
 
 
 # ---- from a context to new audio -----------------------------------------------------------------
@@ -1245,12 +1254,10 @@ def row_for(name, left, right):
     return None
 
 
-def steps_of(row, settings, repeats=False):
+def steps_of(row, settings):
     """The steps that sampling takes in one window."""
     t_T = 1.0
-    if repeats:
-        t_T = tasks.matched_time(settings.k_repeats)
-    elif row in FROM_X_BAR and settings.start_from == "matched":
+    if row in FROM_X_BAR and settings.start_from == "matched":
         t_T = tasks.matched_time(settings.k)
     return len(time_steps(settings.steps, t_T, settings.t_end)) - 1
 
@@ -1273,11 +1280,8 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
     if isinstance(generator, list):
         x_bar = x_bar.expand(len(generator), -1, -1)
 
-    # With the context repeated in the gap of x_bar, it is a Regenerate.
-    row, start = name, settings
-    if repeats_context(checkpoint, name, C_L, C_R, settings):
-        row, start = "regenerate", replace(settings, k=settings.k_repeats)
-    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, start, generator,
+    row, settings = row_and_settings(checkpoint, name, C_L, C_R, settings)
+    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, settings, generator,
                    spans=spans, guides=guides, callback=callback)
 
     # Guidance by class should be free to change the sound.
@@ -1585,7 +1589,7 @@ class Edit:
         return result
 
     def silence(self):
-        """Seconds before the new part that are 60 dB or more below the track's highest peak."""
+        """Seconds before the new part that are 60 dB or more below the highest peak before it."""
         before = self.track.audio[:, :self.a].abs().amax(0)                         # (a,)
         if not before.any():
             return 0.0
@@ -2045,11 +2049,12 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     settings = Settings.of(o, checkpoint)
     edit = Edit(checkpoint, **region(o, checkpoint))
     print(edit.times())
-    silence = edit.silence()
-    if o.task == "continuation" and silence > LITTLE:
-        sound = clock(edit.a / edit.track.rate - silence)
-        print(f"note: the last {silence:.2f} s are silent, and silence may go on: "
-              f"--start {sound} continues the sound")
+    if o.task == "continuation":
+        silence = edit.silence()
+        if silence > LITTLE:
+            sound = clock(edit.a / edit.track.rate - silence)
+            print(f"note: the last {silence:.2f} s are silent, and silence may go on: "
+                  f"--start {sound} continues the sound")
 
     # Guidance by example and by class.
     classifier = None
@@ -2071,9 +2076,9 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     context = edit.context(whole=row in FROM_X_BAR).to(device)
     x_bar = encode(checkpoint, row, context, edit.C_L, edit.C_R, settings)
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
-    repeats = repeats_context(checkpoint, row, edit.C_L, edit.C_R, settings)
-    steps = steps_of(row, settings, repeats) * len(edit.spans)
-    if row in REPEATING and settings.k_repeats < 1 and not repeats:
+    start = row_and_settings(checkpoint, row, edit.C_L, edit.C_R, settings)
+    steps = steps_of(*start) * len(edit.spans)
+    if row in REPEATING and settings.k_repeats < 1 and start[0] == row:
         print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: "
               "the new part starts from noise alone")
 

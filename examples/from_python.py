@@ -2,8 +2,8 @@
 
     python examples/from_python.py examples/clip.wav infill.wav
 
-sample.py also takes care of other rates, of edits longer than a window, and of levels, and it moves
-away from a weak model.
+sample.py also takes care of other rates, of edits longer than a window, and of levels; it starts
+from the repeated context, and moves away from a weak model.
 """
 import sys
 from pathlib import Path

@@ -615,9 +615,6 @@ def test_the_bar_has_as_many_steps_as_are_made(row, start):
     sample.generate(toy(), row, noise(1, 4, 64, dtype=torch.float32), 16, 8, settings, seeded(),
                     callback=lambda s, x_s: made.append(s))
     assert len(made) == sample.steps_of(row, settings) <= 15 and made[-1] == 0
-    as_regenerate = sample.steps_of("regenerate", Settings(steps=20, k=0.7, t_end=0.3))
-    settings = Settings(steps=20, k_repeats=0.7, t_end=0.3)
-    assert sample.steps_of("infill", settings, repeats=True) == as_regenerate
     assert len(made) == 1 or made[-2] >= 0.3 - 1e-9
 
 
@@ -689,12 +686,19 @@ def test_a_context_that_is_too_short_is_not_repeated():
     alone = sample.context_repeated(audio, LONG, 0)
     assert torch.equal(sample.context_repeated(audio, LONG, short)[..., :-short],
                        alone[..., :-short])
+    neither = sample.context_repeated(audio, short, short)
+    assert not neither[..., short:-short].any()             # nor is what stood there given away
     model = toy(hop=2048)
     for task, C_L, C_R, repeats in (("infill", 36, 0, True), ("infill", 1, 36, True),
                                     ("infill", 34, 34, False), ("continuation", 36, 0, True),
                                     ("regenerate", 36, 36, False), ("embedding", 36, 0, False)):
-        assert sample.repeats_context(model, task, C_L, C_R, Settings(k_repeats=0.7)) == repeats
-        assert not sample.repeats_context(model, task, C_L, C_R, Settings())
+        settings = Settings(k=0.5, k_repeats=0.7)
+        given = sample.row_and_settings(model, task, C_L, C_R, settings)
+        if repeats:
+            assert given == ("regenerate", sample.replace(settings, k=0.7))
+        else:
+            assert given == (task, settings)
+        assert sample.row_and_settings(model, task, C_L, C_R, Settings()) == (task, Settings())
 
 
 def test_a_command_says_that_its_context_is_too_short_to_repeat(folder, capsys):
