@@ -240,7 +240,7 @@ def likeness(x, context, others):
     log_power = (power(x, 1024, 512) + 1e-6).log()
     rise = log_power.diff(dim=0).clamp(min=0).mean(1)                           # (frames - 1,)
     beat = autocorrelation(rise)[SAMPLE_RATE // 2048:SAMPLE_RATE // 512].max()
-    flux = rise.std(correction=0) / rise.mean()
+    flux = rise.std(correction=0) / (rise.mean() + 1e-9)                        # silence has 0
     return torch.stack([tonal, pitch, beat, flux])
 
 
@@ -383,13 +383,18 @@ def about_noised(study):
 def show_attacks(study, table, systems):
     """A row for each of systems {name: the part of each clip}; real is the first."""
     print(f"{table}, {study.options.task}, {len(study.clips)} clips")
-    print(f"{'':26} onsets/s  of real  regularity  of real")
+    print(f"{'':28} onsets/s  of real  regularity  of real")
     for name, clips in systems.items():
         rate, regular = torch.tensor([attacks(clip) for clip in clips]).mean(0).tolist()
         if name == "real":
             real_rate, real_regular = rate, regular
-        print(f"  {name:24} {rate:8.2f} {rate / max(real_rate, 1e-9):8.2f} "
-              f"{regular:11.2f} {regular / max(real_regular, 1e-9):8.2f}")
+        print(f"  {name:26} {rate:8.2f} {share(rate, real_rate):>8} "
+              f"{regular:11.2f} {share(regular, real_regular):>8}")
+
+
+def share(value, real):
+    """Of what real music has, as text; a dash if that has none."""
+    return f"{value / real:.2f}" if real else "-"
 
 
 # ---- v-loss --------------------------------------------------------------------------------------

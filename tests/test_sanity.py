@@ -1,6 +1,7 @@
 """The measures and tables of tests/sanity.py."""
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import soundfile as sf
@@ -51,6 +52,16 @@ def test_regular_bursts_have_a_beat_and_uneven_flux():
     assert measured(bursts, a, a)["beat"] > 0.8
     assert measured(NOISE, a, a)["beat"] < 0.3
     assert measured(bursts, a, a)["flux"] > 5 * measured(NOISE, a, a)["flux"]
+
+
+def test_silence_has_none_of_it(capsys):
+    """As the repeated context of a gap between very short contexts; no row divides by it."""
+    silence, a = 0 * NOISE, tones(220)
+    assert measured(silence, a, tones(311.1)) == {"tonal": 0, "pitch": 0, "beat": 0, "flux": 0}
+    options = SimpleNamespace(task="continuation")
+    study = SimpleNamespace(options=options, clips=[silence])
+    sanity.show_attacks(study, "attacks", {"real": [silence], "model": [a]})
+    assert capsys.readouterr().out.splitlines()[2].split()[1:] == ["0.00", "-", "0.00", "-"]
 
 
 # ---- attacks -------------------------------------------------------------------------------------
