@@ -749,15 +749,15 @@ def alternatives(study, task):
 def qualities(clips, study, task):
     """Measures of the clips' generated parts, {name: number}, means over the clips."""
     tonal, pitch, beat, flux = mean_likeness(clips, study.contexts(task)).tolist()
-    onsets, _ = torch.tensor([attacks(clip) for clip in clips]).mean(0).tolist()
+    onsets, regular = torch.tensor([attacks(clip) for clip in clips]).mean(0).tolist()
     nearest, _ = own_prompt_wins(embed(study.classifier.net, clips), study.prompts(task))
     pairs = list(zip(clips, study.real(task)))
     louder = torch.stack([level(x) - level(y) for x, y in pairs]).abs().mean()
     bands = torch.stack([band_levels(x) - band_levels(y) for x, y in pairs]).abs().mean()
     distance = torch.stack([evaluate.mel_distance(x, y, SAMPLE_RATE) for x, y in pairs]).mean()
     return {"tonal": tonal, "pitch": pitch, "beat": beat, "flux": flux,
-            "onsets/s": onsets, "prompt": nearest, "MR": distance.item(), "dB": louder.item(),
-            "bands dB": bands.item()}
+            "onsets/s": onsets, "regular": regular, "prompt": nearest, "MR": distance.item(),
+            "dB": louder.item(), "bands dB": bands.item()}
 
 
 @torch.no_grad()
