@@ -835,13 +835,15 @@ def with_weak_model(checkpoint, path, device="cpu"):
 # ---- settings ------------------------------------------------------------------------------------
 
 # The step size of the L1 sum, for each kind of model; its product with the steps is what matters.
-XI = {"latent": 0.12, "waveform": 0.05}
+XI = {"latent": 0.03, "waveform": 0.05}
 XI_STEPS = 50
 GUIDE_STEP = 1.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
-AWAY = 2.0                              # how far v is moved away from a weak model's
+AWAY = 1.0                              # how far v is moved away from a weak model's
 T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
 K_REPEATS = 0.7                         # from noise alone a small model loses the rhythm
+TRIALS = 16                             # a guide alone is fooled: see best_beginning
+T_TRIALS = 0.65                         # the time at which they are compared
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
@@ -850,6 +852,7 @@ AS_PRINTED = {
     "project": "x_t",                   # Algorithms 1 and 2, the last line
     "t_end": 0.0,                       # ours
     "away": 0.0,                        # ours
+    "trials": 1,                        # ours
     "equalise": False,                  # ours
     "keep_level": False,                # ours
 }
@@ -860,7 +863,7 @@ class Settings:
     """How to sample. These defaults were chosen by measurement; `of` adapts them to a model."""
     sampler: str = "ddpm"
     steps: int = 50
-    xi: float = 0.12            # guidance step size, at 50 steps
+    xi: float = 0.03            # guidance step size, at 50 steps
     k: float = 0.6              # regenerate, transition: share of noise in x_T
     k_repeats: float = 1.0      # continuation, infill: likewise; the rest is the context, repeated
     start_from: str = "matched"                 # below k = 1: see tasks.regenerate
@@ -868,12 +871,13 @@ class Settings:
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
     away: float = 0.0           # how far to move away from the weak model, if there is one,
     t_away: float = T_AWAY      # below this time: see Checkpoint.estimate
+    trials: int = 1             # guided, from nothing: see best_beginning
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
     keep_level: bool = True     # new audio gets the level of its context
 
     # The fields that have a flag in add_flags.
-    FLAGS: ClassVar = ("xi", "k", "away", "precision", "equalise")
+    FLAGS: ClassVar = ("xi", "k", "away", "trials", "precision", "equalise")
 
     @staticmethod
     def add_flags(add):
@@ -888,6 +892,9 @@ class Settings:
         add("--away", type=within(0, 10),
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
+        add("--trials", type=within(1, 1000, int),
+            help="guided, from nothing: beginnings of which the best is carried on; fewer are "
+                 f"faster (default: {TRIALS} for small models)")
         add("--precision", choices=("fp32", "bf16"),
             help=f"of the diffusion network (default: {Settings.precision})")
         add("--equalise", action=argparse.BooleanOptionalAction,
@@ -914,7 +921,8 @@ class Settings:
         if checkpoint.weak:
             preset = preset | {"away": AWAY}
         if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
-            preset = preset | {"keep_level": True, "t_end": T_END, "k_repeats": K_REPEATS}
+            preset = preset | {"keep_level": True, "t_end": T_END, "k_repeats": K_REPEATS,
+                               "trials": TRIALS}
         if options.as_printed:
             # App. C.3 has one xi whatever the number of steps; `generate` divides by them.
             steps = given.get("steps", cls.steps)
@@ -1228,10 +1236,14 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
             task = TABLE_2[row](window, left, right, z, settings,
                                 weight=level, project=settings.project)
         task = tasks.combine(task, *[guide(z) for guide in guides], weights=weights)
+        steps = settings.steps
+        if tries_beginnings(row, settings, guides):
+            task = best_beginning(model, task, settings, generator, callback)
+            steps = max(1, round(steps * task.t_T))                     # as long as in the trials
 
         # Sample it. The result is context for the next window.
         x[..., first:last] = guidance.sample(
-            estimator, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
+            estimator, task.x_T, task, steps=steps, sampler=settings.sampler,
             xi=xi, t_end=settings.t_end, generator=generator, callback=callback)
         if first <= lo:
             lo = last
@@ -1254,12 +1266,59 @@ def row_for(name, left, right):
     return None
 
 
-def steps_of(row, settings):
-    """The steps that sampling takes in one window."""
+def tries_beginnings(row, settings, guides):
+    """Whether a window begins with trials: guided, and without a context."""
+    return bool(guides) and row not in TABLE_2 and settings.trials > 1
+
+
+@torch.no_grad()
+def best_beginning(model, task, settings, generator, callback=None):
+    """The task from about T_TRIALS on: the best of settings.trials unguided beginnings (ours).
+
+    A classifier that guides a sample from noise is easily fooled: it finds its class where nobody
+    hears it. It judges well what it has not guided. So samples begin without it; that with the
+    smallest J_2, of Eq. 1, at x0_hat is then guided. For each clip, as in a particle filter with
+    one resampling.
+
+    task        x_T (B, C, n), noise at time 1, is the first beginning; and its terms are compared
+    """
+    x_T, found, losses = task.x_T, [], []
+    for _ in range(settings.trials):
+        path = [(1.0, x_T)]
+
+        def note(s, x_s):
+            path.append((float(s), x_s))
+            if callback:
+                callback(s, x_s)
+
+        # Down to T_TRIALS, and from there to x0_hat in one step.
+        x0_hat = guidance.sample(model, x_T, steps=settings.steps, sampler=settings.sampler,
+                                 t_end=T_TRIALS, generator=generator, callback=note)
+        t, x_t = path[-2]
+        J_2 = 0
+        for term in task.terms:
+            d = term.distance(x0_hat)                                           # (B,)
+            J_2 = J_2 + torch.as_tensor(term.weight).to(d) * d
+        found.append(x_t)
+        losses.append(J_2)
+        x_T = guidance.draw_noise(x_T, generator)
+
+    best = torch.stack(losses).argmin(0)                                        # (B,)
+    x_t = torch.stack(found)[best, torch.arange(len(best), device=best.device)]
+    return guidance.Task(x_t, task.terms, t)
+
+
+def steps_of(row, settings, spans=1, guides=()):
+    """The steps that sampling takes in so many windows, those of trials included."""
     t_T = 1.0
     if row in FROM_X_BAR and settings.start_from == "matched":
         t_T = tasks.matched_time(settings.k)
-    return len(time_steps(settings.steps, t_T, settings.t_end)) - 1
+    steps = spans * (len(time_steps(settings.steps, t_T, settings.t_end)) - 1)
+    if tries_beginnings(row, settings, guides):
+        # The steps to T_TRIALS, of each, and one to x0_hat; guidance goes on after the former.
+        unguided = len(time_steps(settings.steps, 1.0, T_TRIALS)) - 2
+        steps += settings.trials * (unguided + 1) - unguided
+    return steps
 
 
 def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
@@ -1745,6 +1804,7 @@ USED = {
     "k": EDITS,
     "xi": EDITS,
     "splice": EDITS,
+    "trials": ("unconditional", "embedding", "classifier"),
 }
 
 
@@ -1847,6 +1907,8 @@ def check(o):
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: "
                             "embedding is for --reference, classifier for --classes")
+    if o.trials and not (o.reference or o.classes):
+        raise UserError("--trials does nothing without --reference or --classes: leave it out")
     if o.xi == 0 and (o.reference or o.classes):
         raise UserError("--xi 0 turns off all guidance: leave it out, or --reference and --classes")
     if o.equalise is not None and not o.reference and (o.task not in EDITS or o.classes):
@@ -2077,7 +2139,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     x_bar = encode(checkpoint, row, context, edit.C_L, edit.C_R, settings)
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
     start = row_and_settings(checkpoint, row, edit.C_L, edit.C_R, settings)
-    steps = steps_of(*start) * len(edit.spans)
+    steps = steps_of(*start, len(edit.spans), guides)
     if row in REPEATING and settings.k_repeats < 1 and start[0] == row:
         print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: "
               "the new part starts from noise alone")

@@ -1014,6 +1014,72 @@ def test_guides_have_a_step_of_their_own():
         made(0, [guide])
 
 
+def two_kinds(x_t, t):
+    """v of the exact denoiser of signals that are +1 or -1 throughout."""
+    alpha_t, sigma_t = (c.float().reshape(-1, 1, 1) for c in alpha_sigma(t))
+    kind = torch.tanh(x_t.sum((1, 2), keepdim=True) * alpha_t / sigma_t.square().clamp(min=1e-6))
+    return (alpha_t * x_t - kind.expand_as(x_t)) / sigma_t.clamp(min=1e-6)
+
+
+def towards_plus_one(z):
+    """By their last position alone, with small steps."""
+    return tasks.embedder_guidance(lambda x: x[..., -1:].mean(1), torch.ones(len(z), 1), z, 0.01)
+
+
+def test_trials_find_what_a_guide_alone_does_not_reach():
+    """The gradient is too small to change the kind of signal; one of eight beginnings has it."""
+    x_bar = torch.zeros(1, 4, 16)
+    shares = {}
+    for trials in (1, 8):
+        settings = Settings(steps=20, trials=trials)
+        made = [sample.generate(toy(two_kinds), "classifier", x_bar, 0, 0, settings, seeded(j),
+                                guides=[towards_plus_one]) for j in range(24)]
+        shares[trials] = (torch.cat(made).mean((1, 2)) > 0).float().mean()
+    assert shares[1] < 0.75 and shares[8] > 0.95
+
+
+def test_the_best_beginning_has_the_smallest_distance_of_its_clip():
+    """For each clip alone, whatever its batch; and it is guided from there on."""
+    def begun(generators):
+        x_T = guidance.draw_noise(torch.zeros(len(generators), 4, 16), generators)
+        return sample.best_beginning(neighbours, towards_plus_one(x_T),
+                                     Settings(steps=20, trials=5), generators)
+
+    task = begun([seeded(j) for j in range(3)])
+    assert task.t_T == pytest.approx(0.65, abs=0.01) and len(task.terms) == 1
+    for j in range(3):
+        torch.testing.assert_close(begun([seeded(j)]).x_T[0], task.x_T[j])
+
+        # The five, in the same order: each is sampled, then the next noise is drawn.
+        generator, found = seeded(j), {}
+        for _ in range(5):
+            x_T, path = guidance.draw_noise(torch.zeros(1, 4, 16), generator), []
+            x0_hat = guidance.sample(neighbours, x_T, steps=20, t_end=0.65, generator=generator,
+                                     callback=lambda s, x_s: path.append(x_s))
+            found[(1 - x0_hat[..., -1].mean()).abs().item()] = path[-2]
+        torch.testing.assert_close(found[min(found)][0], task.x_T[j])
+
+
+@pytest.mark.parametrize("flags, trials", [
+    ([], sample.TRIALS), (["--trials", "3"], 3), (["--as-printed"], 1)])
+def test_only_guided_music_from_nothing_has_trials(flags, trials):
+    """By default in small models; counted in the bar, of the first of several windows."""
+    options = sample.parse(["--task", "classifier", "--classes", "a=1", *flags])
+    checkpoint = SimpleNamespace(kind="latent", size="small", weak=None)
+    assert Settings.of(options, checkpoint).trials == trials
+    settings = Settings(steps=20, trials=trials)
+    for name, guides in (("classifier", [towards_plus_one]), ("classifier", []),
+                         ("infill", [towards_plus_one])):
+        made = []
+        C = 16 if name == "infill" else 0
+        sample.generate(toy(), name, noise(1, 4, 96, dtype=torch.float32), C, C, settings,
+                        seeded(), spans=[(0, 64), (32, 96)], guides=guides,
+                        callback=lambda s, x_s: made.append(s))
+        assert len(made) == sample.steps_of(name, settings, 2, guides)
+        tried = trials > 1 and name == "classifier" and guides
+        assert len(made) > 40 if tried else len(made) == 40
+
+
 def test_a_reference_gives_its_spectrum(folder):
     """From the command line; not with --no-equalise."""
     def shape(audio):
@@ -1771,6 +1837,8 @@ BAD = [
     ("--fade does nothing", EDIT + "--fade 1"),
     ("--xi does nothing", "--task unconditional --xi 0.1"),
     ("--splice does nothing", "--task unconditional --splice 9"),
+    ("--trials does nothing with --task infill", EDIT + "--trials 4 --classes a=1"),
+    ("--trials does nothing without", "--task unconditional --trials 4"),
     ("--classifier does nothing", EDIT + "--classifier x.pt"),
     ("--weights embedding does nothing", EDIT + "--weights embedding=3"),
     ("--weights classifier does nothing",
@@ -1845,12 +1913,12 @@ def test_shipped_checkpoints_load_and_work(path, folder):
 
 # 64 samples, left and right in turn, spread over what two steps of the README's first command make.
 FIRST_COMMAND = [
-    -0.0655, 0.0287, 0.2301, 0.0233, -0.182, -0.087, -0.304, -0.2571, -0.0374, -0.0965, 0.0052,
-    -0.0824, -0.0561, -0.0634, -0.1711, -0.0487, 0.002, 0.1717, 0.0095, 0.1357, 0.0916, -0.0221,
-    0.1004, 0.1077, 0.0088, 0.0513, 0.091, -0.1351, -0.0461, 0.0661, -0.0502, 0.0173, 0.0958,
-    -0.1995, -0.0446, 0.0239, -0.0222, -0.0374, -0.0622, -0.089, 0.0704, 0.1002, 0.0764, 0.054,
-    -0.0095, 0.1051, 0.0641, -0.0223, 0.12, 0.0358, 0.0363, 0.0714, 0.0124, -0.0815, 0.0373,
-    -0.0327, -0.1425, -0.0756, -0.0551, 0.0195, 0.0109, -0.0442, 0.0101, -0.0381
+    -0.0078, -0.0406, 0.0094, 0.0722, -0.0558, -0.0567, -0.4672, -0.2798, 0.0272, -0.06, -0.0436,
+    -0.1252, 0.0663, -0.0844, 0.0555, 0.0226, 0.0315, 0.0954, -0.111, 0.1457, 0.0934, -0.0652,
+    0.1127, 0.1146, -0.0959, -0.0877, 0.0452, -0.1506, -0.0294, 0.1128, -0.0953, 0.0813, 0.0357,
+    -0.1276, 0.0202, -0.126, -0.0284, -0.0646, -0.0229, -0.0359, 0.0937, 0.0587, 0.0131, 0.0157,
+    0.0435, 0.0391, 0.1849, -0.0072, -0.0133, 0.037, 0.0225, -0.0327, -0.0182, -0.1328, -0.069,
+    -0.0185, -0.2054, -0.0787, -0.016, 0.0158, -0.1113, -0.0444, 0.0104, 0.007
 ]
 
 
