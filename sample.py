@@ -843,7 +843,7 @@ AWAY = 1.0                              # how far v is moved away from a weak mo
 T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
 K_REPEATS = 0.7                         # from noise alone a small model loses the rhythm
 TRIALS = 16                             # a guide alone is fooled: see best_beginning
-T_TRIALS = 0.65                         # the time at which they are compared
+T_TRIALS = (0.9, 0.8, 0.66)             # the times at which they are compared
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
@@ -893,8 +893,8 @@ class Settings:
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
         add("--trials", type=within(1, 1000, int),
-            help="guided, from nothing: beginnings of which the best is carried on; fewer are "
-                 f"faster (default: {TRIALS} for small models)")
+            help="guided, from nothing: unguided beginnings, of which the best is guided; fewer "
+                 f"are faster (default: {TRIALS} for small models)")
         add("--precision", choices=("fp32", "bf16"),
             help=f"of the diffusion network (default: {Settings.precision})")
         add("--equalise", action=argparse.BooleanOptionalAction,
@@ -1239,7 +1239,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
         steps = settings.steps
         if tries_beginnings(row, settings, guides):
             task = best_beginning(model, task, settings, generator, callback)
-            steps = max(1, round(steps * task.t_T))                     # as long as in the trials
+            steps = steps_from(task.t_T, settings)
 
         # Sample it. The result is context for the next window.
         x[..., first:last] = guidance.sample(
@@ -1273,39 +1273,50 @@ def tries_beginnings(row, settings, guides):
 
 @torch.no_grad()
 def best_beginning(model, task, settings, generator, callback=None):
-    """The task from about T_TRIALS on: the best of settings.trials unguided beginnings (ours).
+    """The task from the last of T_TRIALS on, from the best of unguided beginnings (ours).
 
     A classifier that guides a sample from noise is easily fooled: it finds its class where nobody
-    hears it. It judges well what it has not guided. So samples begin without it; that with the
-    smallest J_2, of Eq. 1, at x0_hat is then guided. For each clip, as in a particle filter with
-    one resampling.
+    hears it. It judges well what it has not guided. So settings.trials beginnings are sampled
+    without it, and compared, at each of T_TRIALS, by J_2 of Eq. 1 at x0_hat. The best quarter goes
+    on, each in four ways, since DDPM draws new noise; at last the best one is guided. For each clip
+    alone. It is a particle filter that keeps the best.
 
-    task        x_T (B, C, n), noise at time 1, is the first beginning; and its terms are compared
+    task    x_T (B, C, n), noise at time 1, is the first beginning; its terms make J_2
     """
-    x_T, found, losses = task.x_T, [], []
-    for _ in range(settings.trials):
-        path = [(1.0, x_T)]
+    def sampled(x_t, t, t_end):
+        """From t to t_end: x_s at s, the time next to t_end, and J_2 of its x0_hat, (B,)."""
+        path = [(t, x_t)]
 
         def note(s, x_s):
             path.append((float(s), x_s))
             if callback:
                 callback(s, x_s)
-
-        # Down to T_TRIALS, and from there to x0_hat in one step.
-        x0_hat = guidance.sample(model, x_T, steps=settings.steps, sampler=settings.sampler,
-                                 t_end=T_TRIALS, generator=generator, callback=note)
-        t, x_t = path[-2]
+        x0_hat = guidance.sample(model, x_t, guidance.Task(x_t, (), t), t_end=t_end,
+                                 steps=steps_from(t, settings), generator=generator,
+                                 callback=note)
         J_2 = 0
         for term in task.terms:
             d = term.distance(x0_hat)                                           # (B,)
             J_2 = J_2 + torch.as_tensor(term.weight).to(d) * d
-        found.append(x_t)
-        losses.append(J_2)
-        x_T = guidance.draw_noise(x_T, generator)
+        s, x_s = path[-2]
+        return x_s, s, J_2
 
-    best = torch.stack(losses).argmin(0)                                        # (B,)
-    x_t = torch.stack(found)[best, torch.arange(len(best), device=best.device)]
-    return guidance.Task(x_t, task.terms, t)
+    noises = [guidance.draw_noise(task.x_T, generator) for _ in range(settings.trials - 1)]
+    beginnings = torch.stack([task.x_T, *noises])                               # (trials, B, C, n)
+    t = 1.0
+    for t_end in T_TRIALS:
+        x_s, times, J_2 = zip(*[sampled(x_t, t, t_end) for x_t in beginnings])
+        t = times[0]
+        order = torch.stack(J_2).argsort(0)                                     # (trials, B)
+        ranked = torch.stack(x_s)[order, torch.arange(order.shape[1], device=order.device)]
+        best = ranked[:math.ceil(len(ranked) / 4)]
+        beginnings = best[torch.arange(len(ranked), device=best.device) % len(best)]
+    return guidance.Task(beginnings[0], task.terms, t)
+
+
+def steps_from(t, settings):
+    """The steps from time t to 0 that are as long as those from 1."""
+    return max(1, round(settings.steps * t))
 
 
 def steps_of(row, settings, spans=1, guides=()):
@@ -1315,9 +1326,15 @@ def steps_of(row, settings, spans=1, guides=()):
         t_T = tasks.matched_time(settings.k)
     steps = spans * (len(time_steps(settings.steps, t_T, settings.t_end)) - 1)
     if tries_beginnings(row, settings, guides):
-        # The steps to T_TRIALS, of each, and one to x0_hat; guidance goes on after the former.
-        unguided = len(time_steps(settings.steps, 1.0, T_TRIALS)) - 2
-        steps += settings.trials * (unguided + 1) - unguided
+        # Each trial goes on to each of T_TRIALS, and has a last step from there to x0_hat.
+        t = 1.0
+        for t_end in T_TRIALS:
+            times = time_steps(steps_from(t, settings), t, t_end)
+            steps += settings.trials * (len(times) - 1)
+            t = float(times[-2])
+        # What trials have done is not done again.
+        guided = time_steps(steps_from(t, settings), t, settings.t_end)
+        steps += len(guided) - len(time_steps(settings.steps, 1.0, settings.t_end))
     return steps
 
 

@@ -1038,8 +1038,10 @@ def test_trials_find_what_a_guide_alone_does_not_reach():
     assert shares[1] < 0.75 and shares[8] > 0.95
 
 
-def test_the_best_beginning_has_the_smallest_distance_of_its_clip():
+def test_the_best_beginning_has_the_smallest_distance_of_its_clip(monkeypatch):
     """For each clip alone, whatever its batch; and it is guided from there on."""
+    monkeypatch.setattr(sample, "T_TRIALS", (0.65,))
+
     def begun(generators):
         x_T = guidance.draw_noise(torch.zeros(len(generators), 4, 16), generators)
         return sample.best_beginning(neighbours, towards_plus_one(x_T),
@@ -1050,14 +1052,37 @@ def test_the_best_beginning_has_the_smallest_distance_of_its_clip():
     for j in range(3):
         torch.testing.assert_close(begun([seeded(j)]).x_T[0], task.x_T[j])
 
-        # The five, in the same order: each is sampled, then the next noise is drawn.
+        # The five, in the same order: first all noises are drawn, then each is sampled.
         generator, found = seeded(j), {}
-        for _ in range(5):
-            x_T, path = guidance.draw_noise(torch.zeros(1, 4, 16), generator), []
+        noises = [guidance.draw_noise(torch.zeros(1, 4, 16), generator) for _ in range(5)]
+        for x_T in noises:
+            path = []
             x0_hat = guidance.sample(neighbours, x_T, steps=20, t_end=0.65, generator=generator,
                                      callback=lambda s, x_s: path.append(x_s))
             found[(1 - x0_hat[..., -1].mean()).abs().item()] = path[-2]
         torch.testing.assert_close(found[min(found)][0], task.x_T[j])
+
+
+def test_the_best_quarter_goes_on_in_four_ways(monkeypatch):
+    """At the second time, from the two best of eight at the first."""
+    seen = {}
+
+    def net(x_t, t):
+        seen.setdefault(round(float(t[0]), 3), []).append(x_t)
+        return neighbours(x_t, t)
+
+    def begun(*times):
+        seen.clear()
+        monkeypatch.setattr(sample, "T_TRIALS", times)
+        x_T = noise(1, 4, 16, dtype=torch.float32)
+        return sample.best_beginning(net, towards_plus_one(x_T), Settings(steps=20, trials=8),
+                                     seeded()).x_T
+    best = begun(0.9)
+    begun(0.9, 0.8)
+    # Each was estimated at 0.9 for J_2; the survivors again, since they went on from there.
+    again = torch.cat(seen[0.9][8:])
+    assert len(seen[0.9]) == 16 and len(torch.cat(seen[0.8]).unique(dim=0)) == 8
+    assert len(again.unique(dim=0)) == 2 and (again == best).flatten(1).all(1).sum() == 4
 
 
 @pytest.mark.parametrize("flags, trials", [
