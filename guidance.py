@@ -79,6 +79,15 @@ def data_consistency(x, y, A):
     return x + A.T(A.solve(y - A(x)))
 
 
+def objective(terms, x_t, x0_hat):
+    """J_2 of Eq. 1, the weighted distances of all terms, for each clip: (B,)."""
+    J_2 = 0
+    for term in terms:
+        d = term.distance(x0_hat if term.on == "x0_hat" else x_t)                   # (B,)
+        J_2 = J_2 + torch.as_tensor(term.weight).to(d) * d
+    return J_2
+
+
 def guided_estimate(model, x_t, t, terms):
     """x0_hat, and the gradient of the terms' weighted sum of distances with respect to x_t.
 
@@ -95,12 +104,8 @@ def guided_estimate(model, x_t, t, terms):
         with torch.set_grad_enabled(any(term.on == "x0_hat" for term in terms)):
             x0_hat = x0_from_v(x_t, model(x_t, times), t)
 
-        # J_2 of Eq. 1: the weighted distances of all terms and clips.
-        J_2 = 0
-        for term in terms:
-            d = term.distance(x0_hat if term.on == "x0_hat" else x_t)               # (B,)
-            J_2 = J_2 + (torch.as_tensor(term.weight).to(d) * d).sum()
-        gradient, = torch.autograd.grad(J_2, x_t)
+        J_2 = objective(terms, x_t, x0_hat)
+        gradient, = torch.autograd.grad(J_2.sum(), x_t)
     return x0_hat.detach(), gradient
 
 

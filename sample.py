@@ -1294,12 +1294,8 @@ def best_beginning(model, task, settings, generator, callback=None):
         x0_hat = guidance.sample(model, x_t, guidance.Task(x_t, (), t), t_end=t_end,
                                  steps=steps_from(t, settings), generator=generator,
                                  callback=note)
-        J_2 = 0
-        for term in task.terms:
-            d = term.distance(x0_hat)                                           # (B,)
-            J_2 = J_2 + torch.as_tensor(term.weight).to(d) * d
         s, x_s = path[-2]
-        return x_s, s, J_2
+        return x_s, s, guidance.objective(task.terms, x_s, x0_hat)
 
     noises = [guidance.draw_noise(task.x_T, generator) for _ in range(settings.trials - 1)]
     beginnings = torch.stack([task.x_T, *noises])                               # (trials, B, C, n)
