@@ -41,7 +41,7 @@ import guidance
 import tasks
 import unet1d
 import vae as autoencoder
-from diffusion import alpha_sigma, time_steps, x0_from_v
+from diffusion import alpha_sigma, ddpm_step, time_steps, x0_from_v
 from tasks import PASST_PRESETS, PaSST, PaSSTConfig, resample, to_resample
 from vae import VAE
 
@@ -1239,7 +1239,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
         steps = settings.steps
         if tries_beginnings(row, settings, guides):
             task = best_beginning(model, task, settings, generator, callback)
-            steps = steps_from(task.t_T, settings)
+            steps = round(steps * task.t_T)                             # as long as in the trials
 
         # Sample it. The result is context for the next window.
         x[..., first:last] = guidance.sample(
@@ -1276,43 +1276,34 @@ def best_beginning(model, task, settings, generator, callback=None):
     """The task from the last of T_TRIALS on, from the best of unguided beginnings (ours).
 
     A classifier that guides a sample from noise is easily fooled: it finds its class where nobody
-    hears it. It judges well what it has not guided. So settings.trials beginnings are sampled
-    without it, and compared, at each of T_TRIALS, by J_2 of Eq. 1 at x0_hat. The best quarter goes
-    on, each in four ways, since DDPM draws new noise; at last the best one is guided. For each clip
-    alone. It is a particle filter that keeps the best.
+    hears it. It judges well what it has not guided. So settings.trials beginnings are sampled by
+    DDPM without it, and compared, at each of T_TRIALS, by J_2 of Eq. 1 at x0_hat. The best quarter
+    goes on, each in four ways; of the last comparison, the best one, which is then guided. For each
+    clip alone. It is a particle filter that keeps the best.
 
     task    x_T (B, C, n), noise at time 1, is the first beginning; its terms make J_2
     """
-    def sampled(x_t, t, t_end):
-        """From t to t_end: x_s at s, the time next to t_end, and J_2 of its x0_hat, (B,)."""
-        path = [(t, x_t)]
-
-        def note(s, x_s):
-            path.append((float(s), x_s))
+    trials, clips = settings.trials, torch.arange(len(task.x_T), device=task.x_T.device)
+    noises = [guidance.draw_noise(task.x_T, generator) for _ in range(trials - 1)]
+    x_t = torch.stack([task.x_T, *noises])                                      # (trials, B, C, n)
+    times = time_steps(settings.steps)
+    for t, s in zip(times, times[1:]):
+        x0_hat = torch.stack([guidance.guided_estimate(model, x, t, ())[0] for x in x_t])
+        # Some of T_TRIALS come before the next step.
+        if any(s < u - 1e-9 <= t for u in T_TRIALS):
+            J_2 = [guidance.objective(task.terms, x, x_0) for x, x_0 in zip(x_t, x0_hat)]
+            order = torch.stack(J_2).argsort(0)                                 # (trials, B)
+            if s < T_TRIALS[-1] - 1e-9:
+                break
+            kept = order[torch.arange(trials) % math.ceil(trials / 4)]
+            x_t, x0_hat = x_t[kept, clips], x0_hat[kept, clips]
+        updated = []
+        for x, x_0 in zip(x_t, x0_hat):
+            updated.append(ddpm_step(x, x_0, t, s, guidance.draw_noise(x, generator)))
             if callback:
-                callback(s, x_s)
-        x0_hat = guidance.sample(model, x_t, guidance.Task(x_t, (), t), t_end=t_end,
-                                 steps=steps_from(t, settings), generator=generator,
-                                 callback=note)
-        s, x_s = path[-2]
-        return x_s, s, guidance.objective(task.terms, x_s, x0_hat)
-
-    noises = [guidance.draw_noise(task.x_T, generator) for _ in range(settings.trials - 1)]
-    beginnings = torch.stack([task.x_T, *noises])                               # (trials, B, C, n)
-    t = 1.0
-    for t_end in T_TRIALS:
-        x_s, times, J_2 = zip(*[sampled(x_t, t, t_end) for x_t in beginnings])
-        t = times[0]
-        order = torch.stack(J_2).argsort(0)                                     # (trials, B)
-        ranked = torch.stack(x_s)[order, torch.arange(order.shape[1], device=order.device)]
-        best = ranked[:math.ceil(len(ranked) / 4)]
-        beginnings = best[torch.arange(len(ranked), device=best.device) % len(best)]
-    return guidance.Task(beginnings[0], task.terms, t)
-
-
-def steps_from(t, settings):
-    """The steps from time t to 0 that are as long as those from 1."""
-    return max(1, round(settings.steps * t))
+                callback(s, updated[-1])
+        x_t = torch.stack(updated)
+    return guidance.Task(x_t[order[0], clips], task.terms, float(t))
 
 
 def steps_of(row, settings, spans=1, guides=()):
@@ -1322,15 +1313,8 @@ def steps_of(row, settings, spans=1, guides=()):
         t_T = tasks.matched_time(settings.k)
     steps = spans * (len(time_steps(settings.steps, t_T, settings.t_end)) - 1)
     if tries_beginnings(row, settings, guides):
-        # Each trial goes on to each of T_TRIALS, and has a last step from there to x0_hat.
-        t = 1.0
-        for t_end in T_TRIALS:
-            times = time_steps(steps_from(t, settings), t, t_end)
-            steps += settings.trials * (len(times) - 1)
-            t = float(times[-2])
-        # What trials have done is not done again.
-        guided = time_steps(steps_from(t, settings), t, settings.t_end)
-        steps += len(guided) - len(time_steps(settings.steps, 1.0, settings.t_end))
+        # One of the trials makes the first steps of the sample.
+        steps += (settings.trials - 1) * (len(time_steps(settings.steps, 1.0, T_TRIALS[-1])) - 2)
     return steps
 
 

@@ -1041,48 +1041,46 @@ def test_trials_find_what_a_guide_alone_does_not_reach():
 def test_the_best_beginning_has_the_smallest_distance_of_its_clip(monkeypatch):
     """For each clip alone, whatever its batch; and it is guided from there on."""
     monkeypatch.setattr(sample, "T_TRIALS", (0.65,))
+    made = []
 
     def begun(generators):
         x_T = guidance.draw_noise(torch.zeros(len(generators), 4, 16), generators)
         return sample.best_beginning(neighbours, towards_plus_one(x_T),
-                                     Settings(steps=20, trials=5), generators)
+                                     Settings(steps=20, trials=5), generators,
+                                     callback=lambda s, x_s: made.append(x_s))
 
     task = begun([seeded(j) for j in range(3)])
-    assert task.t_T == pytest.approx(0.65, abs=0.01) and len(task.terms) == 1
+    assert task.t_T == pytest.approx(0.65) and len(task.terms) == 1
+    last = made[-5:]                                                    # of each trial, (3, 4, 16)
+    assert len(made) == 7 * 5
+    far = []
+    for x_t in last:
+        x0_hat, _ = guidance.guided_estimate(neighbours, x_t, torch.tensor(task.t_T), ())
+        far.append((1 - x0_hat[..., -1].mean(1)).abs())
+    best = torch.stack(far).argmin(0)
+    assert len(set(best.tolist())) > 1                                  # not one for all clips
     for j in range(3):
+        assert torch.equal(task.x_T[j], last[best[j]][j])
         torch.testing.assert_close(begun([seeded(j)]).x_T[0], task.x_T[j])
-
-        # The five, in the same order: first all noises are drawn, then each is sampled.
-        generator, found = seeded(j), {}
-        noises = [guidance.draw_noise(torch.zeros(1, 4, 16), generator) for _ in range(5)]
-        for x_T in noises:
-            path = []
-            x0_hat = guidance.sample(neighbours, x_T, steps=20, t_end=0.65, generator=generator,
-                                     callback=lambda s, x_s: path.append(x_s))
-            found[(1 - x0_hat[..., -1].mean()).abs().item()] = path[-2]
-        torch.testing.assert_close(found[min(found)][0], task.x_T[j])
 
 
 def test_the_best_quarter_goes_on_in_four_ways(monkeypatch):
     """At the second time, from the two best of eight at the first."""
-    seen = {}
-
-    def net(x_t, t):
-        seen.setdefault(round(float(t[0]), 3), []).append(x_t)
-        return neighbours(x_t, t)
+    seen = []
 
     def begun(*times):
-        seen.clear()
         monkeypatch.setattr(sample, "T_TRIALS", times)
         x_T = noise(1, 4, 16, dtype=torch.float32)
-        return sample.best_beginning(net, towards_plus_one(x_T), Settings(steps=20, trials=8),
-                                     seeded()).x_T
+        return sample.best_beginning(neighbours, towards_plus_one(x_T),
+                                     Settings(steps=20, trials=8), seeded(),
+                                     callback=lambda s, x_s: seen.append(x_s)).x_T
     best = begun(0.9)
-    begun(0.9, 0.8)
-    # Each was estimated at 0.9 for J_2; the survivors again, since they went on from there.
-    again = torch.cat(seen[0.9][8:])
-    assert len(seen[0.9]) == 16 and len(torch.cat(seen[0.8]).unique(dim=0)) == 8
-    assert len(again.unique(dim=0)) == 2 and (again == best).flatten(1).all(1).sum() == 4
+    at_first = torch.cat(seen[-8:])
+    begun(0.9, 0.85)
+    after = torch.cat(seen[-8:])                                        # one step later
+    came_from = torch.cdist(after.flatten(1), at_first.flatten(1)).argmin(1)
+    assert len(after.unique(dim=0)) == 8 and sorted(came_from.bincount().tolist())[-2:] == [4, 4]
+    assert torch.equal(at_first[came_from[0]], best[0])
 
 
 @pytest.mark.parametrize("flags, trials", [
