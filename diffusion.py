@@ -35,8 +35,8 @@ def alpha_sigma(t):
 def time_steps(steps, t_T=1.0, t_end=0.0):
     """The times t_N = t_T > ... > t_0 = 0 of `steps` equal steps, in float64.
 
-    t_end: the times below it are left out, so that the last step goes from there straight to 0.
-    Returns (steps + 1,), or (steps + 1, B) if t_T is (B,); fewer with t_end. ValueError unless
+    Returns (steps + 1,), or (steps + 1, B) if t_T is (B,). With t_end, for one t_T, the times below
+    it are left out, so that the last step goes from there straight to 0. ValueError unless
     steps >= 1 and 0 < t_T <= 1.
     """
     if steps < 1:
@@ -46,11 +46,11 @@ def time_steps(steps, t_T=1.0, t_end=0.0):
         raise ValueError(f"t_T must lie in (0, 1], not {t_T.tolist()}")
     fractions = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if t_T.ndim == 1:
-        fractions = fractions[:, None]
+        if t_end:
+            raise ValueError("t_end needs one t_T for all clips: they would end in other steps")
+        return fractions[:, None] * t_T
     times = fractions * t_T
     kept = times >= t_end - 1e-9
-    if t_T.ndim == 1:
-        kept = kept.any(1)
     kept[0] = kept[-1] = True
     return times[kept]
 
@@ -89,13 +89,15 @@ def add_noise(x_0, eps, t):
     return alpha_t * x_0 + sigma_t * eps, alpha_t * eps - sigma_t * x_0
 
 
-def v_loss(model, x_0, t, eps):
+def v_loss(model, x_0, t, eps, weigh=None):
     """L(theta) of App. B.1 for each clip: ||v_t - v_theta(x_t, t)||^2 per element, (B,).
 
     x_0, eps (B, C, n); t (B,) on the CPU. The mean over elements makes the loss independent of the
-    clip's length. (train.py squares v_error itself, since the U-Net weighs it first.)
+    clip's length. weigh(error, t), (B, C, n) -> (B, C, n): what is squared is its result (ours).
     """
     error = v_error(model, x_0, t, eps)
+    if weigh:
+        error = weigh(error, t.to(error))
     return error.square().flatten(1).mean(1)
 
 

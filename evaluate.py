@@ -381,15 +381,18 @@ def read_ahead(jobs):
 
     Threads decode the next job while the caller works on this one.
     """
+    def readable(job, audio):
+        return {number: clip for number, clip in zip(job, audio) if clip is not None}
+
     with ThreadPoolExecutor(4) as pool:
-        coming = None
-        for job, following in zip([{}, *jobs], [*jobs, {}]):
+        waiting = None
+        for job in jobs:
             # pool.map begins at once; its results are waited for one turn later.
-            audio = coming
-            coming = pool.map(read_or_skip, following.values())
-            if job:
-                loaded = dict(zip(job, audio))
-                yield {number: clip for number, clip in loaded.items() if clip is not None}
+            ready, waiting = waiting, (job, pool.map(read_or_skip, job.values()))
+            if ready:
+                yield readable(*ready)
+        if waiting:
+            yield readable(*waiting)
 
 
 # ---- records: measurements that outlive a run, made by several processes -------------------------

@@ -1,7 +1,7 @@
 """Sampling with guidance gradients: Sect. 3, Algorithms 1 and 2.
 
     task = tasks.infill(x_bar, C_L, C_R, z)
-    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.1)
+    x_0 = sample(model, task.x_T, task, steps=50, sampler="ddpm", xi=0.03)
 
 `model(x_t, t) -> v` is any callable with x_t (B, C, n) and t (B,). A task (tasks.py builds them) is
 a list of terms d(y, A(x)) to minimise. Where A is linear, a term may also be met exactly, by

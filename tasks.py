@@ -2,7 +2,7 @@
 
     task = regenerate(x_bar, C_L, C_R, z, k=0.6)
     task = combine(task, embedder_guidance(embed, embed(example), z), weights=(1, 5))
-    x_0 = guidance.sample(model, task.x_T, task, xi=0.1)
+    x_0 = guidance.sample(model, task.x_T, task, xi=0.03)
 
 Signals are (B, C, n) in the model's own space (samples or latent frames). C_L and C_R count
 positions along n. z is standard normal noise in the shape of x_bar. y, k, weights and labels may
@@ -157,7 +157,8 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
 
 def matched_time(k):
     """The time t at which sigma_t : alpha_t is k : (1 - k)."""
-    return 2 / math.pi * torch.atan2(torch.as_tensor(k), torch.as_tensor(1 - k))
+    k = torch.as_tensor(k, dtype=torch.float64)
+    return 2 / math.pi * torch.atan2(k, 1 - k)
 
 
 def crossfade(x_bar_L, x_bar_R, C_L, C_R):

@@ -45,7 +45,7 @@ except ImportError:                     # Windows
 import dit
 import sample
 import vae as autoencoder
-from diffusion import add_noise, alpha_sigma, v_error, x0_from_v
+from diffusion import add_noise, alpha_sigma, v_error, v_loss, x0_from_v
 from guidance import frozen
 from sample import (NETS, RANK, SAMPLE_RATE, WORLD, Checkpoint, Parser, UserError, barrier,
                     flag_of, gathered, join_processes, load_checkpoint, load_state, open_audio,
@@ -162,12 +162,12 @@ class Denoising(nn.Module):
             position = np.arange(n, dtype=np.float32) / n
             first, last = np.sort(rng.uniform(-0.3, 1.3, 2))
             share = max(0, rng.uniform(-1, 1)) * ((first < position) & (position < last))
-            drawn["fresh"] = rng.standard_normal(shape, dtype=np.float32)
+            drawn["first_eps"] = rng.standard_normal(shape, dtype=np.float32)
             drawn["share"] = share.astype(np.float32)[None]                 # (1, n)
             drawn["moved"] = np.bool_(share.any())
         return drawn
 
-    def forward(self, x, t, eps, start=None, fresh=None, share=None, moved=None, encoded=None,
+    def forward(self, x, t, eps, start=None, first_eps=None, share=None, moved=None, encoded=None,
                 **_):
         # Into model space, where the clips are not yet latents from the cache.
         x_0 = x
@@ -177,27 +177,22 @@ class Denoising(nn.Module):
         model = self.net
         if isinstance(self.net, dit.DiT):
             model = partial(self.net, start=start)
-        # A clip's noise must not depend on its batch: also where no share is moved, it is `fresh`.
-        if self.training and fresh is not None:
-            if moved.any():
-                fresh = self.with_own_error(model, x_0, t, eps, fresh, share)
-            eps = fresh
-        error = v_error(model, x_0, t, eps)
-        if self.space.kind == "waveform":                                   # the U-Net weighs it
-            error = self.net.weigh(error, t.to(error))
-        return {"loss": error.square().flatten(1).mean(1).mean()}
+        if self.training and self.own_error and moved.any():
+            eps = self.with_own_error(model, x_0, t, eps, first_eps, share)
+        weigh = self.net.weigh if self.space.kind == "waveform" else None
+        return {"loss": v_loss(model, x_0, t, eps, weigh).mean()}
 
-    def with_own_error(self, model, x_0, t, eps, fresh, share):
+    def with_own_error(self, model, x_0, t, eps, first_eps, share):
         """Noise such that x_t is built from x_0 moved by `share` towards the model's own estimate.
 
-        With it, x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, where x0_hat is the
-        estimate from x_0 noised by eps. The target stays x_0. x_0, eps, fresh (B, C, n); t (B,) in
-        (0, 1], on the CPU; share broadcasts over x_0.
+        With it, x_t = alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t eps, where x0_hat is the
+        estimate from x_0 noised by first_eps. The target stays x_0. x_0, eps, first_eps (B, C, n);
+        t (B,) in (0, 1], on the CPU; share (B, 1, n), 0 where nothing is moved.
         """
         with torch.no_grad():
-            error = v_error(model, x_0, t, eps)                         # (x0_hat - x_0) / sigma_t
+            error = v_error(model, x_0, t, first_eps)                   # (x0_hat - x_0) / sigma_t
         alpha_t = alpha_sigma(t)[0].to(x_0, non_blocking=x_0.is_cuda)[:, None, None]
-        return fresh + share * alpha_t * error
+        return eps + share * alpha_t * error
 
 
 class Autoencoding(nn.Module):

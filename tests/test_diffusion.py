@@ -46,12 +46,15 @@ def test_time_steps_are_equal_and_end_at_zero():
     assert (time_steps(500) - expected).abs().max() < 1e-15
 
 
-@pytest.mark.parametrize("steps, t_T, named", [(0, 1.0, "steps"), (10, 0.0, "t_T"),
-                                               (10, 1.5, "t_T")])
-def test_impossible_time_steps_are_refused(steps, t_T, named):
-    """No steps, or a first time outside (0, 1], is a ValueError that names the argument."""
+@pytest.mark.parametrize("steps, t_T, t_end, named", [
+    (0, 1.0, 0, "steps"), (10, 0.0, 0, "t_T"), (10, 1.5, 0, "t_T"),
+    (10, torch.tensor([1.0, 0.3]), 0.28, "t_end")])
+def test_impossible_time_steps_are_refused(steps, t_T, t_end, named):
+    """A ValueError that names the argument: no steps, a first time outside (0, 1], or clips that
+    would end in different steps.
+    """
     with pytest.raises(ValueError, match=named):
-        time_steps(steps, t_T)
+        time_steps(steps, t_T, t_end)
 
 
 # ---- The v-parameterisation and its loss --------------------------------------------------------

@@ -1,4 +1,5 @@
 """The rows of Table 2: what each measures, where it starts from, and what it refuses."""
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,8 @@ def test_the_matched_time_has_the_mixtures_proportion():
     alpha, sigma = alpha_sigma(t_T)
     torch.testing.assert_close(alpha * k, sigma * (1 - k))
     assert t_T[1].item() == pytest.approx(0.5) and t_T[2] == 1
+    expected = 2 / math.pi * math.atan2(0.7, 0.3)
+    assert tasks.matched_time(0.7).item() == pytest.approx(expected, 1e-12)
 
 
 def test_crossfade_has_constant_power_and_keeps_both_sides():

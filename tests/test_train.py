@@ -1123,11 +1123,11 @@ def test_half_of_the_clips_meet_the_models_own_error():
 
 
 def test_the_share_of_its_own_error_goes_into_x_t_and_not_into_the_target():
-    """x_t is alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t fresh, for a model whose x0_hat has a
-    known error; v still leads to x_0. A share of zero, or a model without error, leaves the fresh
-    noise. No gradient leads through the estimate."""
+    """x_t is alpha_t (x_0 + share (x0_hat - x_0)) + sigma_t eps, for a model whose x0_hat has a
+    known error; v still leads to x_0. A share of zero, or a model without error, leaves eps. No
+    gradient leads through the estimate."""
     g = torch.Generator().manual_seed(0)
-    x_0, eps, fresh, wrong = torch.randn(4, 3, 2, 16, generator=g, dtype=torch.float64)
+    x_0, eps, first_eps, wrong = torch.randn(4, 3, 2, 16, generator=g, dtype=torch.float64)
     t = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
     share = torch.tensor([0.0, 0.7]).repeat_interleave(8)
     alpha_t, sigma_t = (c.reshape(-1, 1, 1) for c in alpha_sigma(t))
@@ -1135,16 +1135,16 @@ def test_the_share_of_its_own_error_goes_into_x_t_and_not_into_the_target():
     objective = train.Denoising(tiny("latent"))
 
     def right(x_t, t):
-        return alpha_t * eps - sigma_t * x_0
+        return alpha_t * first_eps - sigma_t * x_0
 
     noise = objective.with_own_error(lambda x_t, t: right(x_t, t) - wrong / sigma_t, x_0, t, eps,
-                                     fresh, share)
+                                     first_eps, share)
     x_t, v = add_noise(x_0, noise, t)
     assert not noise.requires_grad
-    torch.testing.assert_close(x_t, alpha_t * (x_0 + share * wrong) + sigma_t * fresh)
+    torch.testing.assert_close(x_t, alpha_t * (x_0 + share * wrong) + sigma_t * eps)
     torch.testing.assert_close(x0_from_v(x_t, v, t), x_0)
-    noise = objective.with_own_error(right, x_0, t, eps, fresh, share)
-    torch.testing.assert_close(noise, fresh)
+    noise = objective.with_own_error(right, x_0, t, eps, first_eps, share)
+    torch.testing.assert_close(noise, eps)
 
 
 def test_the_unet_weighs_its_error():
