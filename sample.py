@@ -860,7 +860,7 @@ AS_PRINTED = {
 
 @dataclass
 class Settings:
-    """How to sample. These defaults were chosen by measurement; `of` adapts them to a model."""
+    """How to sample. What is ours for some models alone is off here: `of` turns it on for them."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float = 0.03            # guidance step size, at 50 steps
@@ -874,7 +874,7 @@ class Settings:
     trials: int = 1             # guided, from nothing: see best_beginning
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
-    keep_level: bool = True     # new audio gets the level of its context
+    keep_level: bool = False    # xi times the context's level; level_kept; LEVEL from nothing
 
     # The fields that have a flag in add_flags.
     FLAGS: ClassVar = ("xi", "k", "away", "trials", "precision", "equalise")
@@ -917,7 +917,7 @@ class Settings:
             given["k_repeats"] = given["k"]
 
         # Defaults that depend on the model. Large ones keep level and beat, and draw details, well.
-        preset = {"xi": XI[checkpoint.kind], "keep_level": False}
+        preset = {"xi": XI[checkpoint.kind]}
         if checkpoint.weak:
             preset = preset | {"away": AWAY}
         if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
@@ -957,15 +957,15 @@ def level_kept(model, C_L, C_R, reach, most=4.0):
 
         # Mean power over channels: of the contexts (B, 1, 1), and around each position of the gap
         # (B, 1, gap).
-        power = x0_hat.detach().square().mean(1, keepdim=True)                  # (B, 1, n)
-        context = torch.cat([power[..., :gap.start], power[..., gap.stop:]], -1)
+        square = x0_hat.detach().square().mean(1, keepdim=True)                 # (B, 1, n)
+        context = torch.cat([square[..., :gap.start], square[..., gap.stop:]], -1)
         context = context.mean(-1, keepdim=True)
-        local = F.avg_pool1d(power[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)
+        local = F.avg_pool1d(square[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)
         gain = (context / local.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
 
         # x0_hat = alpha_t x_t - sigma_t v. So to scale x0_hat by 1 + change, v moves by
         # -change x0_hat / sigma_t.
-        change = torch.zeros_like(power)
+        change = torch.zeros_like(square)
         change[..., gap] = gain - 1
         sigma_t = alpha_sigma(t)[1].to(x_t)[:, None, None]
         return v - change * x0_hat / sigma_t
@@ -991,8 +991,8 @@ def spectrum(audio, weight):
     return covariance.permute(0, 3, 1, 2) + 1e-12 * torch.eye(2, device=audio.device)
 
 
-def power(covariance):
-    """Of both sides together: (B, 1025, 2, 2) -> (B, 1025)."""
+def both_sides(covariance):
+    """The power of left and right together: (B, 1025, 2, 2) -> (B, 1025)."""
     return covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
@@ -1003,7 +1003,7 @@ def equalise(audio, weight, wanted):
     becomes the wanted one: what is silent on one side stays so.
     """
     given = spectrum(audio, weight)
-    gain = (power(wanted) / power(given)).sqrt().clamp(1 / 4, 4)                # (B, 1025)
+    gain = (both_sides(wanted) / both_sides(given)).sqrt().clamp(1 / 4, 4)      # (B, 1025)
     filters = gain[..., None, None] * image_map(given, wanted)                  # (B, 1025, 2, 2)
 
     # Gains between the 1025 frequencies are interpolated. Padding: the filters' tails do not wrap.
@@ -1025,11 +1025,12 @@ def image_map(given, wanted):
     device = given.device
     given, wanted = given.cpu().double(), wanted.cpu().double()         # not all have float64
     eye = torch.eye(2, dtype=torch.float64)
-    given = given / power(given)[..., None, None] + 0.003 * eye
-    wanted = wanted / power(wanted)[..., None, None] + 1e-7 * eye
+    given = given / both_sides(given)[..., None, None] + 0.003 * eye
+    wanted = wanted / both_sides(wanted)[..., None, None] + 1e-7 * eye
     a = torch.linalg.det(given).sqrt()[..., None, None]
     b = torch.linalg.det(wanted).sqrt()[..., None, None]
-    adjugate = power(given)[..., None, None] * eye - given      # given^-1 times its determinant
+    # Their inverse, times the determinant.
+    adjugate = both_sides(given)[..., None, None] * eye - given
     # The geometric mean of 2 x 2 matrices A and B, of the determinants alpha^2 and beta^2, is
     # sqrt(alpha beta / det(C)) C with C = A / alpha + B / beta. Here A = given^-1, B = wanted.
     M = adjugate / a + wanted / b
@@ -1139,17 +1140,19 @@ def period(audio):
     return best(mono, range(max(least, lag - PERIOD_HOP), min(longest, lag + PERIOD_HOP) + 1))
 
 
-def repeats_context(checkpoint, name, C_L, C_R, settings):
-    """Whether a task starts from its context, repeated: see `fill`."""
-    return (name in REPEATING and settings.k_repeats < 1
-            and enough(max(C_L, C_R) * checkpoint.hop))
+def start_of(checkpoint, name, audio, C_L, C_R, settings):
+    """What `generate` is given for a task: (row of TABLE_2, x_bar (B, C, n / hop), settings).
 
-
-def row_and_settings(checkpoint, name, C_L, C_R, settings):
-    """What `generate` is given for a task: with its context repeated in x_bar, it is Regenerate."""
-    if repeats_context(checkpoint, name, C_L, C_R, settings):
-        return "regenerate", replace(settings, k=settings.k_repeats)
-    return name, settings
+    With its context repeated, a task of REPEATING is Regenerate. A row that starts from x_bar reads
+    all of the audio (B, 2, n); the others read nothing of the gap.
+    """
+    hop = checkpoint.hop
+    if name in REPEATING and settings.k_repeats < 1 and enough(max(C_L, C_R) * hop):
+        audio = context_repeated(audio, C_L * hop, C_R * hop)
+        name, settings = "regenerate", replace(settings, k=settings.k_repeats)
+    if name in FROM_X_BAR:
+        C_L, C_R = audio.shape[-1] // hop, 0
+    return name, encode_context(checkpoint, audio, C_L, C_R), settings
 
 
 # ---- from a context to new audio -----------------------------------------------------------------
@@ -1202,6 +1205,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
     name        a row of TABLE_2; or another name (embedding, unconditional): only guides apply
     spans       see `windows`; default: one window for all
     guides      functions z -> Task: their terms join in every window; their weights are step sizes
+                at 50 steps
     callback    see guidance.sample
     """
     def model(x_t, t):
@@ -1257,7 +1261,7 @@ def row_for(name, left, right):
 
     A long infill begins with continuations; the window that reaches its right context is an infill.
     """
-    if name in TABLE_2 and name not in ("continuation", "infill"):
+    if name in TABLE_2 and name not in REPEATING:
         return name
     if right:
         return "infill"
@@ -1289,21 +1293,24 @@ def best_beginning(model, task, settings, generator, callback=None):
     times = time_steps(settings.steps)
     for t, s in zip(times, times[1:]):
         x0_hat = torch.stack([guidance.guided_estimate(model, x, t, ())[0] for x in x_t])
-        # Some of T_TRIALS come before the next step.
-        if any(s < u - 1e-9 <= t for u in T_TRIALS):
+
+        # Compare, in the last step that begins at or above one of T_TRIALS.
+        due = [time for time in T_TRIALS if s < time - 1e-9 <= t]
+        if due:
             J_2 = [guidance.objective(task.terms, x, x_0) for x, x_0 in zip(x_t, x0_hat)]
             order = torch.stack(J_2).argsort(0)                                 # (trials, B)
-            if s < T_TRIALS[-1] - 1e-9:
-                break
+            if T_TRIALS[-1] in due:
+                return guidance.Task(x_t[order[0], clips], task.terms, float(t))
             kept = order[torch.arange(trials) % math.ceil(trials / 4)]
             x_t, x0_hat = x_t[kept, clips], x0_hat[kept, clips]
+
+        # Algorithm 1, without guidance.
         updated = []
         for x, x_0 in zip(x_t, x0_hat):
             updated.append(ddpm_step(x, x_0, t, s, guidance.draw_noise(x, generator)))
             if callback:
                 callback(s, updated[-1])
         x_t = torch.stack(updated)
-    return guidance.Task(x_t[order[0], clips], task.terms, float(t))
 
 
 def steps_of(row, settings, spans=1, guides=()):
@@ -1319,34 +1326,31 @@ def steps_of(row, settings, spans=1, guides=()):
 
 
 def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
-         x_bar=None, spans=None, guides=(), example=None, callback=None):
+         start=None, spans=None, guides=(), example=None, callback=None):
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
 
     Encode, generate, decode, equalise. A continuation or an infill starts from its context,
     repeated, where that is long enough and settings.k_repeats is below 1 (ours).
 
     generator   one, or a list: of B for B clips, or of B for one clip, which gets B new parts
-    x_bar       what `encode` makes of the audio, if that is at hand
+    start       what start_of makes of the audio, if that is at hand
     example     audio (B, 2, m) whose spectrum the new part gets; None with guides: no equalising
     name, spans, guides, callback: see generate
     """
-    from_x_bar = name in FROM_X_BAR
-    if x_bar is None:
-        x_bar = encode(checkpoint, name, audio, C_L, C_R, settings)
+    row, x_bar, row_settings = start or start_of(checkpoint, name, audio, C_L, C_R, settings)
     if isinstance(generator, list):
         x_bar = x_bar.expand(len(generator), -1, -1)
-
-    row, settings = row_and_settings(checkpoint, name, C_L, C_R, settings)
-    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, settings, generator,
+    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, row_settings, generator,
                    spans=spans, guides=guides, callback=callback)
+    new = checkpoint.decode(x_0)
 
     # Guidance by class should be free to change the sound.
+    from_x_bar = name in FROM_X_BAR
     has_example = example is not None
     equalised = settings.equalise and (has_example or not guides)
     if equalised:
-        new = decode_like(checkpoint, x_0, audio, C_L, C_R, from_x_bar, example)
-    else:
-        new = checkpoint.decode(x_0)
+        a, b = C_L * checkpoint.hop, audio.shape[-1] - C_R * checkpoint.hop
+        new = like_original(new, audio, a, b, from_x_bar, example)
 
     # Music from nothing has no context to take its level from, but perhaps an example.
     from_nothing = not (C_L or C_R or from_x_bar)
@@ -1355,19 +1359,6 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
         mean_square = new.square().mean((1, 2), keepdim=True)
         new = new * LEVEL / mean_square.sqrt().clamp(min=1e-6)
     return new
-
-
-def encode(checkpoint, name, audio, C_L, C_R, settings):
-    """x_bar (B, C, n / hop) of audio (B, 2, n), for the task of that name.
-
-    One that starts from x_bar reads all of it; the others read nothing of the gap.
-    """
-    repeats = repeats_context(checkpoint, name, C_L, C_R, settings)
-    if repeats:
-        audio = context_repeated(audio, C_L * checkpoint.hop, C_R * checkpoint.hop)
-    if repeats or name in FROM_X_BAR:
-        return encode_context(checkpoint, audio, audio.shape[-1] // checkpoint.hop, 0)
-    return encode_context(checkpoint, audio, C_L, C_R)
 
 
 def encode_context(checkpoint, audio, C_L, C_R):
@@ -1389,26 +1380,25 @@ def encode_context(checkpoint, audio, C_L, C_R):
     return x
 
 
-def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=None):
-    """x_0 (B, C, frames) -> audio (B, 2, n), equalised.
+def like_original(audio, original, a, b, from_x_bar=False, example=None):
+    """Decoded audio (B, 2, n), equalised like `original` (B, 2, n); samples a to b are new.
 
-    The first C_L and last C_R frames get the spectrum that they have in `original` (B, 2, n). The
-    frames in between get the same one, and are no more than 2 dB louder; with from_x_bar, that of
-    what stood there. An `example` (B, 2, m) gives the new frames its powers, scaled to their sum;
-    and with too little context (LITTLE) all frames.
+    The contexts get the spectrum that they have in `original`. The new part gets theirs, and is at
+    most 2 dB louder than they are; with from_x_bar it gets that of what stood there. With an
+    `example` (B, 2, m) it gets the example's spectrum, at the level that it would have without.
+    With less than LITTLE seconds of context nothing but an example's spectrum is applied, to all of
+    the audio.
     """
-    audio = checkpoint.decode(x_0)
     n = original.shape[-1]
-    left, right = C_L * checkpoint.hop, n - C_R * checkpoint.hop        # [left, right) is new
     colour = None
     if example is not None:
-        colour = power(spectrum(example, torch.ones_like(example[0, 0])))
+        colour = both_sides(spectrum(example, torch.ones_like(example[0, 0])))
 
     # Weights (n,) of the new part, 1 there and 0 in the contexts, with a ramp outside it.
     ramp = round(SPLICE * SAMPLE_RATE)
     at = torch.arange(n, device=original.device)
-    new = (1 - torch.maximum(left - at, at - right + 1) / ramp).clamp(0, 1)
-    if left + n - right < LITTLE * SAMPLE_RATE:
+    new = (1 - torch.maximum(a - at, at - b + 1) / ramp).clamp(0, 1)
+    if a + n - b < LITTLE * SAMPLE_RATE:
         if colour is not None:
             everywhere = torch.ones_like(audio[0, 0])
             audio = equalise(audio, everywhere, recoloured(spectrum(audio, everywhere), colour))
@@ -1420,7 +1410,7 @@ def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=N
     of_context = spectrum(original, 1 - new)
     wanted = spectrum(original, new) if from_x_bar else of_context
     if colour is not None:
-        loudness = power(wanted).sum(1) / colour.sum(1)                         # (B,)
+        loudness = both_sides(wanted).sum(1) / colour.sum(1)                    # (B,)
         wanted = recoloured(wanted, colour * loudness[:, None])
     made = equalise(audio, new, wanted)
     if not from_x_bar:
@@ -1430,7 +1420,7 @@ def decode_like(checkpoint, x_0, original, C_L, C_R, from_x_bar=False, example=N
 
 def recoloured(covariance, colour):
     """A spectrum (B, 1025, 2, 2) with other powers, `colour` (B, 1025), and the same image."""
-    return covariance * (colour / power(covariance))[..., None, None]
+    return covariance * (colour / both_sides(covariance))[..., None, None]
 
 
 def listen(passt, checkpoint, x, part=slice(None)):
@@ -2133,11 +2123,11 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     # same whatever else is made.
     row = row_of(o)
     context = edit.context(whole=row in FROM_X_BAR).to(device)
-    x_bar = encode(checkpoint, row, context, edit.C_L, edit.C_R, settings)
+    start = start_of(checkpoint, row, context, edit.C_L, edit.C_R, settings)
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
-    start = row_and_settings(checkpoint, row, edit.C_L, edit.C_R, settings)
-    steps = steps_of(*start, len(edit.spans), guides)
-    if row in REPEATING and settings.k_repeats < 1 and start[0] == row:
+    started, _, row_settings = start
+    steps = steps_of(started, row_settings, len(edit.spans), guides)
+    if row in REPEATING and settings.k_repeats < 1 and started == row:
         print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: "
               "the new part starts from noise alone")
 
@@ -2146,7 +2136,7 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
         with progress(total=steps, unit="step") as bar:
             return fill(checkpoint, row, context, edit.C_L, edit.C_R, settings,
                         [torch.Generator().manual_seed(seed) for seed in seeds],
-                        x_bar=x_bar, guides=guides, example=example, spans=edit.spans,
+                        start=start, guides=guides, example=example, spans=edit.spans,
                         callback=lambda s, x_s: bar.update())
 
     for i, audio in enumerate(as_many_as_fit(make, seeds, AT_ONCE.get(device.type, 1))):

@@ -33,12 +33,13 @@ def infill(source, target, steps=50, seed=0):
     generator = torch.Generator().manual_seed(seed)
     z = guidance.draw_noise(x_bar, generator)
     task = tasks.infill(x_bar, C_L, C_R, z)
-    x_0 = guidance.sample(checkpoint.net, task.x_T, task, steps=steps, sampler="ddpm", xi=0.1,
+    x_0 = guidance.sample(checkpoint.net, task.x_T, task, steps=steps, sampler="ddpm", xi=0.03,
                           generator=generator)
 
     # Audio again, with the spectrum of its context.
-    new = sample.decode_like(checkpoint, x_0, audio, C_L, C_R)[0]
-    soundfile.write(target, new.T.numpy(), sample.SAMPLE_RATE)
+    a, b = C_L * checkpoint.hop, audio.shape[-1] - C_R * checkpoint.hop     # samples
+    new = sample.like_original(checkpoint.decode(x_0), audio, a, b)
+    soundfile.write(target, new[0].T.numpy(), sample.SAMPLE_RATE)
 
 
 if __name__ == "__main__":

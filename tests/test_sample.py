@@ -688,17 +688,19 @@ def test_a_context_that_is_too_short_is_not_repeated():
                        alone[..., :-short])
     neither = sample.context_repeated(audio, short, short)
     assert not neither[..., short:-short].any()             # nor is what stood there given away
-    model = toy(hop=2048)
+    model, audio = toy(hop=2048), torch.zeros(1, 2, 80 * 2048)
     for task, C_L, C_R, repeats in (("infill", 36, 0, True), ("infill", 1, 36, True),
                                     ("infill", 34, 34, False), ("continuation", 36, 0, True),
                                     ("regenerate", 36, 36, False), ("embedding", 36, 0, False)):
         settings = Settings(k=0.5, k_repeats=0.7)
-        given = sample.row_and_settings(model, task, C_L, C_R, settings)
+        row, x_bar, given = sample.start_of(model, task, audio, C_L, C_R, settings)
+        assert x_bar.shape[-1] == 80
         if repeats:
-            assert given == ("regenerate", sample.replace(settings, k=0.7))
+            assert (row, given) == ("regenerate", sample.replace(settings, k=0.7))
         else:
-            assert given == (task, settings)
-        assert sample.row_and_settings(model, task, C_L, C_R, Settings()) == (task, Settings())
+            assert (row, given) == (task, settings)
+        row, _, given = sample.start_of(model, task, audio, C_L, C_R, Settings())
+        assert (row, given) == (task, Settings())
 
 
 def test_a_command_says_that_its_context_is_too_short_to_repeat(folder, capsys):
@@ -815,8 +817,9 @@ def test_fill_gives_what_is_new_the_spectrum_of_its_context(folder, model, equal
     made = sample.fill(checkpoint, "infill", audio, C, C, settings, seeded(1), guides=guides)
     x_bar = sample.encode_context(checkpoint, audio, C, C)
     x_0 = sample.generate(checkpoint, "infill", x_bar, C, C, settings, seeded(1), guides=guides)
-    matched = sample.decode_like(checkpoint, x_0, audio, C, C)
     decoded = checkpoint.decode(x_0)
+    matched = sample.like_original(decoded, audio, C * checkpoint.hop,
+                                   audio.shape[-1] - C * checkpoint.hop)
     assert torch.equal(made, matched if equalise and not guided else decoded)
     assert not torch.allclose(matched, decoded, atol=1e-3)
 
@@ -826,11 +829,6 @@ def dull(x):
     X = torch.fft.rfft(x)
     passed = torch.linspace(0, 22050, X.shape[-1]) < 2000
     return torch.fft.irfft(X * torch.where(passed, 1.0, 10 ** (-9 / 20)), x.shape[-1])
-
-
-def decoder(decode):
-    """A model whose space is audio, in frames of 128 samples, and which decodes so."""
-    return SimpleNamespace(hop=128, decode=decode)
 
 
 BINS = [*range(5, 70), *range(120, 1025)]           # away from 0 Hz, and from dull's step at 2 kHz
@@ -844,73 +842,73 @@ def decibels_between(audio, reference):
 
 def powers(audio):
     """(B, 1025): the power spectrum of both channels together."""
-    return sample.power(sample.spectrum(audio, torch.ones(audio.shape[-1])))
+    return sample.both_sides(sample.spectrum(audio, torch.ones(audio.shape[-1])))
 
 
 def test_decoded_audio_gets_the_spectrum_of_the_contexts():
     """By at most 12 dB; what stood in the gap is read for from_x_bar alone."""
-    n, C_L, C_R, new = 2**17, 200, 100, slice(2**15, 2**16)
+    n, new = 2**17, slice(2**15, 2**16)
+    a, b = 200 * 128, n - 100 * 128
     x = 0.1 * noise(2, 2, n, dtype=torch.float32)
     original = x.clone()
-    original[..., C_L * 128:n - C_R * 128] *= 0.5
+    original[..., a:b] *= 0.5
 
-    def decode(x):
-        """9 dB too dull before the gap, 6 dB too loud from there on."""
-        return torch.cat([dull(x)[..., :C_L * 128], x[..., C_L * 128:] * 2], -1)
-    made = sample.decode_like(decoder(decode), x, original, C_L, C_R)
+    # 9 dB too dull before the gap, 6 dB too loud from there on.
+    decoded = torch.cat([dull(x)[..., :a], x[..., a:] * 2], -1)
+    made = sample.like_original(decoded, original, a, b)
     assert made.shape == x.shape and decibels_between(made[..., new], x[..., new]).abs().max() < 1
-    same = sample.decode_like(decoder(decode), x, x, C_L, C_R)
+    same = sample.like_original(decoded, x, a, b)
     assert torch.allclose(made, same, atol=1e-6)
-    of_gap = sample.decode_like(decoder(decode), x, original, C_L, C_R, from_x_bar=True)
+    of_gap = sample.like_original(decoded, original, a, b, from_x_bar=True)
     halved = decibels_between(of_gap[..., new], x[..., new]) + 6.02
     assert halved.abs().max() < 1
 
     # And what stood there may be louder than the contexts.
     loud = x.clone()
-    loud[..., C_L * 128:n - C_R * 128] *= 3
-    of_gap = sample.decode_like(decoder(torch.clone), loud, loud, C_L, C_R, from_x_bar=True)
+    loud[..., a:b] *= 3
+    of_gap = sample.like_original(loud, loud, a, b, from_x_bar=True)
     assert (decibels_between(of_gap[..., new], x[..., new]) - 9.54).abs().max() < 1
 
     # A clip does not depend on its batch.
-    alone = sample.decode_like(decoder(decode), x[:1], original[:1], C_L, C_R)
+    alone = sample.like_original(decoded[:1], original[:1], a, b)
     assert torch.allclose(made[:1], alone, atol=1e-6)
 
     # The contexts get their own spectrum too; gains end at 4.
-    dulled = sample.decode_like(decoder(dull), x, x, C_L, C_R)
-    context = slice(C_L * 128 - 8192)
+    dulled = sample.like_original(dull(x), x, a, b)
+    context = slice(a - 8192)
     assert decibels_between(dulled[..., context], x[..., context]).abs().max() < 1
-    faint = sample.decode_like(decoder(lambda x: x / 100), x, original, C_L, C_R)
+    faint = sample.like_original(x / 100, original, a, b)
     assert (decibels_between(faint, x) - 20 * math.log10(4 / 100)).abs().max() < 0.5
 
 
-@pytest.mark.parametrize("C_L, C_R", [(200, 100), (0, 0)])
-def test_an_example_gives_new_audio_its_spectrum(C_L, C_R):
+@pytest.mark.parametrize("left, right", [(25600, 12800), (0, 0)])
+def test_an_example_gives_new_audio_its_spectrum(left, right):
     """The shape, at the level that it would have without; without a context, the level too."""
     n = 2**17
     x = 0.1 * noise(2, 2, n, dtype=torch.float32)
     example = 2 * dull(0.1 * noise(2, 2, 2**16, seed=1, dtype=torch.float32))
-    made = sample.decode_like(decoder(lambda x: x), x, x, C_L, C_R, example=example)
-    new = made[..., C_L * 128 + 4096:n - C_R * 128 - 4096]
+    made = sample.like_original(x, x, left, n - right, example=example)
+    new = made[..., left + 4096:n - right - 4096]
     change = decibels_between(new, example)
     assert (change - change.mean(1, keepdim=True)).abs().max() < 1
-    level = rms(new, (1, 2)) / rms(x if C_L else example, (1, 2))
+    level = rms(new, (1, 2)) / rms(x if left else example, (1, 2))
     assert (20 * level.log10()).abs().max() < 0.5
-    context = slice(max(0, C_L * 128 - 8192))
+    context = slice(max(0, left - 8192))
     assert torch.allclose(made[..., context], x[..., context], atol=0.01)
 
 
 def test_little_context_gives_no_spectrum():
     """From nothing, and with less than 0.25 s of context, audio is as decoded."""
     tone = torch.sin(60 * 2 * math.pi * torch.arange(2**15) / 44100).expand(1, 2, -1)
-    for C_L, C_R in ((0, 0), (1, 0), (0, 1), (40, 40)):
-        made = sample.decode_like(decoder(lambda x: x), tone, 3 * tone, C_L, C_R)
+    for left, right in ((0, 0), (128, 0), (0, 128), (5120, 5120)):
+        made = sample.like_original(tone, 3 * tone, left, 2**15 - right)
         assert torch.allclose(made, tone)
-    enough = sample.decode_like(decoder(lambda x: x), tone, 3 * tone, 50, 40)
+    enough = sample.like_original(tone, 3 * tone, 6400, 2**15 - 5120)
     assert not torch.allclose(enough, tone)
 
     # It says how loud new audio may be; with from_x_bar, what stood there does.
     for from_x_bar in (False, True):
-        made = sample.decode_like(decoder(lambda x: x), tone, tone / 3, 40, 40, from_x_bar)
+        made = sample.like_original(tone, tone / 3, 5120, 2**15 - 5120, from_x_bar)
         assert torch.allclose(made, tone) == from_x_bar
 
 
