@@ -53,7 +53,8 @@ def means_and_scatter(x, groups):
 class Judge:
     """Made from folders of training music, from excerpts of `seconds`.
 
-    The embedding tells tracks apart. The classes are the names of the folders.
+    The embedding tells tracks apart. The classes are the names of the folders. UserError if there
+    are fewer than two tracks, or one that is too short.
     """
 
     def __init__(self, folders, seconds):
@@ -70,6 +71,8 @@ class Judge:
                                        "take it out of --train")
             starts = torch.linspace(0, audio.shape[1] - n, EXCERPTS).long()
             x.append(statistics(torch.stack([audio[:, start:start + n] for start in starts])))
+        if len(paths) < 2:
+            raise sample.UserError(f"--train has {len(paths)} tracks: the judge needs two or more")
         x = torch.cat(x)                                                        # (excerpts, 210)
         self.centre, self.scale = x.mean(0), x.std(0)
         x = (x - self.centre) / self.scale

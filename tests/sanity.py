@@ -75,20 +75,30 @@ class Study:
 
     @functools.cached_property
     def clips(self):
-        return self.excerpts(self.options.clips)
+        clips = self.excerpts(self.options.clips)
+        if len(clips) < 2:
+            raise sample.UserError(f"--data {self.options.data} has a single excerpt of "
+                                   f"{self.window / SAMPLE_RATE:.2f} s: give more music")
+        return clips
 
     @functools.cached_property
     def judge(self):
         return Judge(self.options.train, self.options.seconds)
 
     def excerpts(self, limit):
-        """Up to `limit` whole windows of test music: one of each track, then a second of each."""
+        """Up to `limit` whole windows of test music: one of each track, then a second of each.
+
+        UserError if none can be read.
+        """
         found = evaluate.find_excerpts(self.options.data, self.window, limit, self.options.seed)
         clips = []
         for excerpt in found:
             audio = evaluate.read_or_skip([excerpt])
             if audio:
                 clips += audio
+        if not clips:
+            raise sample.UserError(f"--data {self.options.data} has no excerpt that can be read: "
+                                   "give others")
         return clips
 
     def random(self, j):
@@ -523,14 +533,17 @@ def best_correlation(excerpts, track):
 
 def about_memory(study):
     """Nearest training music, by embeddings of windows of the same length and as waveforms."""
+    # What is too short to be compared is left out, and said, before any work is done.
+    span = study.spans["continuation"]
+    n = span.b - span.a
+    paths = sample.survey(study.options.train, n, "--train", "give others")
+
     made = study.made("continuation")
     real = study.real("continuation")
-    n = made[0].shape[1]
-
     excerpts = [slow(clip) for clip in (*made, *real)]
     best = torch.zeros(len(excerpts))
     windows = []                                    # embeddings of the training music
-    for path in sample.progress(sample.find_files(study.options.train), "memory", unit="track"):
+    for path in sample.progress(paths, "memory", unit="track"):
         track = sample.to_stereo_44k(*sample.read_audio(path))
         if track.shape[1] >= n:
             best = torch.maximum(best, best_correlation(excerpts, slow(track)))
@@ -589,7 +602,7 @@ def own_and_others(made, aims):
 
 
 def about_examples(study):
-    examples, passt = study.clips, study.classifier.net
+    examples, passt, judge = study.clips, study.classifier.net, study.judge
     guides = []
     for clip in examples:
         example = clip[None].to(study.device)
@@ -616,7 +629,7 @@ def about_examples(study):
             "real": [clip[:, :n] for clip in examples]}
 
     def judged(clips):
-        return F.normalize(torch.cat([study.judge.embedding(clip[None]) for clip in clips]))
+        return F.normalize(torch.cat([judge.embedding(clip[None]) for clip in clips]))
 
     own_aims = judged([clip[:, n:] for clip in examples])
     print(f"  the judge: {'':22} cosine with its own, with others; "

@@ -218,6 +218,33 @@ def test_every_table_is_printed(studio, tmp_path, capsys):
         sanity.main(["class", *command, "--train", str(studio / "test")])
 
 
+def test_too_little_music_is_said_before_any_work(studio, tmp_path, monkeypatch):
+    """No excerpt that can be read, one alone, and training music that is too short, or too little.
+
+    `bad` holds samples that are not finite, `one` a track of one excerpt.
+    """
+    for name in ("bad", "one", "short"):
+        (tmp_path / name).mkdir()
+    sf.write(tmp_path / "bad" / "a.wav", torch.full((44100, 2), torch.nan).numpy(), 44100, "FLOAT")
+    sf.write(tmp_path / "one" / "a.wav", NOISE.T[:44100].numpy(), 44100)
+    sf.write(tmp_path / "short" / "a.wav", NOISE.T[:2000].numpy(), 44100)
+    monkeypatch.setattr(sample, "fill", lambda *_, **__: pytest.fail("music is made"))
+    models = ["--checkpoint", str(studio / "latent.pt"),
+              "--classifier", str(studio / "classifier.pt"), "--seconds", "0.3"]
+
+    def refused(why, table, data, train=tmp_path / "short"):
+        with pytest.raises(sample.UserError, match=why):
+            sanity.main([table, *models, "--data", str(data), "--train", str(train)])
+
+    for table in ("likeness", "v-loss", "seams"):
+        refused("no excerpt that can be read", table, tmp_path / "bad")
+    for table in ("likeness", "prompts", "example"):
+        refused("a single excerpt", table, tmp_path / "one")
+    refused("--train: no usable file", "memory", studio / "test")
+    refused("is shorter than 0.3 s", "example", studio / "test")
+    refused("--train has 1 tracks", "class", studio / "test", tmp_path / "one")
+
+
 # ---- seams ---------------------------------------------------------------------------------------
 
 def test_a_jump_is_found_and_a_period_has_none():
