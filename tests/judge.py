@@ -50,6 +50,14 @@ def means_and_scatter(x, groups):
     return means, torch.lerp(within, sphere, SHRINKAGE)
 
 
+def read_track(path):
+    """The audio (2, n) at 44.1 kHz of training music. UserError if a sample is not finite."""
+    audio = sample.to_stereo_44k(*sample.read_audio(path))
+    if not audio.isfinite().all():
+        raise sample.UserError(f"{path} has samples that are not finite: take it out of --train")
+    return audio
+
+
 class Judge:
     """Made from folders of training music, from excerpts of `seconds`.
 
@@ -65,7 +73,7 @@ class Judge:
         # Statistics of equally spaced excerpts of every track.
         x = []
         for path in sample.progress(paths, "judge", unit="track"):
-            audio = sample.to_stereo_44k(*sample.read_audio(path))
+            audio = read_track(path)
             if audio.shape[1] < n:
                 raise sample.UserError(f"{path} is shorter than {seconds:g} s: "
                                        "take it out of --train")

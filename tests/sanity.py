@@ -52,7 +52,7 @@ import evaluate
 import guidance
 import sample
 from diffusion import add_noise, v_loss, x0_from_v
-from judge import Judge
+from judge import Judge, read_track
 from sample import SAMPLE_RATE, resample
 
 SLOW_RATE = 11025                                   # Hz, at which waveforms are compared
@@ -544,7 +544,7 @@ def about_memory(study):
     best = torch.zeros(len(excerpts))
     windows = []                                    # embeddings of the training music
     for path in sample.progress(paths, "memory", unit="track"):
-        track = sample.to_stereo_44k(*sample.read_audio(path))
+        track = read_track(path)
         if track.shape[1] >= n:
             best = torch.maximum(best, best_correlation(excerpts, slow(track)))
             parts = track.unfold(1, n, n // 2).transpose(0, 1)                  # (windows, 2, n)

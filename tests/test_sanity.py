@@ -242,6 +242,7 @@ def test_too_little_music_is_said_before_any_work(studio, tmp_path, monkeypatch)
         refused("a single excerpt", table, tmp_path / "one")
     refused("--train: no usable file", "memory", studio / "test")
     refused("is shorter than 0.3 s", "example", studio / "test")
+    refused("bad/a.wav has samples that are not finite", "class", studio / "test", tmp_path / "bad")
     refused("--train has 1 tracks", "class", studio / "test", tmp_path / "one")
 
 
