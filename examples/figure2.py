@@ -81,7 +81,11 @@ def read_versions(files, region):
 
     region: seconds of the files, or None, all of what both have; CONTEXT lies on each side of it.
     """
-    tracks = [to_stereo_44k(*read_audio(file)) for file in files]
+    tracks = []
+    for file in files:
+        tracks.append(to_stereo_44k(*read_audio(file)))
+        if not tracks[-1].isfinite().all():
+            raise UserError(f"{file} has samples that are not finite: repair or export it again")
     n = min(track.shape[-1] for track in tracks)
     first, last = 0, n
     if region:

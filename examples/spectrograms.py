@@ -84,6 +84,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.gap and len(options.mark) != 2:
         parser.error("--gap needs two times of --mark: where the gap begins and ends")
+    if not options.output.lower().endswith(".png"):         # a third track would be lost
+        parser.error(f"{options.output} must end in .png")
 
     # The levels of both files, on one scale of time and of brightness.
     try:
@@ -91,6 +93,8 @@ def main(argv=None):
     except soundfile.LibsndfileError as error:
         parser.error(str(error))
     seconds = max(len(audio) / rate for audio, rate in files)
+    if not all(0 <= mark <= seconds for mark in options.mark):
+        parser.error(f"--mark must lie within the files' {seconds:.3f} s")
     levels = [spectrogram(audio, rate, seconds) for audio, rate in files]
     columns = [min(WIDTH - 1, round(mark / seconds * WIDTH)) for mark in options.mark]
     if options.gap:
@@ -105,8 +109,11 @@ def main(argv=None):
         image = picture(level, top)
         image[:, columns] = LINE
         images += [image, np.zeros((GAP, WIDTH), np.uint8)]
-    with open(options.output, "wb") as file:
-        file.write(png(np.concatenate(images[:-1]), palette()))
+    try:
+        with open(options.output, "wb") as file:
+            file.write(png(np.concatenate(images[:-1]), palette()))
+    except OSError as error:
+        parser.error(f"{options.output} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import soundfile as sf
 import torch
 
 import sample
-from examples import figure2, page
+from examples import figure2, page, spectrograms
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
@@ -705,6 +705,34 @@ def test_systems_that_cannot_be_compared_end_in_a_sentence(tests, tmp_path):
         with pytest.raises(sample.UserError, match=said):
             figure2.main([*flags, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_with_samples_that_are_not_finite_is_refused_by_name(tests, tmp_path):
+    """Such a file would abort the MP3 encoder, and with it the process."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for path in (tests / "loud system").iterdir():
+        sf.write(bad / path.name, np.full((44100, 2), np.nan), 44100, "FLOAT", format="WAV")
+    with pytest.raises(sample.UserError, match="bad.* has samples that are not finite"):
+        figure2.main([f"b={bad}", f"l={tests / 'loud system'}", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_takes_no_tracks_place(tmp_path, capsys):
+    """spectrograms.py ends in a sentence where its output is no .png, or a mark is outside."""
+    track = tmp_path / "a.wav"
+    sf.write(track, 0.1 * np.ones((4410, 2)), 44100)
+    before = track.read_bytes()
+    picture = str(tmp_path / "a.png")
+    for flags, said in (([track], "must end in .png"), ([tmp_path / "no" / "a.png"], "be written"),
+                        ([picture, "--mark", "0.2"], "--mark"), ([picture, "--mark=-1"], "--mark"),
+                        ([picture, "--mark", "nan"], "--mark")):
+        with pytest.raises(SystemExit) as ended:
+            spectrograms.main([str(track), str(track), *map(str, flags)])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert track.read_bytes() == before and not Path(picture).exists()
+    spectrograms.main([str(track), str(track), picture, "--mark", "0", "0.1", "--gap"])
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
 # ---- votes ---------------------------------------------------------------------------------------
