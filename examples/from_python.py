@@ -23,7 +23,10 @@ def infill(source, target, steps=50, seed=0):
     # A model, and audio (1, 2, 262144) at 44.1 kHz that fills its window.
     checkpoint = sample.open_checkpoint("latent")
     audio = sample.to_stereo_44k(*sample.read_audio(source))[None]
-    audio = audio[..., :checkpoint.window * checkpoint.hop]
+    n = checkpoint.window * checkpoint.hop
+    if audio.shape[-1] < n:
+        raise sample.UserError(f"{source} is shorter than 5.95 s: take a longer track")
+    audio = audio[..., :n]
 
     # The contexts in the model's space, (1, C, 2048): its first and its last 700 frames.
     C_L, C_R = 700, 700
@@ -42,5 +45,11 @@ def infill(source, target, steps=50, seed=0):
     soundfile.write(target, new[0].T.numpy(), sample.SAMPLE_RATE)
 
 
-if __name__ == "__main__":
+def main():
+    if len(sys.argv) != 3:
+        raise sample.UserError("give two files: a track, and the wav file to write")
     infill(*sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sample.run(main)

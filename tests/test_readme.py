@@ -10,12 +10,16 @@ import shlex
 import shutil
 import string
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from torch.distributed.run import get_args_parser
 
 import conftest                         # puts the root on the path, also when this file is run
+import sample
 
 ROOT = Path(conftest.__file__).resolve().parents[1]
 TEXTS = ("README.md", "checkpoints/README.md")
@@ -134,6 +138,18 @@ def test_commands_run_or_have_good_arguments(command, tree, monkeypatch):
         assert script != "sample.py" or set(tree.rglob("*.json")) > before, "nothing was written"
     elif hasattr(module, "parse"):
         module.parse(arguments)                         # it may check more than single flags
+
+
+def test_the_infill_from_python_ends_in_a_sentence(tree, monkeypatch):
+    """Without two files, and with a track that is shorter than the model's window."""
+    monkeypatch.chdir(tree)
+    soundfile.write("short.wav", np.zeros((44100, 2)), 44100)
+    script = module_of("examples/from_python.py")
+    for words, said in (([], "two files"), (["a.wav"], "two files"),
+                        (["short.wav", "out.wav"], "short.wav is shorter")):
+        monkeypatch.setattr(sys, "argv", ["from_python.py", *words])
+        with pytest.raises(sample.UserError, match=said):
+            script.main()
 
 
 @pytest.mark.slow
