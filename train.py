@@ -804,7 +804,8 @@ class Latents(AudioFiles):
     In `folder`, each process that encodes writes one large file, name.f16, of rows (C,), and an
     index, name.txt, with lines "key first frames". The key of a version is a hash of all that it
     depends on: the VAE's weights, the audio's path and time of change, and seed and number of a
-    version that is varied. Whatever has a line is whole: a stopped run goes on where it was.
+    version that is varied. Whatever has a line is whole: a stopped run goes on where it was. What a
+    copied folder lacks is encoded again.
     """
     unit = VAE.hop
 
@@ -838,8 +839,8 @@ class Latents(AudioFiles):
                 self.broken[path] = "damaged"
             elif name not in opened:
                 opened[name] = len(opened)
-                shape = (-1, vae.config.latent_channels)
-                self.files.append(np.memmap(folder / name, np.float16, "r").reshape(shape))
+                shape = self.rows(folder / name), vae.config.latent_channels
+                self.files.append(np.memmap(folder / name, np.float16, "r", shape=shape))
             self.file.append(opened.get(name))
             self.first.append(first)
             lengths.append(frames)
@@ -865,12 +866,20 @@ class Latents(AudioFiles):
         """{key: (name of a file, first row, frames)} of all that is in the folder."""
         known = {}
         for index in sorted(self.folder.glob("*.txt")):
-            file = index.with_suffix(".f16").name
+            file = index.with_suffix(".f16")
+            rows = self.rows(file)
             for line in index.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):                 # else the process was killed as it wrote it
                     key, first, frames = line.split()
-                    known[key] = file, int(first), int(frames)
+                    if int(first) + int(frames) <= rows:
+                        known[key] = file.name, int(first), int(frames)
         return known
+
+    def rows(self, file):
+        """Whole rows in a file, 0 if it is not there: a copied folder may lack some."""
+        if not file.exists():
+            return 0
+        return file.stat().st_size // (2 * self.vae.config.latent_channels)
 
     def encode(self, lacking, workers):
         """Add what is lacking, [(number of a track, [version, ...])], to the folder.

@@ -294,6 +294,24 @@ def test_latents_from_the_cache_are_those_of_the_clip(music, tmp_path):
     assert not set(cached.keys) & set(other.keys)
 
 
+def test_what_a_copied_cache_lacks_is_encoded_again(music, tmp_path):
+    """A file that was cut as it was copied, within a row, and one that was not copied at all."""
+    vae, folder = tiny("vae").eval(), tmp_path / "cache"
+    tracks = train.AudioFiles({path: sample.probe(path) for path in sample.find_files([music])})
+    first = train.Latents(tracks, folder, vae, 0, versions=1)
+    expected = [first.read(i, 0, 2**15) for i in range(len(first.paths))]
+    file, = folder.glob("*.f16")
+    content = file.read_bytes()
+    for kept in (content[:len(content) // 2 + 3], None):
+        file.unlink()
+        if kept:
+            file.write_bytes(kept)
+        again = train.Latents(tracks, folder, vae, 0, versions=1)
+        assert not again.broken
+        for i, latents in enumerate(expected):
+            assert np.array_equal(again.read(i, 0, 2**15), latents)
+
+
 @pytest.mark.slow
 def test_the_cache_holds_versions_of_each_track(music, tmp_path):
     """Four of each, that count as tracks of their own: the first as it is, the others at speeds of
