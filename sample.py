@@ -886,9 +886,9 @@ class Settings:
             help="guidance step size at 50 steps "
                  "(default: {latent} latent, {waveform} waveform)".format(**XI))
         add("--k", type=within(0.01, 1),
-            help="share of noise to start from; the rest is what stands there or, in continuation "
-                 "and infill, the context repeated. 1: noise alone "
-                 f"(default: {Settings.k}; continuation, infill: {K_REPEATS} for small models)")
+            help="share of noise to start from; the rest is what stands there or, in continuation, "
+                 "infill and intro, the context repeated. 1: noise alone (default: "
+                 f"{Settings.k}; continuation, infill, intro: {K_REPEATS} for small models)")
         add("--away", type=within(0, 10),
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
@@ -1965,12 +1965,14 @@ def region(o, checkpoint):
 def row_of(o):
     """The row of TABLE_2 that --task names.
 
-    A loop and an intro are infills whose contexts stand in another place; a loop may keep an
-    outline of what stood there.
+    A loop and an intro are infills whose contexts stand in another place. With --k a loop keeps an
+    outline of what stood there; where an intro comes, there was nothing.
     """
-    if o.task not in ("loop", "intro"):
-        return o.task
-    return "infill" if o.k in (None, 1) else "regenerate"
+    if o.task == "loop" and o.k not in (None, 1):
+        return "regenerate"
+    if o.task in ("loop", "intro"):
+        return "infill"
+    return o.task
 
 
 def make_guides(o, checkpoint, classifier, device):

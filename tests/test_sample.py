@@ -377,7 +377,7 @@ def test_help_has_groups_and_defaults(capsys):
     for default in (Settings.steps, Settings.sampler, "latent", "auto"):
         assert f"(default: {default})" in said
     small = sample.K_REPEATS
-    assert f"(default: {Settings.k}; continuation, infill: {small} for small models)" in said
+    assert f"(default: {Settings.k}; continuation, infill, intro: {small} for small models)" in said
     assert "(default: {latent} latent, {waveform} waveform)".format(**sample.XI) in said
     assert "(default: {transition}; {loop})".format(**sample.FADE) in said
 
@@ -1198,9 +1198,13 @@ def test_an_intro_is_half_a_window_long(folder):
 
 @pytest.mark.parametrize("flags, row", [
     ("loop", "infill"), ("loop --k 1", "infill"), ("loop --k 0.9", "regenerate"),
-    ("intro", "infill"), ("regenerate --k 1", "regenerate"), ("infill", "infill")])
+    ("intro", "infill"), ("intro --k 0.7", "infill"),
+    ("regenerate --k 1", "regenerate"), ("infill", "infill")])
 def test_a_loop_and_an_intro_are_infills(flags, row):
-    """But for a loop that keeps a part of what stood there: less noise than all."""
+    """But for a loop that keeps a part of what stood there: less noise than all.
+
+    Before an intro there was silence, of which nothing is to be kept.
+    """
     assert sample.row_of(sample.parse(["--task", *flags.split(), "--input", "x.wav"])) == row
 
 
