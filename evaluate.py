@@ -1004,6 +1004,9 @@ def fixed_rows(options):
 # with --generated alone, all others go with both.
 FOR_MODEL = {"model": "latent", "checkpoint": None, "weak": None, "tasks": TASKS, "clips": CLIPS,
              "sampler": [sample.Settings.sampler], "steps": [sample.Settings.steps]}
+# The tasks in which a setting does something (the others: in all).
+USED = {"k": (*EDITED, "transition"), "xi": (*EDITED, "transition"),
+        "equalise": (*EDITED, "transition", "embedding"), "trials": ("embedding",)}
 
 
 def make_parser(add_flags):
@@ -1080,6 +1083,10 @@ def parse(argv, add_flags=sample.Settings.add_flags):
     for name, default in FOR_MODEL.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
+    for name in options.given:
+        if not set(USED.get(name, TASKS)) & set(options.tasks):
+            raise UserError(f"{sample.flag_of(name)} does nothing with --tasks "
+                            f"{' '.join(options.tasks)}: leave it out")
     return options
 
 

@@ -840,6 +840,8 @@ def main(argv=None):
     for table in options.tables:
         if table in NEED_TRAIN and not options.train:
             raise sample.UserError(f"--train is missing: {table} needs folders of training music")
+    if options.trials and not {"example", "class"} & set(options.tables):
+        raise sample.UserError("--trials does nothing without example or class: leave it out")
 
     study = Study(options)
     for table in options.tables:

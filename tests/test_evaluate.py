@@ -862,6 +862,19 @@ def test_flags_for_a_model_are_refused_for_files(flags, studio, tmp_path):
         evaluate.parse([*command, *flags])
 
 
+@pytest.mark.parametrize("flags, tasks", [
+    (["--trials", "4"], ["unconditional", "infill"]), (["--k", "0.7"], ["embedding"]),
+    (["--xi", "1"], ["unconditional", "embedding"]), (["--no-equalise"], ["unconditional"])],
+    ids=lambda value: value[0])
+def test_settings_that_no_chosen_task_uses_are_refused(flags, tasks, studio, tmp_path):
+    """Its row would be named by what it does not have; with one more task it has."""
+    command = arguments(studio, tmp_path, *flags, "--tasks", *tasks)
+    flag = flags[0].replace("--no-", "--")
+    with pytest.raises(sample.UserError, match=f"^{flag} does nothing with --tasks {tasks[0]}"):
+        evaluate.parse(command)
+    assert evaluate.parse([*command, *evaluate.TASKS]).given
+
+
 @pytest.mark.parametrize("folders", [[], ["--generated"], ["--originals"]], ids=str)
 def test_folders_that_are_missing_are_named(folders):
     """Of one or the other way to call it."""

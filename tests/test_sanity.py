@@ -236,6 +236,8 @@ def test_too_little_music_is_said_before_any_work(studio, tmp_path, monkeypatch)
         with pytest.raises(sample.UserError, match=why):
             sanity.main([table, *models, "--data", str(data), "--train", str(train)])
 
+    with pytest.raises(sample.UserError, match="--trials does nothing"):
+        sanity.main(["likeness", "--data", str(studio / "test"), "--trials", "4"])
     for table in ("likeness", "v-loss", "seams"):
         refused("no excerpt that can be read", table, tmp_path / "bad")
     for table in ("likeness", "prompts", "example"):
