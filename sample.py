@@ -629,14 +629,14 @@ class Checkpoint:
             self.channels = 2
 
     def estimate(self, x_t, t, settings):
-        """v, float32; below t_away it is v + away (v - v_weak), ours: see with_weak_model.
+        """v, float32; below T_AWAY it is v + away (v - v_weak), ours: see with_weak_model.
 
         One time t for all clips. The gradients of terms take the difference as a constant.
         """
         half = settings.precision == "bf16"
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
             v = self.net(x_t, t).float()
-            if settings.away and t[0] <= settings.t_away:
+            if settings.away and t[0] <= T_AWAY:
                 with torch.no_grad():
                     difference = v - self.weak.net(x_t, t).float()
                 v = v + settings.away * difference
@@ -869,8 +869,7 @@ class Settings:
     start_from: str = "matched"                 # below k = 1: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
-    away: float = 0.0           # how far to move away from the weak model, if there is one,
-    t_away: float = T_AWAY      # below this time: see Checkpoint.estimate
+    away: float = 0.0           # how far to move away from the weak model, if there is one
     trials: int = 1             # guided, from nothing: see best_beginning
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
