@@ -41,7 +41,7 @@ import guidance
 import tasks
 import unet1d
 import vae as autoencoder
-from diffusion import alpha_sigma, ddpm_step, time_steps, x0_from_v
+from diffusion import ddpm_step, time_steps
 from tasks import PASST_PRESETS, PaSST, PaSSTConfig, resample, to_resample
 from vae import VAE
 
@@ -873,7 +873,7 @@ class Settings:
     trials: int = 1             # guided, from nothing: see best_beginning
     precision: str = "fp32"     # of the diffusion network
     equalise: bool = True       # new audio gets the spectrum of its context
-    keep_level: bool = False    # xi times the context's level; level_kept; LEVEL from nothing
+    keep_level: bool = False    # xi is multiplied by the context's level; LEVEL, from nothing
 
     # The fields that have a flag in add_flags.
     FLAGS: ClassVar = ("xi", "k", "away", "trials", "precision", "equalise")
@@ -937,38 +937,7 @@ class Settings:
 # ---- levels and spectra of new audio -------------------------------------------------------------
 
 LEVEL = 0.1                             # root mean square of music from nothing
-LEVEL_SECONDS = 0.25                    # see level_kept
 EQUALISER_FFT = 2048                    # samples
-
-
-def level_kept(model, C_L, C_R, reach, most=4.0):
-    """A model like `model` that keeps the level of the gap near that of the contexts (ours).
-
-    The gap lies between the first C_L and the last C_R positions. x0_hat in it is scaled so that
-    its local power (mean over `reach` positions each side) equals its mean power in the contexts.
-    Without this a small model's notes start late, fade out, or grow without bounds. The gains,
-    1 / most to most, are constants in the gradients of terms.
-    """
-    def kept(x_t, t):
-        v = model(x_t, t)
-        x0_hat = x0_from_v(x_t, v, t)
-        gap = slice(C_L, x_t.shape[-1] - C_R)
-
-        # Mean power over channels: of the contexts (B, 1, 1), and around each position of the gap
-        # (B, 1, gap).
-        square = x0_hat.detach().square().mean(1, keepdim=True)                 # (B, 1, n)
-        context = torch.cat([square[..., :gap.start], square[..., gap.stop:]], -1)
-        context = context.mean(-1, keepdim=True)
-        local = F.avg_pool1d(square[..., gap], 2 * reach + 1, 1, reach, count_include_pad=False)
-        gain = (context / local.clamp(min=1e-20)).sqrt().clamp(1 / most, most)
-
-        # x0_hat = alpha_t x_t - sigma_t v. So to scale x0_hat by 1 + change, v moves by
-        # -change x0_hat / sigma_t.
-        change = torch.zeros_like(square)
-        change[..., gap] = gain - 1
-        sigma_t = alpha_sigma(t)[1].to(x_t)[:, None, None]
-        return v - change * x0_hat / sigma_t
-    return kept
 
 
 def spectrum(audio, weight):
@@ -1226,14 +1195,10 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
 
         # Its row of Table 2. L1's gradient has no level, so the context's own is the term's weight.
         row = row_for(name, left, right)
-        estimator = model
         level = 1.0
         if settings.keep_level and left + right:
             context = torch.cat([window[..., :left], window[..., window.shape[-1] - right:]], -1)
             level = context.square().mean((1, 2)).sqrt()                        # (B,)
-            if row not in FROM_X_BAR:
-                reach = round(LEVEL_SECONDS * SAMPLE_RATE / checkpoint.hop)
-                estimator = level_kept(model, left, right, reach)
         task = guidance.Task(z, ())
         if row:
             task = TABLE_2[row](window, left, right, z, settings,
@@ -1246,7 +1211,7 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
 
         # Sample it. The result is context for the next window.
         x[..., first:last] = guidance.sample(
-            estimator, task.x_T, task, steps=steps, sampler=settings.sampler,
+            model, task.x_T, task, steps=steps, sampler=settings.sampler,
             xi=xi, t_end=settings.t_end, generator=generator, callback=callback)
         if first <= lo:
             lo = last

@@ -739,7 +739,7 @@ def alternatives(study, task):
         "ends at t = 0": replace(settings, t_end=0.0),
         "no weak model": replace(settings, away=0.0),
         "not equalised": replace(settings, equalise=False),
-        "level not kept": replace(settings, keep_level=False),
+        "xi without level": replace(settings, keep_level=False),
         "DDIM": replace(settings, sampler="ddim"),
         "a quarter of xi": replace(settings, xi=settings.xi / 4),
         "four times xi": replace(settings, xi=4 * settings.xi),

@@ -22,7 +22,7 @@ from conftest import neighbours, noise, save_checkpoint, seeded, toy, wake
 import guidance
 import sample
 import tasks
-from diffusion import alpha_sigma, x0_from_v
+from diffusion import alpha_sigma
 from dit import PRESETS as DIT, DiT
 from sample import Edit, Settings, Track, UserError, load_checkpoint
 from unet1d import PRESETS as UNET, UNet1D
@@ -384,47 +384,6 @@ def test_help_has_groups_and_defaults(capsys):
 
 # ---- levels and spectra --------------------------------------------------------------------------
 
-def x0_hats(model, kept, x_t, t):
-    return x0_from_v(x_t, model(x_t, t), t), x0_from_v(x_t, kept(x_t, t), t)
-
-
-def test_the_level_of_the_contexts_is_kept_in_the_gap():
-    """One gain per clip, from 1 / most; the contexts stay."""
-    x = noise(4, 3, 20)
-    x[..., 8:15] *= torch.tensor([2.0, 2.0, 3.0, 100.0], dtype=x.dtype)[:, None, None]
-    x = x.requires_grad_()
-    t = torch.tensor([0.9, 0.5, 0.6, 0.8], dtype=torch.float64)
-
-    def model(x_t, t):
-        return 0.3 * x_t * t[:, None, None]
-    kept = sample.level_kept(model, 8, 5, reach=7, most=4.0)
-    before, after = x0_hats(model, kept, x, t)
-    gain = (after / before).detach()
-    gap, contexts = slice(8, 15), [*range(8), *range(15, 20)]
-    assert (gain[..., contexts] - 1).abs().max() < 1e-6
-    wanted = rms(before[..., contexts], (1, 2))
-    assert torch.allclose(rms(after[..., gap], (1, 2))[:3], wanted[:3])
-    assert (gain[3, :, gap] - 0.25).abs().max() < 1e-6 and (gain[:3, :, gap] < 0.9).all()
-
-    # Gradients are those of x0_hat times the gain; silence stays silent.
-    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (after, before * gain)]
-    torch.testing.assert_close(*slopes)
-    assert not kept(0 * x, t).any()
-
-
-def test_a_level_is_kept_all_along_the_gap():
-    """A gap that fades away gets the contexts' level everywhere, by gains that change slowly."""
-    def model(x_t, t):
-        return x_t
-    x = torch.ones(1, 2, 300, dtype=torch.float64)
-    x[..., 50:250] = torch.linspace(3, 0.3, 200)
-    kept = sample.level_kept(model, 50, 50, reach=20)
-    before, after = x0_hats(model, kept, x, torch.tensor([0.9], dtype=torch.float64))
-    along = rms(after[..., 50:250].unfold(-1, 40, 20), (0, 1, 3)) / after[0, 0, 0].abs()
-    assert (along - 1).abs().max() < 0.15
-    assert (after / before).log().diff(dim=-1)[..., 51:248].abs().max() < 0.1
-
-
 def test_the_tails_of_the_equaliser_do_not_wrap():
     """Noise at the end, through a filter with a steep flank: the beginning stays silent."""
     audio = F.pad(noise(1, 2, 64, dtype=torch.float32), (2**14 - 64, 0))
@@ -453,12 +412,10 @@ def test_the_limiter_holds_full_scale_and_leaves_the_rest():
 def by_hand(row, x_bar, C_L, C_R, settings, generator):
     """One window of a row of Table 2, from tasks.py and guidance.py alone; hop is 2048 samples."""
     z = guidance.draw_noise(x_bar, generator)
-    model, level = neighbours, 1.0
+    level = 1.0
     if settings.keep_level:
         contexts = torch.cat([x_bar[..., :C_L], x_bar[..., x_bar.shape[-1] - C_R:]], -1)
         level = rms(contexts, (1, 2))                                               # (B,)
-        if row in ("continuation", "infill"):
-            model = sample.level_kept(neighbours, C_L, C_R, round(0.25 * 44100 / 2048))
     term = {"weight": level, "project": settings.project}
     k, start = settings.k, settings.start_from
     if row == "continuation":
@@ -470,17 +427,16 @@ def by_hand(row, x_bar, C_L, C_R, settings, generator):
     elif row == "transition":
         task = tasks.transition(x_bar, C_L, C_R, z, k, start, **term)
     return guidance.sample(
-        model, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
+        neighbours, task.x_T, task, steps=settings.steps, sampler=settings.sampler,
         xi=settings.xi * 50 / settings.steps, generator=generator)
 
 
 SETTINGS = {
     "default": Settings(steps=4, xi=0.2),
-    "no level": Settings(steps=4, xi=0.2, keep_level=False),
-    "many steps": Settings(steps=25, xi=0.2, keep_level=False),
+    "level": Settings(steps=4, xi=0.2, keep_level=True),
+    "many steps": Settings(steps=25, xi=0.2),
     "ddim": Settings("ddim", steps=4, xi=0.2, k=0.3),
-    "as printed": Settings(steps=4, xi=0.03 * 4 / 50, k=0.85, start_from="paper", project="x_t",
-                           keep_level=False),
+    "as printed": Settings(steps=4, xi=0.03 * 4 / 50, k=0.85, start_from="paper", project="x_t"),
 }
 
 
@@ -600,7 +556,7 @@ def test_regions_longer_than_the_window_are_filled_without_a_seam(case, seamless
         spans = [spans[0], *zip(ends, ends[1:])]
     root = torch.linalg.cholesky(SMOOTH + 1e-4 * torch.eye(POSITIONS))
     x_bar = noise(1, 64, POSITIONS, dtype=torch.float32) @ root.T
-    settings = Settings(xi=0.1, keep_level=False)
+    settings = Settings(xi=0.1)
     x = sample.generate(toy(smooth_signals), "infill", x_bar, C_L, 16, settings, seeded(1),
                         spans=spans)
     steps = rms(x.diff(dim=-1), (0, 1))
