@@ -1004,9 +1004,10 @@ def fixed_rows(options):
 # with --generated alone, all others go with both.
 FOR_MODEL = {"model": "latent", "checkpoint": None, "weak": None, "tasks": TASKS, "clips": CLIPS,
              "sampler": [sample.Settings.sampler], "steps": [sample.Settings.steps]}
-# The tasks in which a setting does something (the others: in all).
-USED = {"k": (*EDITED, "transition"), "xi": (*EDITED, "transition"),
-        "equalise": (*EDITED, "transition", "embedding"), "trials": ("embedding",)}
+# The tasks in which a setting does something (the others: in all). Unconditional music is not
+# guided here.
+USED = sample.USED | {"trials": ("embedding",),
+                      "equalise": (*sample.EDITS, "embedding")}
 
 
 def make_parser(add_flags):

@@ -1172,8 +1172,8 @@ def generate(checkpoint, name, x_bar, C_L, C_R, settings, generator, *,
 
     name        a row of TABLE_2; or another name (embedding, unconditional): only guides apply
     spans       see `windows`; default: one window for all
-    guides      functions z -> Task: their terms join in every window; their weights are step sizes
-                at 50 steps
+    guides      functions z -> Task, whose terms join in every window; a term's weight is its step
+                size at 50 steps
     callback    see guidance.sample
     """
     def model(x_t, t):

@@ -69,6 +69,8 @@ class Judge:
         paths = [Path(path) for path in sample.find_files(folders)]
         self.classes = sorted({path.parent.name for path in paths})
         n = round(seconds * SAMPLE_RATE)
+        if len(paths) < 2:
+            raise sample.UserError(f"--train has {len(paths)} tracks: the judge needs two or more")
 
         # Statistics of equally spaced excerpts of every track.
         x = []
@@ -79,8 +81,6 @@ class Judge:
                                        "take it out of --train")
             starts = torch.linspace(0, audio.shape[1] - n, EXCERPTS).long()
             x.append(statistics(torch.stack([audio[:, start:start + n] for start in starts])))
-        if len(paths) < 2:
-            raise sample.UserError(f"--train has {len(paths)} tracks: the judge needs two or more")
         x = torch.cat(x)                                                        # (excerpts, 210)
         self.centre, self.scale = x.mean(0), x.std(0)
         x = (x - self.centre) / self.scale

@@ -225,9 +225,11 @@ def test_too_little_music_is_said_before_any_work(studio, tmp_path, monkeypatch)
     """
     for name in ("bad", "one", "short"):
         (tmp_path / name).mkdir()
-    sf.write(tmp_path / "bad" / "a.wav", torch.full((44100, 2), torch.nan).numpy(), 44100, "FLOAT")
+    broken = torch.full((44100, 2), torch.nan).numpy()
+    for name in ("a.wav", "b.wav"):
+        sf.write(tmp_path / "bad" / name, broken, 44100, "FLOAT")
+        sf.write(tmp_path / "short" / name, NOISE.T[:2000].numpy(), 44100)
     sf.write(tmp_path / "one" / "a.wav", NOISE.T[:44100].numpy(), 44100)
-    sf.write(tmp_path / "short" / "a.wav", NOISE.T[:2000].numpy(), 44100)
     monkeypatch.setattr(sample, "fill", lambda *_, **__: pytest.fail("music is made"))
     models = ["--checkpoint", str(studio / "latent.pt"),
               "--classifier", str(studio / "classifier.pt"), "--seconds", "0.3"]
