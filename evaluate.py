@@ -1084,6 +1084,8 @@ def parse(argv, add_flags=sample.Settings.add_flags):
     for name, default in FOR_MODEL.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
+    for name in ("tasks", "sampler", "steps"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))     # each once
     for name in options.given:
         if not set(USED.get(name, TASKS)) & set(options.tasks):
             raise UserError(f"{sample.flag_of(name)} does nothing with --tasks "

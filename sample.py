@@ -549,11 +549,18 @@ def probe_new(folders, flag, index):
 
 
 def read_index(path):
-    """What an index holds; {} if it is not there, or damaged."""
+    """What an index holds; {} if it is not there, or damaged. What is no entry is left out."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+        index = json.loads(Path(path).read_bytes())
+        entries = index.items()
+    except (OSError, ValueError, AttributeError):
         return {}
+
+    def is_entry(value):
+        whole = isinstance(value, list) and [type(number) for number in value] == 5 * [int]
+        return whole and min(value[2:]) > 0
+
+    return {path: value for path, value in entries if is_entry(value)}
 
 
 def stamp(path):

@@ -597,6 +597,15 @@ def test_samplers_steps_and_settings_have_rows_of_their_own(studio, tmp_path):
     assert len({found[row, "infill", "MR"] for row in rows}) == 4
 
 
+def test_what_is_given_twice_is_measured_once(studio, tmp_path):
+    """Of tasks, samplers and numbers of steps, the first of equal ones counts."""
+    options = evaluate.parse(arguments(studio, tmp_path, "--tasks", "infill", "infill", "--sampler",
+                                       "ddim", "none", "ddim", "--steps", "2", "1", "2"))
+    assert options.tasks == ["infill"]
+    assert options.sampler == ["ddim", "none"]
+    assert options.steps == [2, 1]
+
+
 def test_the_waveform_model_has_a_row_and_no_vae(studio, tmp_path):
     """The same rows as for the latent one, without the autoencoder's."""
     model = ["--model", "waveform", "--checkpoint", str(studio / "waveform.pt")]

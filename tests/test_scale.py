@@ -55,8 +55,12 @@ def test_a_file_is_probed_again_only_when_it_has_changed(tmp_path, monkeypatch, 
     sf.write(music / "d.wav", np.zeros((RATE // 2, 1)), 48000)
     assert names() == ("ab", "bdy")
     assert names(RATE // 4) == ("abd", "y")
-    index.write_text("no json")
-    assert names(RATE // 4) == ("abd", "abdy")
+    key, entry = list(json.loads(index.read_text()).items())[0]
+    for damaged in ("no json", "[1]", "{}", json.dumps({key: entry[:4]}), json.dumps({key: 3}),
+                    json.dumps({key: [*entry[:3], 0, 2]}),
+                    json.dumps({key: [*entry[:2], "1", 1, 1]})):
+        index.write_text(damaged)
+        assert names(RATE // 4) == ("abd", "abdy"), damaged
 
 
 def test_at_most_eighty_hours_are_held_out(monkeypatch, tmp_path):
