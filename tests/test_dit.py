@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import benchmark
 import dit
+import patched_dit
+import sample
 from diffusion import add_noise, alpha_sigma, v_loss
 from dit import PRESETS, DiT, relative_attention
 
@@ -444,3 +446,42 @@ def test_spectral_dit_sees_the_whole_window():
     other = x_t.clone()
     other[..., -1] += 3
     assert (model(x_t, t) - model(other, t))[..., 0].abs().max() > 1e-6
+
+
+# ---- The paper's DiT with patches, for the comparison (tests/patched_dit.py) ---------------------
+
+def test_a_token_of_a_patched_dit_is_a_patch_of_frames(monkeypatch):
+    """Token i holds frames 4 i .. 4 i + 3, padded with silence; v has the frames of x_t again."""
+    seen = {}
+
+    def as_it_is(self, tokens, t, start):
+        seen.update(tokens=tokens, start=start)
+        return tokens
+
+    monkeypatch.setattr(DiT, "forward", as_it_is)
+    x_t = torch.randn(2, 8, 50)
+    v = patched_dit.PatchedDiT(TINY, 4)(x_t, torch.rand(2), torch.tensor([3, 9]))
+    assert torch.equal(v, x_t)
+    assert seen["tokens"].shape == (2, 32, 13)
+    assert torch.equal(seen["tokens"][:, :, 2].unflatten(1, (8, 4)), x_t[..., 8:12])
+    assert (seen["tokens"][:, :, -1].unflatten(1, (8, 4))[..., 2:] == 0).all()
+    assert seen["start"].tolist() == [0, 2]
+
+
+def test_with_patches_of_one_frame_it_is_the_papers_dit():
+    """The same weights give the same v."""
+    model = trained_like(TINY)
+    patched = patched_dit.PatchedDiT(TINY, 1)
+    patched.load_state_dict(model.state_dict())
+    x_t, t, start = torch.randn(2, 8, 20), torch.rand(2), torch.tensor([5, 44])
+    assert torch.equal(patched(x_t, t, start), model(x_t, t, start))
+
+
+def test_a_patched_dit_is_trained_by_train_py(tmp_path, monkeypatch):
+    """`patched_dit.py 4` and the arguments of train.py leave a model with tokens of four frames."""
+    monkeypatch.setitem(sample.NETS, "latent", sample.NETS["latent"])       # put back afterwards
+    patched_dit.main(["4", "--model", "latent", "--size", "tiny", "--steps", "2", "--batch", "1",
+                      "--vae", str(sample.SHIPPED / "latent.pt"), "--windows", "0.5", "--device",
+                      "cpu", "--out", str(tmp_path)])
+    weights = sample.load_state(tmp_path / "model.pt")["ema"]
+    assert weights["embed.weight"].shape == (96, 4 * 16)
