@@ -848,13 +848,12 @@ GUIDE_STEP = 1.0                        # step size of a guiding term, L2 or BCE
 T_END = 0.28                            # below it a small model draws details at random
 AWAY = 1.0                              # how far v is moved away from a weak model's
 T_AWAY = 0.7                            # only below this time: at higher noise it costs the key
-K_REPEATS = 0.7                         # from noise alone a small model loses the rhythm
 TRIALS = 16                             # a guide alone is fooled: see best_beginning
 T_TRIALS = (0.9, 0.8, 0.66)             # the times at which they are compared
 XI_AS_PRINTED = {"latent": 3e-2, "waveform": 3e-3}                      # App. C.3
 AS_PRINTED = {
     "k": 0.85,                          # App. C.3
-    "k_repeats": 1.0,                   # ours
+    "repeats": False,                   # ours
     "start_from": "paper",              # Table 2, x_T
     "project": "x_t",                   # Algorithms 1 and 2, the last line
     "t_end": 0.0,                       # ours
@@ -872,7 +871,7 @@ class Settings:
     steps: int = 50
     xi: float = 0.03            # guidance step size, at 50 steps
     k: float = 0.6              # regenerate, transition: share of noise in x_T
-    k_repeats: float = 1.0      # continuation, infill: likewise; the rest is the context, repeated
+    repeats: bool = False       # continuation, infill: likewise; the rest is the context, repeated
     start_from: str = "matched"                 # below k = 1: see tasks.regenerate
     project: str = "x0_hat"     # what the data consistency step projects: see guidance.Term
     t_end: float = 0.0          # the time from which sampling ends in one step: see guidance.sample
@@ -894,7 +893,8 @@ class Settings:
         add("--k", type=within(0.01, 1),
             help="share of noise to start from; the rest is what stands there or, in continuation, "
                  "infill and intro, the context repeated. 1: noise alone (default: "
-                 f"{Settings.k}; continuation, infill, intro: {K_REPEATS} for small models)")
+                 f"{Settings.k}; continuation, infill and intro by other models than small latent "
+                 "ones: 1)")
         add("--away", type=within(0, 10),
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
@@ -920,14 +920,14 @@ class Settings:
             if value is not None:
                 given[setting.name] = value
         if "k" in given:
-            given["k_repeats"] = given["k"]
+            given["repeats"] = given["k"] < 1
 
         # Defaults that depend on the model. Large ones keep level and beat, and draw details, well.
         preset = {"xi": XI[checkpoint.kind]}
         if checkpoint.weak:
             preset = preset | {"away": AWAY}
         if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
-            preset = preset | {"keep_level": True, "t_end": T_END, "k_repeats": K_REPEATS,
+            preset = preset | {"keep_level": True, "t_end": T_END, "repeats": True,
                                "trials": TRIALS}
         if options.as_printed:
             # App. C.3 has one xi whatever the number of steps; `generate` divides by them.
@@ -1116,18 +1116,18 @@ def period(audio):
 
 
 def start_of(checkpoint, name, audio, C_L, C_R, settings):
-    """What `generate` is given for a task: (row of TABLE_2, x_bar (B, C, n / hop), settings).
+    """What `generate` is given for a task: (row of TABLE_2, x_bar (B, C, n / hop)).
 
     With its context repeated, a task of REPEATING is Regenerate. A row that starts from x_bar reads
     all of the audio (B, 2, n); the others read nothing of the gap.
     """
     hop = checkpoint.hop
-    if name in REPEATING and settings.k_repeats < 1 and enough(max(C_L, C_R) * hop):
+    if name in REPEATING and settings.repeats and enough(max(C_L, C_R) * hop):
         audio = context_repeated(audio, C_L * hop, C_R * hop)
-        name, settings = "regenerate", replace(settings, k=settings.k_repeats)
+        name = "regenerate"
     if name in FROM_X_BAR:
         C_L, C_R = audio.shape[-1] // hop, 0
-    return name, encode_context(checkpoint, audio, C_L, C_R), settings
+    return name, encode_context(checkpoint, audio, C_L, C_R)
 
 
 # ---- from a context to new audio -----------------------------------------------------------------
@@ -1301,17 +1301,17 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
 
     Encode, generate, decode, equalise. A continuation or an infill starts from its context,
-    repeated, where that is long enough and settings.k_repeats is below 1 (ours).
+    repeated, where that is long enough, with settings.repeats (ours).
 
     generator   one, or a list: of B for B clips, or of B for one clip, which gets B new parts
     start       what start_of makes of the audio, if that is at hand
     example     audio (B, 2, m) whose spectrum the new part gets; None with guides: no equalising
     name, spans, guides, callback: see generate
     """
-    row, x_bar, row_settings = start or start_of(checkpoint, name, audio, C_L, C_R, settings)
+    row, x_bar = start or start_of(checkpoint, name, audio, C_L, C_R, settings)
     if isinstance(generator, list):
         x_bar = x_bar.expand(len(generator), -1, -1)
-    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, row_settings, generator,
+    x_0 = generate(checkpoint, row, x_bar, C_L, C_R, settings, generator,
                    spans=spans, guides=guides, callback=callback)
     new = checkpoint.decode(x_0)
 
@@ -2098,9 +2098,9 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     context = edit.context(whole=row in FROM_X_BAR).to(device)
     start = start_of(checkpoint, row, context, edit.C_L, edit.C_R, settings)
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
-    started, _, row_settings = start
-    steps = steps_of(started, row_settings, len(edit.spans), guides)
-    if row in REPEATING and settings.k_repeats < 1 and started == row:
+    started, _ = start
+    steps = steps_of(started, settings, len(edit.spans), guides)
+    if row in REPEATING and settings.repeats and started == row:
         print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: "
               "the new part starts from noise alone")
 

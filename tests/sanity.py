@@ -747,9 +747,9 @@ def alternatives(study, task):
     }
     if task in sample.REPEATING:
         found |= {
-            "from noise alone": replace(settings, k_repeats=1.0),
-            "k = 0.6": replace(settings, k_repeats=0.6),
-            "k = 0.8": replace(settings, k_repeats=0.8),
+            "from noise alone": replace(settings, repeats=False),
+            "k = 0.7": replace(settings, k=0.7),
+            "k = 0.8": replace(settings, k=0.8),
         }
     if task in sample.FROM_X_BAR:
         found |= {

@@ -318,7 +318,7 @@ def test_as_printed_sets_the_papers_constants(kind):
     settings = Settings.of(options, SimpleNamespace(kind=kind, size="small", weak=None))
     assert settings.xi * 50 / 5 == pytest.approx(APP_C3[kind])
     assert (settings.sampler, settings.k, settings.start_from) == ("ddpm", 0.85, "paper")
-    assert settings.k_repeats == 1
+    assert not settings.repeats
     assert settings.project == "x_t" and not settings.equalise and not settings.keep_level
 
 
@@ -338,9 +338,10 @@ def test_small_latent_models_alone_are_held_at_a_level(kind, size, kept):
     settings = Settings.of(SimpleNamespace(as_printed=False), checkpoint)
     assert settings.keep_level == kept and settings.xi == sample.XI[kind]
     assert settings.t_end == (sample.T_END if kept else 0)      # nor do large ones lack details
-    assert settings.k_repeats == (sample.K_REPEATS if kept else 1)
-    given = Settings.of(SimpleNamespace(as_printed=False, k=0.8), checkpoint)
-    assert (given.k, given.k_repeats) == (0.8, 0.8)
+    assert settings.repeats == kept
+    for k in (0.8, 1.0):                                # whoever gives --k wants it to do something
+        given = Settings.of(SimpleNamespace(as_printed=False, k=k), checkpoint)
+        assert given.k == k and given.repeats == (k < 1)
 
 
 def test_each_setting_with_a_flag_is_a_field_of_that_name():
@@ -376,8 +377,7 @@ def test_help_has_groups_and_defaults(capsys):
         assert group in said
     for default in (Settings.steps, Settings.sampler, "latent", "auto"):
         assert f"(default: {default})" in said
-    small = sample.K_REPEATS
-    assert f"(default: {Settings.k}; continuation, infill, intro: {small} for small models)" in said
+    assert f"(default: {Settings.k}; continuation, infill and intro by other models" in said
     assert "(default: {latent} latent, {waveform} waveform)".format(**sample.XI) in said
     assert "(default: {transition}; {loop})".format(**sample.FADE) in said
 
@@ -648,15 +648,13 @@ def test_a_context_that_is_too_short_is_not_repeated():
     for task, C_L, C_R, repeats in (("infill", 36, 0, True), ("infill", 1, 36, True),
                                     ("infill", 34, 34, False), ("continuation", 36, 0, True),
                                     ("regenerate", 36, 36, False), ("embedding", 36, 0, False)):
-        settings = Settings(k=0.5, k_repeats=0.7)
-        row, x_bar, given = sample.start_of(model, task, audio, C_L, C_R, settings)
-        assert x_bar.shape[-1] == 80
-        if repeats:
-            assert (row, given) == ("regenerate", sample.replace(settings, k=0.7))
-        else:
-            assert (row, given) == (task, settings)
-        row, _, given = sample.start_of(model, task, audio, C_L, C_R, Settings())
-        assert (row, given) == (task, Settings())
+        def row_with(**settings):
+            row, x_bar = sample.start_of(model, task, audio, C_L, C_R, Settings(**settings))
+            assert x_bar.shape[-1] == 80
+            return row
+
+        assert row_with(k=0.5, repeats=True) == ("regenerate" if repeats else task)
+        assert row_with(k=0.5) == task
 
 
 def test_a_command_says_that_its_context_is_too_short_to_repeat(folder, capsys):
@@ -683,19 +681,19 @@ def test_a_command_says_where_the_sound_ends(folder, tmp_path, capsys, seconds, 
 
 @pytest.mark.parametrize("task", sample.REPEATING)
 def test_a_continuation_and_an_infill_regenerate_their_context_repeated(task):
-    """As Table 2's Regenerate, with k_repeats; at 1, from noise alone, as their own row."""
+    """As Table 2's Regenerate; without repeats, from noise alone, as their own row."""
     hop, C = 2048, 40
     model = toy(hop=hop)
     audio = torch.cat([tune(1.1, 128 * hop), tune(1.3, 128 * hop, 999)])
     C_R = 0 if task == "continuation" else C
-    settings = Settings(steps=4, xi=0.2, k_repeats=0.7, equalise=False)
+    settings = Settings(steps=4, xi=0.2, k=0.7, repeats=True, equalise=False)
     repeated = sample.context_repeated(audio, C * hop, C_R * hop)
     x_bar = sample.encode_context(model, repeated, 128, 0)
-    expected = by_hand("regenerate", x_bar, C, C_R, sample.replace(settings, k=0.7), seeded(1))
+    expected = by_hand("regenerate", x_bar, C, C_R, settings, seeded(1))
     made = sample.fill(model, task, audio, C, C_R, settings, seeded(1))
     torch.testing.assert_close(made, model.decode(expected), atol=1e-4, rtol=1e-4)
 
-    alone = sample.replace(settings, k_repeats=1.0)
+    alone = sample.replace(settings, repeats=False)
     x_bar = sample.encode_context(model, audio, C, C_R)
     expected = by_hand(task, x_bar, C, C_R, alone, seeded(1))
     made = sample.fill(model, task, audio, C, C_R, alone, seeded(1))
@@ -714,7 +712,7 @@ def test_tasks_from_x_bar_read_the_gap_and_no_others_do(task, reads, C):
     C_R = 0 if task == "continuation" else C
     other = audio.clone()
     other[..., C * 128:n - C_R * 128] = 0.3
-    settings = Settings(steps=2, k_repeats=0.7)
+    settings = Settings(steps=2, repeats=True)
     made = [sample.fill(toy(), task, x, C, C_R, settings, seeded(1)) for x in (audio, other)]
     assert torch.equal(*made) != reads
 
@@ -1894,12 +1892,13 @@ def test_shipped_checkpoints_load_and_work(path, folder):
 
 # 64 samples, left and right in turn, spread over what two steps of the README's first command make.
 FIRST_COMMAND = [
-    -0.0078, -0.0406, 0.0094, 0.0722, -0.0558, -0.0567, -0.4672, -0.2798, 0.0272, -0.06, -0.0436,
-    -0.1252, 0.0663, -0.0844, 0.0555, 0.0226, 0.0315, 0.0954, -0.111, 0.1457, 0.0934, -0.0652,
-    0.1127, 0.1146, -0.0959, -0.0877, 0.0452, -0.1506, -0.0294, 0.1128, -0.0953, 0.0813, 0.0357,
-    -0.1276, 0.0202, -0.126, -0.0284, -0.0646, -0.0229, -0.0359, 0.0937, 0.0587, 0.0131, 0.0157,
-    0.0435, 0.0391, 0.1849, -0.0072, -0.0133, 0.037, 0.0225, -0.0327, -0.0182, -0.1328, -0.069,
-    -0.0185, -0.2054, -0.0787, -0.016, 0.0158, -0.1113, -0.0444, 0.0104, 0.007
+    -0.0608, 0.0205, -0.0219, 0.0907, -0.0674, -0.019, -0.4186, -0.3378, 0.0735, 0.0019,
+    -0.0485, -0.0981, 0.0668, -0.0629, 0.046, -0.0027, -0.0046, -0.0063, -0.1161, 0.1411,
+    0.0955, 0.0111, 0.1834, 0.0839, -0.0273, -0.0063, 0.0012, -0.0881, 0.0208, 0.1181, -0.0514,
+    0.0813, 0.0395, -0.0778, -0.084, -0.1109, -0.0894, -0.1031, -0.0436, -0.013, 0.1062,
+    0.0146, 0.06, 0.0208, 0.0186, 0.0278, 0.2376, -0.0352, 0.0378, 0.0423, 0.0676, -0.0594,
+    -0.0273, -0.1525, 0.0527, -0.0197, -0.1259, -0.05, -0.0706, 0.0876, -0.0356, -0.1364,
+    -0.0235, -0.024
 ]
 
 
