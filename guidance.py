@@ -95,7 +95,7 @@ def guided_estimate(model, x_t, t, terms):
     all terms share. The network is differentiated only if some term has on="x0_hat"; without
     terms the gradient is 0.
     """
-    times = _time_of_clips(t, x_t)
+    times = t.to(x_t).expand(len(x_t))
     if not terms:
         return x0_from_v(x_t, model(x_t, times), t), torch.zeros_like(x_t)
     # A graph from x_t to x0_hat, if some term needs it.
@@ -198,7 +198,3 @@ def _check(x_T, terms, sampler, xi, generator):
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
         raise ValueError("generator must be one, or one per clip: "
                          f"{len(generator)} for {len(x_T)} clips")
-
-
-def _time_of_clips(t, x_t):
-    return t.to(x_t).expand(len(x_t))

@@ -866,7 +866,7 @@ AS_PRINTED = {
 
 @dataclass
 class Settings:
-    """How to sample. What is ours for some models alone is off here: `of` turns it on for them."""
+    """How to sample. Departures that only some models need are off here; `of` turns them on."""
     sampler: str = "ddpm"
     steps: int = 50
     xi: float = 0.03            # guidance step size, at 50 steps
@@ -892,9 +892,8 @@ class Settings:
                  "(default: {latent} latent, {waveform} waveform)".format(**XI))
         add("--k", type=within(0.01, 1),
             help="share of noise to start from; the rest is what stands there or, in continuation, "
-                 "infill and intro, the context repeated. 1: noise alone (default: "
-                 f"{Settings.k}; continuation, infill and intro by other models than small latent "
-                 "ones: 1)")
+                 "infill, intro, and loop without --k, the context repeated. 1: noise alone "
+                 f"(default: {Settings.k}; in these, by other models than small latent ones: 1)")
         add("--away", type=within(0, 10),
             help="how far to move away from the weak model; 0: not at all, which is faster "
                  f"(default: {AWAY:g} if there is one)")
@@ -925,16 +924,16 @@ class Settings:
         # Defaults that depend on the model. Large ones keep level and beat, and draw details, well.
         preset = {"xi": XI[checkpoint.kind]}
         if checkpoint.weak:
-            preset = preset | {"away": AWAY}
+            preset["away"] = AWAY
         if checkpoint.kind == "latent" and checkpoint.size in ("tiny", "small"):
-            preset = preset | {"keep_level": True, "t_end": T_END, "repeats": True,
-                               "trials": TRIALS}
+            preset |= {"keep_level": True, "t_end": T_END, "repeats": True, "trials": TRIALS}
         if options.as_printed:
             # App. C.3 has one xi whatever the number of steps; `generate` divides by them.
             steps = given.get("steps", cls.steps)
             preset = AS_PRINTED | {"xi": XI_AS_PRINTED[checkpoint.kind] * steps / XI_STEPS}
             for name in sorted(given.keys() & preset.keys()):
-                raise UserError(f"{flag_of(name)} is set by --as-printed: leave one of them out")
+                flag = "--no-equalise" if given[name] is False else flag_of(name)
+                raise UserError(f"{flag} is set by --as-printed: leave one of them out")
         settings = cls(**preset | given)
         if settings.away and not checkpoint.weak:
             raise UserError("--away has no weak model to move away from: give --weak too")
@@ -1016,7 +1015,7 @@ def image_map(given, wanted):
 def no_louder(audio, original, new, loudest=1.6):
     """Audio (B, 2, n), its new part turned down where it is over 2 dB louder than the original.
 
-    new     weights (n,) of the new part; what is compared with it is the original where these are 0
+    new     weights (n,), 1 in the new part; the original is measured where they are 0
     """
     made = (audio * new).square().sum((1, 2)) / new.square().sum()
     kept = (original * (1 - new)).square().sum((1, 2)) / (1 - new).square().sum()
@@ -1300,8 +1299,8 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
          start=None, spans=None, guides=(), example=None, callback=None):
     """Audio (B, 2, n) with a new part between its first C_L and its last C_R frames.
 
-    Encode, generate, decode, equalise. A continuation or an infill starts from its context,
-    repeated, where that is long enough, with settings.repeats (ours).
+    Encode, generate, decode, equalise. With settings.repeats (ours), a continuation or an infill
+    starts from its context, repeated, if that is long enough.
 
     generator   one, or a list: of B for B clips, or of B for one clip, which gets B new parts
     start       what start_of makes of the audio, if that is at hand
@@ -1317,16 +1316,15 @@ def fill(checkpoint, name, audio, C_L, C_R, settings, generator, *,
 
     # Guidance by class should be free to change the sound.
     from_x_bar = name in FROM_X_BAR
-    has_example = example is not None
-    equalised = settings.equalise and (has_example or not guides)
+    equalised = settings.equalise and (example is not None or not guides)
     if equalised:
         a, b = C_L * checkpoint.hop, audio.shape[-1] - C_R * checkpoint.hop
         new = like_original(new, audio, a, b, from_x_bar, example)
 
     # Music from nothing has no context to take its level from, but perhaps an example.
     from_nothing = not (C_L or C_R or from_x_bar)
-    level_is_set = equalised and has_example
-    if settings.keep_level and from_nothing and not level_is_set:
+    as_the_example = equalised and example is not None
+    if settings.keep_level and from_nothing and not as_the_example:
         mean_square = new.square().mean((1, 2), keepdim=True)
         new = new * LEVEL / mean_square.sqrt().clamp(min=1e-6)
     return new
@@ -1538,7 +1536,7 @@ class Edit:
         self.C_R = min(after, longest, room - self.C_L)
         if track.n and not self.C_L + self.C_R:
             raise UserError("--input has less than one frame of context around the new part: "
-                            "take less of it, or a longer file")
+                            "give a longer file, a shorter new part, or a longer --context")
 
         self.a, self.b, self.end = a, b, b
         if self.C_R:
@@ -1936,8 +1934,8 @@ def region(o, checkpoint):
 def row_of(o):
     """The row of TABLE_2 that --task names.
 
-    A loop and an intro are infills whose contexts stand in another place. With --k a loop keeps an
-    outline of what stood there; where an intro comes, there was nothing.
+    A loop and an intro are infills whose contexts stand in another place. With --k a loop starts
+    from what stood there; where an intro comes, there was nothing.
     """
     if o.task == "loop" and o.k not in (None, 1):
         return "regenerate"
@@ -2101,8 +2099,8 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     started, _ = start
     steps = steps_of(started, settings, len(edit.spans), guides)
     if row in REPEATING and settings.repeats and started == row:
-        print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: "
-              "the new part starts from noise alone")
+        print(f"note: a context of less than {2 * SHORTEST:g} s is not repeated: the new part "
+              "starts from noise alone; more music around it, or a longer --context, helps")
 
     def make(seeds):
         """The model's audio (B, 2, n), a clip for each seed."""

@@ -3,10 +3,9 @@
     python tests/patched_dit.py 4 --model latent --data path/to/music --out runs/patch4
     python train.py --model latent --data path/to/music --out runs/spectral
 
-The first number is the patch, latent frames in a token: with the paper's single frame, a window has
-2048 tokens. All that follows is for train.py. Width, depth and heads are those of the small
-SpectralDiT. The validation in log.csv says how far each came; the model.pt of a DiT with patches is
-for nothing else.
+The first argument is the number of latent frames in a token (the paper: 1, so 2048 tokens in a
+window); the rest is for train.py. Width, depth and heads are those of the small SpectralDiT.
+Compare the validations in the two log.csv. No other command opens the model.pt of a patched DiT.
 """
 import argparse
 import sys
@@ -45,7 +44,7 @@ class PatchedDiT(dit.DiT):
 
 
 def build(patch, config):
-    """A shipped SpectralDiT, whose VAE may be asked for, stays one."""
+    """The patched DiT; but a SpectralDiT, of a file that is opened for its VAE, is one."""
     if config.hops:
         return dit.SpectralDiT(config)
     return PatchedDiT(config, patch)
@@ -56,6 +55,8 @@ def main(argv=None):
     parser.add_argument("patch", type=sample.within(1, 64, int), help="latent frames in a token")
     parser.add_argument("train", nargs=argparse.REMAINDER, help="arguments of train.py")
     options = parser.parse_args(argv)
+    if "latent" not in options.train:
+        raise sample.UserError("tokens are of latent frames: give --model latent")
     _, config_class, presets = sample.NETS["latent"]
     without_spectra = {size: replace(preset, hops=()) for size, preset in presets.items()}
     sample.NETS["latent"] = partial(build, options.patch), config_class, without_spectra
@@ -63,4 +64,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sample.run(main, "take a smaller --batch")
+    sample.run(main)

@@ -485,3 +485,5 @@ def test_a_patched_dit_is_trained_by_train_py(tmp_path, monkeypatch):
                       "cpu", "--out", str(tmp_path)])
     weights = sample.load_state(tmp_path / "model.pt")["ema"]
     assert weights["embed.weight"].shape == (96, 4 * 16)
+    with pytest.raises(sample.UserError, match="give --model latent"):
+        patched_dit.main(["4", "--model", "waveform"])

@@ -322,7 +322,8 @@ def test_as_printed_sets_the_papers_constants(kind):
     assert settings.project == "x_t" and not settings.equalise and not settings.keep_level
 
 
-@pytest.mark.parametrize("flag", [["--xi", "1"], ["--k", "0.5"], ["--equalise"]])
+@pytest.mark.parametrize("flag", [["--xi", "1"], ["--k", "0.5"], ["--equalise"],
+                                  ["--no-equalise"]])
 def test_a_flag_beside_as_printed_is_refused(flag):
     """One of them would do nothing."""
     options = sample.parse(["--task", "regenerate", "--input", "x.wav", "--as-printed", *flag])
@@ -377,7 +378,7 @@ def test_help_has_groups_and_defaults(capsys):
         assert group in said
     for default in (Settings.steps, Settings.sampler, "latent", "auto"):
         assert f"(default: {default})" in said
-    assert f"(default: {Settings.k}; continuation, infill and intro by other models" in said
+    assert f"(default: {Settings.k}; in these, by other models than small latent ones: 1)" in said
     assert "(default: {latent} latent, {waveform} waveform)".format(**sample.XI) in said
     assert "(default: {transition}; {loop})".format(**sample.FADE) in said
 
