@@ -8,8 +8,8 @@ positions of [24] stay: relative ones alone cannot tell where in the window a fr
     v = model(x_t, t)        # x_t, v: (B, C, n) latents, n <= config.frames;  t: (B,) in (0, 1]
 
 SpectralDiT, the second half of this file, is ours: its tokens are bins of short-time spectra of the
-latents, where a tone is a line. In equal time on a CPU core it learnt far more than a DiT did, with
-patches: v-loss 0.568 and 0.809 (tests/patched_dit.py, and the model card).
+latents, where a tone is a line. In about equal time on a CPU core, with a recipe made for it, its
+v-loss came to 0.568, that of a DiT with patches to 0.809 (tests/patched_dit.py; the model card).
 
 `python tests/benchmark.py --only presets` prints sizes and cost of the presets.
 """
