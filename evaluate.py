@@ -7,8 +7,11 @@ The second command evaluates any other system: its files are named like the orig
 Figure 2, the blind test, is examples/figure2.py.
 
 All measurements are kept under --out, batch by batch: an interrupted run goes on where it stopped.
-Under torchrun the processes share the clips. Neither the order of the clips, nor the size of the
-batches, nor the number of processes, changes a number.
+What depends on another file or setting is measured again. What depends on the code is not: after
+a change of it, take another --out.
+
+Under torchrun the processes share the clips. A clip's random numbers depend on --seed and its place
+in the list alone, so the size of the batches and the number of processes change only roundings.
 """
 import argparse
 import functools
@@ -42,7 +45,7 @@ RECORDS = 1                                         # to be raised when other th
 # ---- metrics -------------------------------------------------------------------------------------
 
 def gaussian(embeddings):
-    """Mean (d,) and covariance (d, d) of embeddings (n, d), float64, divided by n - 1.
+    """Mean (d,) and unbiased covariance (d, d) of embeddings (n, d), in float64.
 
     ValueError for fewer than two.
     """
@@ -65,14 +68,15 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
     cross = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(0.0, distance.item())
+    return distance.clamp(min=0).item()             # rounding can give -1e-14
 
 
 def kl_divergence(p, q):
     """KLD [28]: KL(p || q) in nats along the last axis; p, q (..., classes) sum to 1.
 
-    p is the reference; 1e-6 is added to q in the logarithm. Table 1 compares the mean class
-    posteriors (softmax) of two sets of clips.
+    p is the reference; 1e-6 is added to q in the logarithm. [28] compares clips in pairs. The
+    "reference statistics" of Sect. 4.2 are read as the mean class posteriors (softmax) of a set, so
+    Table 1 compares two of these.
     """
     return (torch.special.xlogy(p, p) - p * (q + 1e-6).log()).sum(-1)
 
@@ -111,8 +115,9 @@ def mel_magnitudes(x, rate, n_fft, bands):
 def mel_distance(x, y, rate):
     """MR, the mel-reconstruction distance [31]: x, y (..., C, n) at rate Hz -> (...).
 
-    For windows of 2048 and 512 samples (150 and 80 bands): the mean |difference| of log10 mel power
-    plus the mean |difference| of mel magnitudes, over channels, bands and frames.
+    The sum over two STFTs, with windows of 2048 and 512 samples and 150 and 80 bands, of the mean
+    |difference| of log10 mel power and the mean |difference| of mel magnitudes. Means are over
+    channels, bands and frames.
     """
     total = 0
     for n_fft, bands in ((2048, 150), (512, 80)):
@@ -218,17 +223,16 @@ class VGGish(nn.Module):
 class Judges:
     """The networks that evaluate audio, frozen.
 
-    fad     its embeddings give FAD
-    passt   its class posteriors give KLD, its embeddings realism
+    passt   its class posteriors give KLD, its embeddings realism: the official PaSST with --passt,
+            else one of train.py --model classifier
+    fad     its embeddings give FAD: VGGish with --vggish, else `passt`
     names   what the two are, for the table
 
-    The official VGGish and PaSST where their files are given; else a PaSST of train.py --model
-    classifier is both. UserError for files that cannot be used.
+    UserError for files that cannot be used.
     """
 
     def __init__(self, options, device):
         try:
-            # One network is enough: a PaSST gives class posteriors and embeddings.
             if options.passt:
                 path = options.passt
                 passt = load_official(PaSST(PASST_PRESETS["paper"]), path, PASST_FILE)
@@ -237,7 +241,6 @@ class Judges:
                 path, passt = checkpoint.path, checkpoint.net
             self.passt = self.fad = passt.to(device)
             passt_name = fad_name = f"PaSST {sample.file_digest(path)[:8]}"
-            # The paper's FAD has VGGish's embeddings.
             if options.vggish:
                 self.fad = load_official(VGGish(), options.vggish, VGGISH_FILE).to(device)
                 fad_name = f"VGGish {sample.file_digest(options.vggish)[:8]}"
@@ -273,17 +276,23 @@ def fad_gaussian(records):
 class Reference:
     """Reference statistics (Sect. 4.2) of records of the training music, made once for all rows.
 
-    UserError for fewer than five: realism needs more neighbours than k.
+    UserError unless there are more than k, each of which needs k neighbours, and unless most differ
+    from these.
     """
 
     def __init__(self, records):
-        if len(records) < NEIGHBOUR + 2:
-            raise UserError(f"--reference has {len(records)} usable excerpts, under 5 that are "
-                            "as long as the clips: give more or longer files")
+        if len(records) <= NEIGHBOUR:
+            raise UserError(f"--reference has {len(records)} usable excerpts that are as long as "
+                            f"the clips, and {NEIGHBOUR + 1} are needed: give more or longer "
+                            "files, or more --reference-clips")
         self.fad = fad_gaussian(records)
+        self.count = sum(len(record["fad"]) for record in records)      # of FAD's embeddings
         self.posterior = gather(records, "posterior").mean(0)
         self.embedding = gather(records, "embedding")
         self.radii = neighbour_radii(self.embedding)
+        if self.radii.median() == 0:
+            raise UserError(f"--reference has the same music, or silence, more than {NEIGHBOUR} "
+                            "times, in half of its excerpts: give other files")
 
 
 # ---- excerpts of audio files ---------------------------------------------------------------------
@@ -315,7 +324,7 @@ def find_excerpts(folder, n, limit, seed):
 
 
 def with_another(excerpts, seed):
-    """[(excerpt, excerpt of another track)], if there is another track."""
+    """[(excerpt, excerpt of another track)]; of its own track, where there is only one."""
     pairs = []
     for j, excerpt in enumerate(excerpts):
         others = [other for other in excerpts if other.path != excerpt.path] or excerpts
@@ -369,11 +378,13 @@ def read_excerpt(excerpt):
 
 
 def read_or_skip(excerpts):
-    """The audio of each Excerpt, or None, and a line that says why, if one cannot be read."""
+    """The audio of each Excerpt of a clip, or None, with a line that says why, if one is bad."""
     try:
         return [read_excerpt(excerpt) for excerpt in excerpts]
     except UserError as error:
-        tqdm.write(f"left out: {error}")
+        first = excerpts[0].path
+        of = "" if str(error).startswith(f"{first} ") else f"{first}, because "
+        tqdm.write(f"left out: {of}{error}")
 
 
 def read_ahead(jobs):
@@ -455,7 +466,7 @@ def measure_reference(lengths, judges, options, out, device):
     def plan():
         # The same files, judges and options have the same folder. Its list of excerpts saves a
         # second look at all files.
-        paths = [path for path in sample.find_files([options.reference]) if os.path.exists(path)]
+        paths = sample.find_files([options.reference])
         facts = [versions(paths), lengths, judges.names, options.reference_clips, options.seed]
         folder = out / f"reference-{sample.digest(RECORDS, *facts)}"
         index = folder / "excerpts.json"
@@ -524,10 +535,9 @@ def layout(window, hop):
 
 @dataclass
 class Clip:
-    """An excerpt to edit, one of another track (of "files": the file to evaluate), {task: Span}."""
-    excerpt: Excerpt
-    other: Excerpt
-    spans: dict
+    excerpt: Excerpt                # to edit
+    other: Excerpt                  # of another track; of "files", the file to evaluate
+    spans: dict                     # {task: Span}
 
 
 @dataclass
@@ -605,8 +615,8 @@ def white_noise(batch):
     return noise.to(batch.x.device) * batch.x.square().mean((1, 2), keepdim=True).sqrt()
 
 
-def repeated_context(batch):
-    """What precedes the region, over and over."""
+def repeated_prompt(batch):
+    """All that precedes the region, over and over."""
     return batch.x[..., torch.arange(batch.x.shape[-1]) % batch.span.a]
 
 
@@ -623,14 +633,15 @@ TEST_SET = Row("Test set", TASKS, original, by_x)
 EDITED = ("infill", "regenerate", "continuation")
 FILLERS = (filler("Silence", TASKS, silence),
            filler("White noise", TASKS, white_noise),
-           filler("Context repeated", EDITED, repeated_context),
+           filler("Prompt repeated", EDITED, repeated_prompt),
            filler("Another track", EDITED, other_track))
 
 
 def unspliced(checkpoint, batch, settings, passt=None):
     """The model's own audio (B, 2, n), with the contexts as it reconstructs them.
 
-    The task "embedding" is guided by passt with the clip itself as the example.
+    The paper does not say what guides its "Cl. Guidance". Here passt guides, with the clip itself
+    as the example; and as passt then judges, this task's figures look better than its music is.
     """
     a, b, c, d = batch.span
     example, guides = None, ()
@@ -673,14 +684,13 @@ def compare(batch, audio):
     """What is measured against the originals: a dictionary of tensors (B, ...).
 
     MR on the region; of transitions, Figure 1: the distance to the first track in 19 windows of a
-    tenth of the region, which overlap by half. finite: whether all of a clip's samples are.
+    tenth of the region, which overlap by half.
     """
     # Of the region, what lies in the clip of 6 s.
     a, b, c, d = batch.span
     region = slice(max(a, c), min(b, d))
-    finite = audio.isfinite().flatten(1).all(1)
-    made = audio.nan_to_num()[..., region]
-    measured = {"MR": mel_distance(made, batch.x[..., region], SAMPLE_RATE), "finite": finite}
+    made = audio[..., region]
+    measured = {"MR": mel_distance(made, batch.x[..., region], SAMPLE_RATE)}
     if batch.task == "transition":
         width = max(2, (b - a) // 10)
         along = made.unfold(-1, width, width // 2).transpose(1, 2)[:, :19]      # (B, 19, 2, width)
@@ -692,7 +702,8 @@ def compare(batch, audio):
 class Evaluation:
     """Measures rows on clips, and keeps the records below `folder`.
 
-    records: {(row's name, task): Records}; a folder's name changes with all its records depend on.
+    records: {(row's name, task): Records}. A folder's name changes with the files and settings that
+    its records depend on.
     """
 
     def __init__(self, rows, clips, judges, folder, seed=0, device="cpu"):
@@ -749,17 +760,20 @@ class Evaluation:
                 made[key] = row.make(batch)[..., :first.shape[-1]]
             part = key, span.c, span.d
             if part not in evaluated:
-                audio = made[key].nan_to_num()[..., span.c:span.d]
-                evaluated[part] = self.judges.evaluate(audio)
+                evaluated[part] = self.judges.evaluate(made[key][..., span.c:span.d])
             measured = evaluated[part] | compare(batch, made[key])
+            # A model that diverges makes samples, or figures, that are not finite.
+            finite = [value.isfinite().reshape(len(value), -1) for value in measured.values()]
+            measured["finite"] = torch.cat(finite, 1).all(1)
             self.records[row.name, task].write(numbers, measured)
             for number, finite in zip(numbers, measured["finite"]):
                 if not finite:
                     path = self.clips[number].excerpt.path
-                    tqdm.write(f"left out: {row.name}, {task}, {path}: samples are not finite")
+                    tqdm.write(f"left out: {row.name}, {task}, {path}: samples are not finite, or "
+                               "too large")
 
     def finite(self, row, task):
-        """{number: measurements} of a row in a task, without clips that hold a nan or an inf."""
+        """{number: measurements} of a row in a task, of the clips that could be measured."""
         records = self.records[row.name, task].read()
         return {number: record for number, record in records.items() if record["finite"]}
 
@@ -800,12 +814,13 @@ def figures(task, records, reference, crossfades=None):
     # Of transitions: realism, track by track, as a share of the cross-fade's; and Figure 1.
     if task == "transition":
         both = sorted(records.keys() & crossfades.keys())
-        scores = []
-        for group in (records, crossfades):
-            embedding = gather([group[number] for number in both], "embedding")
-            scores.append(realism(reference.embedding, embedding, radii=reference.radii))
-        share = scores[0] / scores[1]
-        metrics["Realism"] = [share.mean().item(), share.std().item(), len(both)]
+        if len(both) > 1:
+            scores = []
+            for group in (records, crossfades):
+                embedding = gather([group[number] for number in both], "embedding")
+                scores.append(realism(reference.embedding, embedding, radii=reference.radii))
+            share = scores[0] / scores[1]
+            metrics["Realism"] = [share.mean().item(), share.std().item(), len(both)]
         metrics["Figure 1"] = [gather(clips, "curve").mean(0).tolist(), None, len(clips)]
     return metrics
 
@@ -825,7 +840,7 @@ def as_text(figure):
         return "-"
     value, deviation, _ = figure
     text = f"{round(value, 2) + 0.0:.2f}"           # + 0.0, because -0.0 would be "-0.00"
-    if deviation:
+    if deviation is not None:
         text += f"±{deviation:.2f}"
     return text
 
@@ -873,7 +888,8 @@ def write_results(path, results, settings):
 
     # To the file, whole or not at all, and to the screen.
     figure = "[value, standard deviation, count]"
-    text = json.dumps({"settings": settings, "metric": figure, "rows": results}, indent=1)
+    table = {"settings": settings, "metric": figure, "rows": results}
+    text = json.dumps(table, indent=1, allow_nan=False)
     sample.write_atomic(path, lambda file: file.write(text.encode()))
     print("\n".join(table_lines(results)))
     clips = [f"{'/'.join(map(str, sorted(counts[task])))} {task}" for task in sorted(counts)]
@@ -883,11 +899,12 @@ def write_results(path, results, settings):
     print(f"all figures: {path}")
 
 
-def warn(results, dimensions):
-    """Say so if FAD comes from too few embeddings for its dimensions."""
-    counts = []
+def warn(results, reference):
+    """Say so if FAD comes from too few embeddings, on either side, for their dimensions."""
+    counts = [reference.count]
     for by_task in results.values():
         counts += [metrics["FAD"][2] for metrics in by_task.values() if metrics]
+    dimensions = len(reference.fad[0])
     if min(counts) <= dimensions:
         print(f"warning: FAD from n = {min(counts)} embeddings of {dimensions} dimensions is "
               "far too high: compare at equal n only")
@@ -921,10 +938,14 @@ def count_samples(path):
 def pair_files(options):
     """[Clip] of the files with the same name in --originals and --generated.
 
-    Each pair is cut to the length that both have. A pair is left out, by name, if it cannot be
-    read, or if it ends within --region (without --region, all of it is the region).
+    Each pair is cut to the length that both have. What cannot be read, ends within --region, or
+    has no partner is left out, by name. Without --region, all of a file is the region.
     """
     originals, generated = clips_in(options.originals), clips_in(options.generated)
+    for files, others, flag in ((generated, originals, "--originals"),
+                                (originals, generated, "--generated")):
+        for name in sorted(files.keys() - others.keys()):
+            sample.say(f"left out: {files[name]}: {flag} has no file of that name")
     # The samples that a pair needs: the region, and what the judges need.
     region = options.region
     needed = 1
@@ -1000,12 +1021,12 @@ def fixed_rows(options):
 
 # ---- command line --------------------------------------------------------------------------------
 
-# Defaults of the flags that go with --data alone; those of sample.Settings do too. --region goes
-# with --generated alone, all others go with both.
+# Defaults of the flags that go with --data alone. The flags of sample.Settings go with it alone,
+# too; --region goes with --generated alone, and the rest with both.
 FOR_MODEL = {"model": "latent", "checkpoint": None, "weak": None, "tasks": TASKS, "clips": CLIPS,
              "sampler": [sample.Settings.sampler], "steps": [sample.Settings.steps]}
-# The tasks in which a setting does something (the others: in all). Unconditional music is not
-# guided here.
+# The tasks in which a setting does something. One that is not listed acts in all tasks.
+# Unconditional music is not guided here.
 USED = sample.USED | {"trials": ("embedding",),
                       "equalise": (*sample.EDITS, "embedding")}
 
@@ -1027,7 +1048,7 @@ def make_parser(add_flags):
     add("--generated", help="folder of files that any system edited, named like the originals")
     add("--originals", help="folder of the files that they were made from")
     add("--region", type=sample.seconds, nargs=2, metavar=("START", "END"),
-        help="seconds of these files that were generated (all)")
+        help="seconds of these files that were generated, for MR (all); FAD and KLD are of all")
 
     add = parser.add_argument_group("what it is compared with, and by").add_argument
     add("--reference", required=True, help="folder of training music")
@@ -1075,6 +1096,13 @@ def parse(argv, add_flags=sample.Settings.add_flags):
     mode = "--generated" if files else "--data"
     uses = {"region": ["--generated"], **dict.fromkeys([*FOR_MODEL, *settings], ["--data"])}
     sample.refuse_idle(options, uses, mode, mode)
+    if options.passt and options.classifier:
+        raise UserError("--classifier does nothing with --passt: leave it out")
+
+    # Without sampling, its settings do nothing.
+    if options.sampler and set(options.sampler) == {"none"}:
+        uses = dict.fromkeys(["steps", "weak", *settings], ["ddpm", "ddim"])
+        sample.refuse_idle(options, uses, "none", "--sampler none")
 
     # What was given of the settings names a row; other flags get their defaults.
     options.given = {}
@@ -1090,6 +1118,9 @@ def parse(argv, add_flags=sample.Settings.add_flags):
         if not set(USED.get(name, TASKS)) & set(options.tasks):
             raise UserError(f"{sample.flag_of(name)} does nothing with --tasks "
                             f"{' '.join(options.tasks)}: leave it out")
+    if options.given.get("xi") == 0 and "embedding" in options.tasks:
+        raise UserError("--xi 0 turns off all guidance: leave it out, or give --tasks without "
+                        "embedding")
     return options
 
 
@@ -1120,7 +1151,8 @@ def main(argv=None, add_flags=sample.Settings.add_flags, open_model=None, rows_o
         raise UserError("a single clip has no FAD: give more --clips, or more files")
 
     # The training music is measured in excerpts that are as long as what the judges get of a clip,
-    # task by task; of files of several lengths, as long as the median.
+    # task by task, also for tasks that a later run may add; of files of several lengths, as long as
+    # the median.
     length = {}
     for task in clips[0].spans:
         evaluated = [clip.spans[task].d - clip.spans[task].c for clip in clips]
@@ -1137,13 +1169,17 @@ def main(argv=None, add_flags=sample.Settings.add_flags, open_model=None, rows_o
     # One process makes the table.
     if sample.RANK == 0:
         results = evaluation.results({task: references[n] for task, n in length.items()})
-        named = ("data", "clips", "generated", "originals", "region", "reference", "seed")
+        named = ["reference", "reference_clips", "passt", "vggish", "classifier", "seed"]
+        if options.data:
+            named += ["data", "clips", "tasks"]
+        else:
+            named += ["generated", "originals", "region"]
         settings = {flag: getattr(options, flag) for flag in named}
         settings |= {"checkpoint": digest, "judges": judges.names,
                      "excerpts": len(references[lengths[0]].embedding),
                      "made with": {row.name: row.facts for row in rows if row.facts}}
         write_results(out / "table.json", results, settings)
-        warn(results, len(references[lengths[0]].fad[0]))
+        warn(results, references[lengths[0]])
 
 
 if __name__ == "__main__":

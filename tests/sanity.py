@@ -13,11 +13,11 @@ likeness   Four measures of the generated part alone, unspliced, with the same m
            more is not better.
 attacks    How many notes and strokes begin in a second, and how regularly (see `attacks`), for the
            rows of likeness.
-noised     The attacks of real latents that are noised to a time t and denoised again, by sampling
-           from there or in one step. Shows at which times the model loses attacks.
-v-loss     The objective of App. B.1 on whole windows of the test music, two of each track, each at
-           one time in every quarter of (0, 1), with fixed noise. Comparable between models of one
-           kind.
+noised     The attacks of real latents that are noised to a time t and denoised again, by DDPM from
+           there down to t = 0, or in one step. Shows at which times the model loses attacks.
+v-loss     The objective of App. B.1 on whole windows of the test music, two for each track, each at
+           one time in every quarter of (0, 1), with fixed noise. Comparable between waveform
+           models, and between latent models with one VAE.
 prompts    Of continuations: is each nearer to its own context than to those of other clips? Does it
            have the spectrum and level of the real continuation? Do the clips differ from each other
            as real ones do?
@@ -26,8 +26,8 @@ memory     Is a continuation a copy of training music? Its highest correlation w
 example    Guidance by example against unguided samples of the same seeds. Does the distance fall?
            And for a judge that never guides and is no network (tests/judge.py): cosine of a sample
            with its own example and with the others, and how often its own is the nearest. Also for
-           unguided samples that get the example's spectrum, and for other seconds of the examples'
-           tracks.
+           unguided samples that get the example's spectrum, and for the beginnings of the examples
+           themselves; the judge knows their ends.
 class      Guidance by class, likewise: do log-probabilities rise, for the guide and for the judge?
 defaults   Each default of sampling against what it was chosen over, one change at a time, on the
            same clips and two seeds: measures of the tables above. A difference counts only where it
@@ -305,7 +305,7 @@ def onsets(x):
     An attack is a rise in power that lasts: the mean of the next 60 ms against that of the last 80
     ms, as a log ratio, in one semitone. So a note in a sounding chord counts, too. It must exceed
     the rises around it, so that a slow swell has none; and what noise of that bandwidth does by
-    chance. Gain and equalisation change nothing, since only ratios count.
+    chance. Gain changes nothing and equalisation little, since only ratios within a band count.
     """
     P, width = semitones(x)
     P = P + FLOOR * P.mean(1, keepdim=True) + QUIETEST * P.mean() + 1e-12
@@ -748,8 +748,8 @@ def alternatives(study, task):
     if task in sample.REPEATING:
         found |= {
             "from noise alone": replace(settings, repeats=False),
-            "k = 0.7": replace(settings, k=0.7),
-            "k = 0.8": replace(settings, k=0.8),
+            "k = 0.7": replace(settings, repeats=True, k=0.7),
+            "k = 0.8": replace(settings, repeats=True, k=0.8),
         }
     if task in sample.FROM_X_BAR:
         found |= {
@@ -816,9 +816,10 @@ NEED_TRAIN = ("memory", "example", "class")
 
 
 def main(argv=None):
-    parser = sample.Parser(description=__doc__.split("\n\n")[0])
+    parser = sample.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("tables", nargs="+", choices=TABLES)
+    add("tables", nargs="+", choices=TABLES, metavar="TABLE", help="of those above")
     add("--model", choices=("latent", "waveform"), default="latent", help="(%(default)s)")
     add("--checkpoint", help="of the model (the one shipped)")
     add("--weak", help="a weaker model to move away from (as in sample.py)")

@@ -331,7 +331,7 @@ def test_fillers_hold_what_their_names_say():
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     batch = evaluate.Batch("infill", evaluate.Span(2000, 8000, 0, 9000), x, other, generators)
     made = {row.name: row.make(batch) for row in evaluate.FILLERS}
-    assert list(made) == ["Silence", "White noise", "Context repeated", "Another track"]
+    assert list(made) == ["Silence", "White noise", "Prompt repeated", "Another track"]
     for audio in made.values():
         assert torch.equal(audio[..., :2000], x[..., :2000])
         assert torch.equal(audio[..., 8000:], x[..., 8000:])
@@ -363,6 +363,34 @@ def test_figures_compare_with_the_training_music_and_transitions_with_the_crossf
     assert found["Realism"][2] == 2 and found["KLD"][2] == 3
     assert evaluate.figures("transition", {0: one_more[0]}, reference, records(12.0)) == {}
 
+    # With the cross-fade of one clip alone there is no realism.
+    found = evaluate.figures("transition", one_more, reference, {0: records(12.0)[0]})
+    assert "Realism" not in found and found["KLD"][2] == 3
+
+
+def test_a_reference_of_the_same_music_has_no_realism():
+    """Half of the excerpts have three copies: radii of 0, whose realism would be 0 / 0."""
+    def record(place):
+        return {"fad": normal(1, 2), "embedding": torch.tensor([place]),
+                "posterior": torch.tensor([1.0])}
+    some = [record(float(place)) for place in range(4)]
+    assert evaluate.Reference(some + [record(9.0)] * 3).radii.median() > 0
+    with pytest.raises(sample.UserError, match="--reference has the same music"):
+        evaluate.Reference(some + [record(9.0)] * 5)
+
+
+def test_the_warning_counts_both_sides(capsys):
+    """FAD from enough clips, but from three excerpts of the training music."""
+    music = [{"fad": normal(1, 2, seed=j), "posterior": torch.tensor([1.0]),
+              "embedding": torch.tensor([float(j)])} for j in range(4)]
+    reference = evaluate.Reference(music)
+    results = {"Ours": {"infill": {"FAD": [1.0, None, 9]}}}
+    evaluate.warn(results, reference)
+    assert not capsys.readouterr().out
+    reference.count = 2
+    evaluate.warn(results, reference)
+    assert "FAD from n = 2 embeddings of 2 dimensions" in capsys.readouterr().out
+
 
 def test_of_a_long_window_the_region_within_the_clip_is_compared():
     """What was generated beyond the 6 s that are evaluated does not count."""
@@ -389,11 +417,13 @@ def test_the_table_has_two_digits_and_no_empty_columns():
     """One figure for two tasks that have the same; a deviation where there is one; no "-0.00"."""
     results = {"Ours": {"infill": {"FAD": [-0.001, None, 9], "MR": [1.234, None, 9]},
                         "regenerate": {"FAD": [0.004, None, 9], "MR": [1.5, None, 9]},
-                        "transition": {"Realism": [0.95, 0.12, 9]}}, "Silence": {}}
+                        "transition": {"Realism": [0.95, 0.12, 9]}},
+               "Test set": {"transition": {"Realism": [1.0, 0.0, 9]}}, "Silence": {}}
     assert evaluate.table_lines(results) == [
-        "         Infill/Regeneration FAD  MR         Transitions Realism",
-        "Ours     0.00                     1.23/1.50  0.95±0.12",
-        "Silence  -                        -          -"]
+        "          Infill/Regeneration FAD  MR         Transitions Realism",
+        "Ours      0.00                     1.23/1.50  0.95±0.12",
+        "Test set  -                        -          1.00±0.00",
+        "Silence   -                        -          -"]
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -498,10 +528,14 @@ def test_processes_share_the_batches(studio, tmp_path, monkeypatch):
     assert list(evaluation.finite(row, "infill")) == [0, 2] and judges.clips == 2
 
 
-def test_a_clip_with_samples_that_are_not_finite_is_left_out(studio, tmp_path, capsys):
-    """A model that breaks on one clip of three: the other two count, and the clip is named."""
-    factors = torch.tensor([1, 0, 1])[:, None, None]
-    row = evaluate.Row("Broken", ("infill",), lambda batch: batch.x / factors)
+@pytest.mark.parametrize("factor", [math.inf, 1e25])
+def test_a_clip_that_cannot_be_measured_is_left_out(factor, studio, tmp_path, capsys):
+    """A model that breaks on one clip of three: the other two count, and the clip is named.
+
+    Its samples are not finite, or so large that what is measured is not.
+    """
+    factors = torch.tensor([1, factor, 1])[:, None, None]
+    row = evaluate.Row("Broken", ("infill",), lambda batch: batch.x * factors)
     evaluation = evaluate.Evaluation([row], clips_of(studio), CountingJudges(), tmp_path)
     evaluation.run()
     kept = evaluation.finite(row, "infill")
@@ -512,10 +546,11 @@ def test_a_clip_with_samples_that_are_not_finite_is_left_out(studio, tmp_path, c
 # ---- the command ---------------------------------------------------------------------------------
 
 def arguments(studio, out, *more):
+    steps = [] if "none" in more else ["--steps", "2"]
     return ["--checkpoint", str(studio / "latent.pt"),
             "--classifier", str(studio / "classifier.pt"),
             "--data", str(studio / "test"), "--reference", str(studio / "train"),
-            "--steps", "2", "--out", str(out), "--device", "cpu", *more]
+            "--out", str(out), "--device", "cpu", *steps, *more]
 
 
 def file_arguments(studio, out, generated, originals, *more):
@@ -735,7 +770,31 @@ def test_files_of_another_system_are_evaluated_the_same_way(studio, tmp_path, ca
     found = figures(tmp_path / "odd")
     assert found["Test set", "files", "MR"] == 0 < found["Generated", "files", "MR"]
     said = "".join(capsys.readouterr())
-    assert f"left out: {generated / '4.wav'}" in said and f"left out: {generated / '5.wav'}" in said
+    for name in ("4.wav", "5.wav"):
+        assert f"left out: {generated / name}" in said
+
+
+def test_a_file_without_a_partner_is_named(studio, tmp_path, capsys):
+    """On either side: sample.py names its files otherwise."""
+    generated = tmp_path / "generated"
+    copy_tracks(studio / "test", generated)
+    (generated / "2.wav").rename(generated / "2.infill.wav")
+    evaluate.main(file_arguments(studio, tmp_path / "out", generated, studio / "test"))
+    said = "".join(capsys.readouterr())
+    assert f"left out: {generated / '2.infill.wav'}: --originals has no file of that name" in said
+    assert f"left out: {studio / 'test' / '2.wav'}: --generated has no file of that name" in said
+
+
+def test_a_clip_is_named_that_is_left_out_because_of_another(studio, capsys):
+    """Its transition has no second track: the other file's fault, which is said."""
+    found = evaluate.find_excerpts(studio / "test", 2**15, 1, 0)[0]
+    gone = found._replace(path="gone.wav")
+    capsys.readouterr()
+    assert evaluate.read_or_skip([found, gone]) is None
+    said = "".join(capsys.readouterr())
+    assert said.startswith(f"left out: {found.path}, because gone.wav cannot be read")
+    assert evaluate.read_or_skip([gone, found]) is None
+    assert "".join(capsys.readouterr()).startswith("left out: gone.wav cannot be read")
 
 
 def test_pairs_of_unequal_length_are_cut_to_what_both_have(studio, tmp_path, capsys):
@@ -824,9 +883,12 @@ def test_clips_are_paired_by_their_place_in_the_folder(tmp_path):
     (["--data", "EMPTY"], "no usable file of 0.74 s or more"),
     (["--classifier", "latent.pt"], "holds a latent model, not a classifier"),
     (["--model", "waveform"], "holds a latent model, not a waveform"),
-    (["--passt", "latent.pt"], "passt-s-f128"),
+    (["--passt", "latent.pt"], "--classifier does nothing with --passt"),
     (["--vggish", "latent.pt"], "vggish-10086976"),
-    (["--reference", "test"], "under 5"),
+    (["--reference", "test"], "has 3 usable excerpts .*, and 4 are needed"),
+    (["--xi", "0", "--tasks", "infill", "embedding"], "--xi 0 turns off all guidance"),
+    (["--sampler", "none", "--steps", "3"], "--steps does nothing with --sampler none"),
+    (["--sampler", "none", "--k", "0.5"], "--k does nothing with --sampler none"),
     (["--region", "0", "1"], "--region does nothing with --data"),
     (["--sampler", "euler"], "--sampler"),
     (["--steps", "0"], "--steps"),
@@ -841,6 +903,13 @@ def test_input_that_cannot_be_used_ends_in_a_sentence(flags, said, studio, tmp_p
     flags = [str(places.get(flag, flag)) for flag in flags]
     with pytest.raises(sample.UserError, match=said):
         evaluate.main(arguments(studio, tmp_path / "out", *flags))
+
+
+def test_a_file_that_is_not_the_official_passt_is_refused(studio):
+    """In one sentence, which names the file that is wanted."""
+    options = SimpleNamespace(passt=str(studio / "latent.pt"), classifier=None, vggish=None)
+    with pytest.raises(sample.UserError, match="passt-s-f128"):
+        evaluate.Judges(options, "cpu")
 
 
 @pytest.mark.parametrize("name", ["records/*/files-*/*.pt", "reference-*/*/*.pt",
