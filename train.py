@@ -4,13 +4,14 @@
     python train.py --model latent --data path/to/music         # wav flac ogg mp3, at any depth
     python train.py --model vae --data path/to/music            # an autoencoder of your own, then:
     python train.py --model decoder --vae runs/vae/model.pt --data path/to/music
+    python train.py --model latent --vae runs/decoder/model.pt --data path/to/music
 
 All that is random about clip k of a run (where it is cut, t, noise, patchout) is a function of
 (seed, k) alone, and a step's number says which clips it takes. So a resumed run needs no state of
 random numbers, and the numbers of threads, processes and micro-batches do not change what is
-trained. Two things of a VAE and its decoder are exceptions, since they are no means over clips: the
-deviation of a channel, which scales the noise in latents, and feature matching, a ratio. They are
-taken over one micro-batch of one process.
+trained. Two quantities of a VAE and its decoder do depend on them, as they are no averages over
+clips: the deviation of a channel, which scales the noise in latents, and feature matching, a ratio.
+Each is taken over one micro-batch of one process.
 """
 import argparse
 import copy
@@ -19,6 +20,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -66,7 +68,6 @@ VERSIONS = 4                            # of a track in the cache of latents
 # No sample is so far beyond full scale, not even 16-bit numbers that were written as floats; and
 # its square, summed over a clip, is still finite in float32.
 LOUDEST = 1e6
-FEW = 20                                # files to hold out that are looked at more closely
 LOG = ("step", "seconds", "loss", "lr", "gradient_norm", "validation")      # columns of log.csv
 # What a run shows when all is well.
 FALLS = "the loss jumps with the times that are drawn; its mean falls, fast at first, then slowly"
@@ -137,7 +138,7 @@ RECIPES = {
 # forward(**batch)  -> {"loss": what training minimises, and what else a validation shows}
 
 class Denoising(nn.Module):
-    """The v-objective of App. B.1, on latents of a frozen VAE or on waveforms.
+    """The v-objective of App. B.1, on latents of a frozen VAE or, weighted, on waveforms.
 
     With own_error (ours), a stretch of half of the clips is moved towards the model's own estimate,
     so that training meets the errors that sampling makes.
@@ -191,6 +192,8 @@ class Denoising(nn.Module):
         """
         with torch.no_grad():
             error = v_error(model, x_0, t, first_eps)                   # (x0_hat - x_0) / sigma_t
+        # Before torch 2.11, autocast would reuse these copies of the weights, without a gradient.
+        torch.clear_autocast_cache()
         alpha_t = alpha_sigma(t)[0].to(x_0, non_blocking=x_0.is_cuda)[:, None, None]
         return eps + share * alpha_t * error
 
@@ -349,7 +352,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
     first, before = step, seconds
     began = time.monotonic() - seconds
 
-    # Several processes share a step's clips; threads prepare the clips of later steps.
+    # Several processes share a step's clips; threads prepare the clips of later steps. bf16 needs
+    # no scaled loss, as the paper's fp16 does.
     model = in_processes(objective)
     autocast = torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16")
     schedule = (ks for i in range(step, o.steps) for ks in clips.parts(i, o.micro_batch))
@@ -378,8 +382,8 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
                     share.backward()
                 loss += share.detach()
 
-            # Clip the gradient's norm at 1: a VAE's and its discriminator's each by itself. What is
-            # not finite counts as zero.
+            # Clip the gradient's norm at 1 (ours): a decoder's and its discriminator's each by
+            # itself. What is not finite counts as zero.
             norms = [nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                      for network in objective.children()]
             norm = torch.stack(norms).norm()            # the same in all processes
@@ -432,15 +436,16 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
         if step > first:
             say(pace(clips, first, step, seconds - before))
 
-        # The end, where a signal still waits for it. A run without a step is validated here.
+        # The end: a signal does not interrupt this last save. A run without a step is validated
+        # here.
         batches.close()
         if RANK == 0 and not validation:
             validation = validate(averaged, held_out, autocast, o.device)
         save(o, header, step, seconds, objective, ema, optimizers)
         play(o, ema, averaged, held_out, step)
 
-    # All processes say what they could not read. Together they leave: what comes next may read what
-    # the first one has saved.
+    # All processes say what they could not read. This also lets them leave together, once the first
+    # one has saved.
     broken = {}
     for met in gathered(clips.source.broken | held_out.source.broken):
         broken.update(met)
@@ -448,7 +453,10 @@ def train(o, objective, averaged, clips, held_out, header, state=None):
 
 
 def learning_rate(o, step):
-    """Warm-up, a constant, then linearly to zero over the last --cooldown share of the steps."""
+    """Warm-up, a constant, then linearly to zero over the last --cooldown share of the steps.
+
+    App. C.2 has a cosine instead.
+    """
     warmup, _ = turning_points(o)
     return o.lr * min(1, (step + 1) / warmup, (1 - step / o.steps) / o.cooldown)
 
@@ -513,9 +521,9 @@ def to_device(batch, device):
 
 
 class Stop:
-    """While entered, Ctrl-C and SIGTERM end the run after the current step.
+    """While entered, Ctrl-C and SIGTERM end the run when it next looks at its numbers (LOOK).
 
-    A second Ctrl-C ends it at once. Afterwards they do what they did before.
+    A Ctrl-C after that ends it at once, unsaved. Afterwards they do what they did before.
     """
 
     def __init__(self, device):
@@ -547,7 +555,8 @@ class Stop:
 def validate(averaged, held_out, autocast, device):
     """What the objective shows of the held-out clips, on average: {"loss": float, ...}.
 
-    Always the same clips and noise. Times are spread evenly over (0, 1): steadier than random ones.
+    Always the same clips and noise. Times are spread evenly over (0, 1), steadier than random ones;
+    they rise from clip to clip, in the order of the files.
     """
     shown = []
     for k in range(held_out.count):
@@ -562,10 +571,11 @@ def validate(averaged, held_out, autocast, device):
 def begin_log(folder, step):
     """log.csv with the names of its columns, and the lines of the run to resume up to that step.
 
-    What a crashed run did after its last save is done again, and logged again.
+    What a crashed run did after its last save is done again, and logged again. UserError if a
+    log.csv of another program is there.
     """
     kept = []
-    if step > 0 and (folder / "log.csv").exists():
+    if (folder / "log.csv").exists():
         with open(folder / "log.csv", newline="", errors="replace") as file:
             entries = csv.DictReader(file)
             if not set(LOG) <= set(entries.fieldnames or ()):
@@ -583,9 +593,13 @@ def begin_log(folder, step):
 
 
 def write_log(folder, entries):
-    """Append lines to log.csv."""
-    with open(folder / "log.csv", "a", newline="") as file:
-        log_writer(file).writerows(entries)
+    """Append lines to log.csv. UserError if there is no room for them."""
+    try:
+        with open(folder / "log.csv", "a", newline="") as file:
+            log_writer(file).writerows(entries)
+    except OSError as error:
+        raise UserError(f"{folder}/log.csv cannot be written ({reason(error)}): make room, then "
+                        "--resume goes on from the last save", status=1) from None
 
 
 def log_writer(file):
@@ -614,7 +628,7 @@ def count_bad(entries, count):
     for entry in entries:
         count = 0 if math.isfinite(entry["gradient_norm"]) else count + 1
         if count == 10:
-            raise UserError(f"ten steps up to {entry['step'] - 1} were not finite: "
+            raise UserError(f"ten steps up to {entry['step']} were not finite: "
                             "lower --lr, or use --precision fp32", status=1)
     return count
 
@@ -706,7 +720,7 @@ def contents(source):
 
 
 def pace(clips, first, last, seconds):
-    """How fast the steps from `first` to `last` were, in words."""
+    """How fast the steps from `first` to `last` were, saves and validations included, in words."""
     taken = sum(len(clips.of_step(i)) for i in range(first, last))
     return f"{seconds / (last - first):.3g} seconds a step, {taken / seconds:.3g} clips a second"
 
@@ -725,11 +739,16 @@ def farewell(o, step, validation, broken):
     shown = "".join(f"; validation {name} {value:.4g}" for name, value in validation.items())
     say(f"{o.model}: step {step} of {o.steps} in {file}{shown}")
     if step < o.steps:
-        again = f"python train.py --model {o.model} --out {shlex.quote(o.out)} --resume"
+        again = f"python train.py --out {shlex.quote(o.out)} --resume"
+        if WORLD > 1:
+            again = "the same command with --resume"
         say(f"stopped; to go on: {again}")
     elif o.model in ("latent", "waveform"):
         use = f"python sample.py --model {o.model} --checkpoint {file}"
         say(f"to use it: {use} --task infill --input clip.wav")
+    elif kind_of(o) == "vae":
+        following = "decoder" if o.model == "vae" else "latent"
+        say(f"what comes next: python train.py --model {following} --vae {file}")
 
 
 # ---- clips ---------------------------------------------------------------------------------------
@@ -1024,7 +1043,7 @@ class Clips:
 
 
 def varied(audio, rng):
-    """Audio (2, n) as another recording might have it.
+    """Audio (2, n) as another recording might have it (ours).
 
     In half of the cases the sides are swapped, and in half it is quieter, by up to 10 dB.
     """
@@ -1056,9 +1075,10 @@ def music(o, origin=None):
 
     origin: the folders that were --data when the run began, if they were others. A moved file takes
     the place that it had, among the clips and among those held out.
+
     Held out are the files of --valid, else one file in twenty of --data, but no more than 80 hours.
-    Training leaves them out if there are four files or more. The choice depends on the names of
-    file and folder alone.
+    These are the first in an order that depends on the names of file and folder alone. Training
+    leaves them out; but with fewer than four files and no --valid, all are trained on.
     """
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
@@ -1066,8 +1086,12 @@ def music(o, origin=None):
     # Files that are too short, or damaged, are named and left out.
     index = Path(o.out) / "files.json"
     files = survey(o.data, max(o.windows), "--data", index=index)
+    files = {path: header for path, header in files.items() if not played(path)}
+    if not files:
+        raise UserError("--data has nothing but what runs have played: give music")
 
     def former(path):
+        """The path that a file had when the run began."""
         for folder, first in zip(o.data, origin or o.data):
             if path == folder:
                 return first
@@ -1076,53 +1100,71 @@ def music(o, origin=None):
 
     files = {path: files[path] for path in sorted(files, key=former)}
     if o.valid:
-        return (AudioFiles(files),
-                AudioFiles(survey(o.valid, max(o.windows), "--valid", index=index)))
+        held_out = survey(o.valid, max(o.windows), "--valid", index=index)
+        # --valid may be a folder within --data.
+        valid = set(map(os.path.realpath, held_out))
+        files = {path: header for path, header in files.items()
+                 if os.path.realpath(path) not in valid}
+        if not files:
+            raise UserError("--valid has all files of --data, so none are left to train on: "
+                            "give others")
+        return AudioFiles(files), AudioFiles(held_out)
 
     def digest(path):
         return hashlib.sha256(os.fsencode("/".join(former(path).split(os.sep)[-2:]))).digest()
 
+    # A class must keep a file to train on.
+    by_digest = sorted(files, key=digest)
+    spared = set()
+    if o.model == "classifier":
+        last = {os.path.dirname(path): path for path in by_digest}          # of each folder
+        spared = set(last.values())
+    drawn = [path for path in by_digest if path not in spared]
+
     count = max(1, round(len(files) / 20))
-    held_out = readable(sorted(files, key=digest), count)
+    held_out = readable(files, drawn or by_digest, count, max(o.windows))
     hours = np.cumsum([files[path][0] / files[path][1] / 3600 for path in held_out])
     held_out = held_out[:max(1, (hours <= HELD_OUT_HOURS).sum())]
 
     # Few files are all trained on, also the one that is validated on.
     trained = files
-    if len(files) >= 4:
+    if len(files) >= 4 and drawn:
         trained = sorted(files.keys() - held_out, key=former)
     return (AudioFiles({path: files[path] for path in trained}),
             AudioFiles({path: files[path] for path in held_out}))
 
 
-def readable(paths, count):
-    """The first `count` of the paths; where that is few, of those that can be read throughout.
+def played(path):
+    """Whether a file is what `play` has written: a run's folder may lie within --data."""
+    folder, name = os.path.split(path)
+    return bool(re.fullmatch(r"listen-\d+\.wav", name)) and os.path.exists(f"{folder}/log.csv")
 
-    A bad file would be most of a small validation; in a large one, crop finds another.
+
+def readable(files, paths, count, window):
+    """The first `count` of the paths whose clips can be read; files: {path: [frames, ...]}.
+
+    A bad file would be most of a small validation. In a large one, crop finds another, and nothing
+    is looked at here.
     """
-    if count > FEW:
+    looks = VALIDATED // count                              # clips of a file in a validation
+    if not looks:
         return paths[:count]
     chosen = []
     for path in paths:
-        why = unreadable(path)
-        if why:
-            say(f"  not held out: {path} ({why})")
+        one = AudioFiles({path: files[path]})
+        for i in range(looks):
+            try:
+                one.crop((i + 0.5) / looks, window)
+            except UserError:
+                break                                       # nothing of it can be read
+        if one.broken:
+            say(f"  not held out: {path} ({one.broken[path]})")
         else:
             chosen.append(path)
         if len(chosen) == count:
             break
     # With no good one at all, crop takes what can be read of the first.
     return chosen or paths[:count]
-
-
-def unreadable(path):
-    """What is wrong with an audio file, or None: all of it is read."""
-    try:
-        check_samples(read_audio(path)[0].numpy())
-    except UserError:
-        return "damaged"
-    except ValueError as error:
-        return str(error)
 
 
 def refuse_silence(o, source):
@@ -1193,11 +1235,12 @@ TAKEN_BY = {
 }
 # Options that do something with --data only.
 OF_FILES = ("valid", "cache")
-DEFAULTS = {"size": "small", "seed": 0}         # of options that no recipe has
-# Options that may differ when a run is resumed; the others are saved with the run. Of these, the
-# second ones may be given anew: files can move, but they cannot come where there were none.
-PER_CALL = ("resume", "save_every", "device", "workers", "out", "micro_batch")
-ANEW = ("steps", "data", "valid", "denoiser", "cache", "compile", "precision")
+DEFAULTS = {"model": "latent", "size": "small", "seed": 0}      # of options that no recipe has
+# Options of one call. All others are saved with the run, and --resume takes new values of some of
+# them. FILES can move, but they cannot come where there were none.
+PER_CALL = ("resume", "device", "workers", "out")
+ANEW = ("steps", "data", "valid", "denoiser", "cache", "compile", "precision", "save_every",
+        "micro_batch")
 FILES = ("data", "valid", "denoiser")
 
 
@@ -1210,20 +1253,20 @@ def parse(argv):
     workers = max(1, min(8, (os.cpu_count() or 2) // 2))
 
     what = parser.add_argument_group("what to train").add_argument
-    what("--model", choices=MODELS, default="latent", help="default: %(default)s")
+    what("--model", choices=MODELS, help="default: latent, or the resumed run's")
     what("--size", choices=tuple(RECIPES["vae"]), help="default: small, or the starting model's")
-    what("--vae", type=os.path.abspath, metavar="FILE", help="latent, decoder: a checkpoint with "
+    what("--vae", type=absolute, metavar="FILE", help="latent, decoder: a checkpoint with "
          "a VAE, instead of the shipped one, or of the one that --init has")
-    what("--denoiser", type=os.path.abspath, metavar="FILE",
+    what("--denoiser", type=absolute, metavar="FILE",
          help="classifier: the latent model that it is to guide; most clips are replaced by that "
          "model's estimates of noised ones")
-    what("--init", type=os.path.abspath, metavar="FILE",
+    what("--init", type=absolute, metavar="FILE",
          help="begin with the weights, and the VAE, of this checkpoint")
 
     data = parser.add_argument_group("data").add_argument
-    data("--data", nargs="+", type=os.path.abspath, metavar="FOLDER",
+    data("--data", nargs="+", type=absolute, metavar="FOLDER",
          help="music to train on; without it, synthetic music")
-    data("--valid", nargs="+", type=os.path.abspath, metavar="FOLDER",
+    data("--valid", nargs="+", type=absolute, metavar="FOLDER",
          help="held-out music; without it, one file in twenty is held out")
     data("--windows", nargs="+", type=within(MIN_SECONDS, 3600), metavar="SECONDS",
          help="lengths of clips, in turns; default: the recipe's, below")
@@ -1253,8 +1296,16 @@ def parse(argv):
            help="save, validate and play the model; default: a tenth of the steps, 50 to 1000")
     output("--resume", action="store_true", default=None,
            help="go on with the run in --out, with its own settings; --steps may prolong it, and "
-           "--data, --valid, --denoiser, --cache, --compile and --precision may be given anew")
+           "--data, --valid, --denoiser, --cache, --compile, --precision, --save-every and "
+           "--micro-batch may be given anew")
     return parser.parse_args(argv)
+
+
+def absolute(text):
+    """A type for argparse: an absolute path. Of an empty text, that would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path: give another, or leave the flag out")
+    return os.path.abspath(text)
 
 
 def recipes_in_words():
@@ -1274,8 +1325,7 @@ def settle(o):
     Defaults come from the resumed run, then from the recipe. Returns (resumed state, starting
     checkpoint); either may be None. UserError for options that contradict each other.
     """
-    kind = kind_of(o)
-    o.out = o.out or f"runs/{o.model}"
+    o.out = o.out or f"runs/{o.model or DEFAULTS['model']}"
     state_file = Path(o.out) / "state.pt"
 
     # The state of the run to resume; a new run never goes where a model is.
@@ -1294,6 +1344,7 @@ def settle(o):
 
     # Options that would do nothing.
     settled = state["settings"] if state else {}
+    o.model = o.model or settled.get("model", DEFAULTS["model"])
     refuse_idle(o, TAKEN_BY, o.model, f"--model {o.model}")
     if not o.data and not settled.get("data"):
         refuse_idle(o, dict.fromkeys(OF_FILES, ()), None, "synthetic music")
@@ -1301,11 +1352,11 @@ def settle(o):
     # The checkpoint to start from. What it, or the resumed run, has settled cannot be changed.
     start = None
     if state:
-        start = open_checkpoint(kind, state_file)
+        start = open_checkpoint(kind_of(o), state_file)
     elif o.init or o.model == "decoder":
-        start = open_checkpoint(kind, o.init or o.vae)
+        start = open_checkpoint(kind_of(o), o.init or o.vae)
         settled = {"size": start.size}
-    o.windows = o.windows and [in_samples(window) for window in o.windows]
+    o.windows = o.windows and tuple(in_samples(window) for window in o.windows)
     for name, value in settled.items():
         given = getattr(o, name, None)
         may_change = name in ANEW and (value is not None or name not in FILES)
@@ -1315,7 +1366,7 @@ def settle(o):
 
     # Defaults.
     size = o.size or settled.get("size", DEFAULTS["size"])
-    before = start.step or 0 if start else 0                # steps that the weights have had
+    before = (start.step or 0) if start else 0              # steps that the weights have had
     defaults = {**DEFAULTS, "before": before, "origin": o.data, **asdict(RECIPES[o.model][size]),
                 **settled}
     for name, value in defaults.items():
@@ -1348,17 +1399,19 @@ def in_all(work, *given):
     return result
 
 
-def facts(o, state, source, held_out):
-    """{name: value} of what must be the same in all processes, however their folders are called."""
-    of_files = (*FILES, "origin", "vae", "init")
+def facts(o, state):
+    """{name: value} of what must be the same in all processes."""
     found = {"step": state["run_step"] if state else 0}
     for name, value in vars(o).items():
-        if name not in PER_CALL and name not in of_files:
+        if name not in (*PER_CALL, "vae", "init"):          # of these, the contents count
             found[flag_of(name)] = value
-    for name, tracks in (("--data", source), ("validation", held_out)):
-        if o.data:
-            found[f"files of {name}"] = sum(map(os.path.isfile, tracks.paths))
     return found
+
+
+def files_here(source, held_out):
+    """The same of files: how many of those that process 0 has found are on this one's disk."""
+    return {f"files of {name}": sum(map(os.path.isfile, tracks.paths))
+            for name, tracks in (("--data", source), ("validation", held_out))}
 
 
 def agree(found):
@@ -1390,7 +1443,7 @@ def fit_windows(o, config):
         longest = config.frames * VAE.hop
     elif o.model == "classifier":
         longest = 10 * SAMPLE_RATE                          # see PaSST
-    o.windows = o.windows or [longest]
+    o.windows = o.windows or (longest,)
     if longest and max(o.windows) > longest:
         raise UserError("--windows: a clip of this model has at most "
                         f"{longest / SAMPLE_RATE:.2f} s")
@@ -1488,11 +1541,16 @@ def make_and_train(o, state, start, config):
                             f"{longest / SAMPLE_RATE:.2f} s")
 
     # Music, and the classes that it is labelled with: the names of its folders.
+    agree(facts(o, state))
     source, held_out = music(o, o.origin)
-    agree(facts(o, state, source, held_out))
+    if o.data:
+        agree(files_here(source, held_out))
     classes = []
     if o.model == "classifier":
         classes = start.classes if start else sorted(set(source.names))
+        if len(classes) < 2:
+            raise UserError(f"--data has the single class {classes[0]}: labels are the names of "
+                            "the folders that hold the files, so give two or more")
         strange = sorted(set(source.names) - set(classes))
         if state and strange:
             raise UserError(f"--data: {strange[0]} is no class of this run: its folders must keep "

@@ -82,7 +82,7 @@ def test_a_file_with_a_bad_sample_is_left_out_of_the_cache(music, tmp_path):
 def test_training_and_validation_go_on_beside_bad_files(music, tmp_path, capsys):
     """A file to train on, and the one that would be held out: both are named, and no number of the
     run is other than finite."""
-    options = Namespace(data=[str(music)], valid=None, windows=[2**13], out=tmp_path)
+    options = Namespace(model="vae", data=[str(music)], valid=None, windows=[2**13], out=tmp_path)
     trained, held_out = train.music(options)
     bad = trained.paths[1], held_out.paths[0]
     for path in bad:
@@ -164,7 +164,7 @@ def test_a_moved_folder_is_followed(music, tmp_path, monkeypatch):
     whole = fit("vae", tmp_path / "whole", "--steps", 4, *first)
     stop_at(monkeypatch, 2)
     assert fit("vae", tmp_path / "parts", "--steps", 4, *first)["step"] == 2
-    options = Namespace(data=[str(music)], valid=None, windows=[2**13], out=tmp_path)
+    options = Namespace(model="vae", data=[str(music)], valid=None, windows=[2**13], out=tmp_path)
     held_out = train.music(options)[1].paths
     for name in ("moved", "elsewhere", "again"):
         music = music.rename(tmp_path / name)
@@ -349,10 +349,8 @@ def test_processes_that_differ_are_told_how(monkeypatch):
 def test_a_file_that_one_machine_lacks_is_counted(music, tmp_path):
     """What there is on its own disk, whatever the first process has found."""
     def counted():
-        return train.facts(options, None, *tracks)["files of --data"]
+        return train.files_here(*tracks)["files of --data"]
 
-    options = train.parse(words("vae", tmp_path / "run", "--data", music))
-    train.settle(options)
     tracks = files_of(music), files_of(music)
     before = counted()
     next(music.glob("*/*.wav")).unlink()
@@ -473,8 +471,9 @@ def test_what_is_held_out_is_drawn_by_hash(monkeypatch):
     def held_out(names, root="/music"):
         files = {f"{root}/{name}": [RATE, RATE, 2] for name in names}
         monkeypatch.setattr(train, "survey", lambda *_, **__: dict(files))
-        monkeypatch.setattr(train, "unreadable", lambda *_: None)
-        trained, held = train.music(Namespace(data=[root], valid=None, windows=[2**12], out="."))
+        monkeypatch.setattr(train, "readable", lambda files, paths, count, window: paths[:count])
+        trained, held = train.music(Namespace(model="vae", data=[root], valid=None,
+                                              windows=[2**12], out="."))
         assert set(trained.paths) | set(held.paths) == files.keys()
         return {path[len(root) + 1:] for path in held.paths}
 

@@ -68,8 +68,8 @@ def test_at_most_eighty_hours_are_held_out(monkeypatch, tmp_path):
     for minutes, held_out in ((4, 40), (240, 20)):
         files = {f"/music/{i}.wav": [minutes * 60 * RATE, RATE, 2] for i in range(800)}
         monkeypatch.setattr(train, "survey", lambda *args, files=files, **more: files)
-        trained, valid = train.music(Namespace(data=["/music"], valid=None, windows=[1],
-                                               out=tmp_path))
+        trained, valid = train.music(Namespace(model="vae", data=["/music"], valid=None,
+                                               windows=[1], out=tmp_path))
         assert len(valid.paths) == held_out and len(trained.paths) == 800 - held_out
 
 
@@ -88,7 +88,8 @@ def test_a_hundred_thousand_known_files_are_soon_ready(tmp_path, monkeypatch):
     paths = opened(monkeypatch)
     monkeypatch.setattr(train.AudioFiles, "read", lambda self, i, start, n: np.full(
         (2, n), i + start / 1e9, np.float32))
-    options = Namespace(data=[str(tmp_path / "music")], valid=None, windows=[2**17], out=tmp_path)
+    options = Namespace(model="vae", data=[str(tmp_path / "music")], valid=None, windows=[2**17],
+                        out=tmp_path)
 
     def ready():
         source, held_out = train.music(options)

@@ -366,9 +366,62 @@ def test_what_is_held_out_is_not_trained_on(music, tmp_path):
     on."""
     files = set(sample.find_files([music]))
     for some, held_out in ((files, 1), (sorted(files)[:4], 1), (sorted(files)[:3], 0)):
-        options = Namespace(data=some, valid=None, windows=[2**12], out=tmp_path)
+        options = Namespace(model="vae", data=some, valid=None, windows=[2**12], out=tmp_path)
         trained, valid = (set(tracks.paths) for tracks in train.music(options))
         assert trained | valid == set(some) and len(valid) == 1 and len(valid - trained) == held_out
+
+
+def test_a_folder_within_the_music_can_be_held_out(music, tmp_path):
+    """Its files are not trained on; if no others are there, that is an error."""
+    options = Namespace(model="vae", data=[str(music)], valid=[f"{music}/loud"], windows=[2**12],
+                        out=tmp_path)
+    trained, valid = (set(tracks.paths) for tracks in train.music(options))
+    assert trained == {f"{music}/quiet/{k}.wav" for k in (0, 2, 4)}
+    assert valid == {f"{music}/loud/{k}.wav" for k in (1, 3)}
+    options.data = options.valid
+    with pytest.raises(sample.UserError, match="--valid has all files of --data"):
+        train.music(options)
+
+
+def test_what_a_run_has_played_is_no_music(music, tmp_path):
+    """A run's folder may lie within --data. A user's file that is called like that is music."""
+    run = music / "runs" / "vae"
+    fit("vae", run, "--steps", 1, *SHORT)
+    played = run / "listen-000001.wav"
+    assert played.exists() and train.played(str(played))
+    (music / "loud" / "1.wav").rename(music / "loud" / "listen-000001.wav")
+    options = Namespace(model="vae", data=[str(music)], valid=None, windows=[2**12], out=tmp_path)
+    paths = set().union(*(tracks.paths for tracks in train.music(options)))
+    assert str(music / "loud" / "listen-000001.wav") in paths
+    assert str(played) not in paths and len(paths) == 5
+
+
+def test_each_class_keeps_a_file_to_train_on(tmp_path):
+    """One file in twenty is held out of classes of one, two and seven files, but no class's last;
+    where all have only one, all are trained on."""
+    def split(counts, model):
+        folder = tmp_path / "-".join(map(str, counts))
+        for label, count in zip("abcdefgh", counts):
+            for k in range(count):
+                path = folder / label / f"{k}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sf.write(path, np.full((RATE, 2), 0.1), RATE)
+        options = Namespace(model=model, data=[str(folder)], valid=None, windows=[2**12],
+                            out=tmp_path)
+        trained, held_out = train.music(options)
+        return set(trained.names), set(trained.paths) & set(held_out.paths)
+
+    for counts in ((1, 2, 7), (1, 1, 1, 2), (3, 1, 1, 1, 1, 1)):
+        trained, both = split(counts, "classifier")
+        assert trained == set("abcdef"[:len(counts)]) and not both
+    trained, both = split((1, 1, 1, 1, 1), "classifier")
+    assert trained == set("abcde") and len(both) == 1
+
+
+def test_a_classifier_needs_two_classes(music, tmp_path):
+    """All files in one folder: there is nothing to tell apart."""
+    with pytest.raises(sample.UserError, match="--data has the single class loud: labels are"):
+        fit("classifier", tmp_path / "run", "--data", music / "loud", "--steps", 1)
 
 
 def damaged_flac(path):
@@ -608,6 +661,59 @@ def test_resuming_restores_the_settings(tmp_path):
     assert after["settings"] == before["settings"] | {"steps": 3}
     with pytest.raises(sample.UserError, match="another --batch: leave it out"):
         train.main([*again, "--batch", "4"])
+    # The model is the run's own, and what is given again may be the same.
+    train.main([*again[2:], "--steps", "4", "--windows", "0.2", "0.4", "--micro-batch", "1"])
+    after = sample.load_state(tmp_path / "state.pt")
+    assert after["step"] == 4 and after["settings"]["micro_batch"] == 1
+    fit("vae", tmp_path / "own", "--steps", 0)
+    train.main(["--out", f"{tmp_path}/own", "--resume", "--windows", "0.3715", "--device", "cpu"])
+
+
+def test_a_log_of_another_program_is_not_overwritten(tmp_path):
+    """Nor by a new run; the log of a run that ended before its first save is begun anew."""
+    log = tmp_path / "log.csv"
+    log.write_text("time,temperature\n1,20\n")
+    with pytest.raises(sample.UserError, match="log.csv lacks columns"):
+        fit("vae", tmp_path, "--steps", 1, *SHORT)
+    assert log.read_text() == "time,temperature\n1,20\n"
+    log.write_text(",".join(train.LOG) + "\n7,1,2,3,4,\n")
+    fit("vae", tmp_path, "--steps", 1, *SHORT)
+    assert len(losses(tmp_path)) == 1
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """Where no line can be added to the log: which file, and what to do."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full")
+    (tmp_path / "log.csv").symlink_to(full)
+    with pytest.raises(sample.UserError, match="log.csv cannot be written .*: make room"):
+        train.write_log(tmp_path, [{"step": 1}])
+
+
+def test_an_empty_path_is_refused():
+    """As of a variable that is not set: it is not the current folder."""
+    for flag in ("--data", "--valid", "--init"):
+        with pytest.raises(sample.UserError, match=f"argument {flag}: an empty path"):
+            train.parse([flag, ""])
+
+
+def test_all_weights_learn_in_bf16():
+    """Training on the model's own error runs the network twice, once without gradients. Of that
+    one, autocast keeps copies of the weights, which the other must not use (torch < 2.11 does)."""
+    net = tiny("latent")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    vae = tiny("vae").eval().requires_grad_(False)
+    objective = train.Denoising(net, vae, own_error=True)
+    clips = train.Clips(train.Synthetic(0), [2**13], objective.draw, [], 0, batch=8)
+    batch = clips(range(8))
+    assert batch["moved"].any()
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(**batch)["loss"].backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None]
+    assert not without
 
 
 def test_a_run_is_not_resumed_to_a_step_that_it_has_passed(tmp_path):
@@ -888,7 +994,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     net = tiny("vae")
     torch.nn.init.constant_(net.decoder[0].bias, float("nan"))
     save_checkpoint(tmp_path / "nan.pt", "vae", net)
-    with pytest.raises(sample.UserError, match="ten steps up to 9 .* lower --lr") as error:
+    with pytest.raises(sample.UserError, match="ten steps up to 10 .* lower --lr") as error:
         fit("vae", tmp_path / "run", "--init", tmp_path / "nan.pt", "--steps", 40, *SHORT)
     assert error.value.status == 1 and set(losses(tmp_path / "run")) == {"nan"}
 
@@ -896,12 +1002,12 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(tmp_path):
 def test_a_good_gradient_begins_the_count_of_bad_ones_anew():
     """Nine, a good one, nine: training goes on. Ten, of two looks at the numbers: it ends."""
     def entries(text):
-        return [{"step": i, "gradient_norm": math.nan if letter == "x" else 1.0}
+        return [{"step": i + 1, "gradient_norm": math.nan if letter == "x" else 1.0}
                 for i, letter in enumerate(text)]
 
     assert train.count_bad(entries(9 * "x" + "." + 9 * "x"), 0) == 9
     assert train.count_bad(entries("xx.x"), 8 - 1) == 1
-    with pytest.raises(sample.UserError, match="ten steps up to 0 "):
+    with pytest.raises(sample.UserError, match="ten steps up to 2 "):
         train.count_bad(entries("xx"), 8)
 
 
@@ -1054,8 +1160,8 @@ def test_each_save_plays_the_model(model, music, vae_file, tmp_path):
     assert first.shape == second.shape and not np.array_equal(first, second)
     assert len(first) == (4 * RATE // 128 * 128 if model == "vae" else 2**15)
     if model == "waveform":             # whose context is met, but for what the equaliser does
-        held_out = train.music(Namespace(data=[str(music)], valid=None, windows=[2**13],
-                                          out=tmp_path))[1]
+        held_out = train.music(Namespace(model="vae", data=[str(music)], valid=None,
+                                         windows=[2**13], out=tmp_path))[1]
         context = held_out.crop(0.5 / 2, 2**15)[0].T[:2**13]
         assert np.corrcoef(second[:2**13].ravel(), context.ravel())[0, 1] > 0.9
 
@@ -1352,7 +1458,7 @@ def test_a_run_may_begin_with_the_weights_of_another(music, vae_file, tmp_path):
     one, two = (torch.load(run / "model.pt", weights_only=True) for run in (first, second))
     windows = [sample.load_state(run / "state.pt")["settings"]["windows"]
                for run in (first, second)]
-    assert two["size"] == "tiny" and windows == [[103 * 128], [2**15]]
+    assert two["size"] == "tiny" and windows == [(103 * 128,), (2**15,)]
     for old, new in ((one["ema"], two["ema"]), (one["vae"]["weights"], two["vae"]["weights"])):
         assert all(torch.equal(old[name], new[name]) for name in old)
     fit("latent", second, "--resume", "--steps", 1)
@@ -1445,7 +1551,8 @@ def test_what_the_diffusion_sees_has_variance_one(model, vae_file, tmp_path, mon
     more = ["--vae", vae_file] if model == "latent" else []
     fit(model, tmp_path / "run", "--data", music, "--steps", 0, *more)
     space = sample.load_checkpoint(tmp_path / "run" / "model.pt")
-    tracks = train.music(Namespace(data=[str(music)], valid=None, windows=[2**14], out=tmp_path))[0]
+    tracks = train.music(Namespace(model="vae", data=[str(music)], valid=None, windows=[2**14],
+                                   out=tmp_path))[0]
     # Other clips than those measured.
     clips = train.Clips(tracks, [2**14], lambda *_: {}, [], 1, train.VALID, count=257)
     with torch.no_grad():
