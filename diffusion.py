@@ -36,8 +36,8 @@ def time_steps(steps, t_T=1.0, t_end=0.0):
     """The times t_N = t_T > ... > t_0 = 0 of `steps` equal steps, in float64.
 
     Returns (steps + 1,), or (steps + 1, B) if t_T is (B,). With t_end, for one t_T, the times below
-    it are left out, so that the last step goes from there straight to 0. ValueError unless
-    steps >= 1 and 0 < t_T <= 1.
+    it are left out, so that there are fewer, and the last step goes from there straight to 0.
+    ValueError unless steps >= 1 and 0 < t_T <= 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -66,7 +66,7 @@ def _for_clips(c, x):
     """A coefficient c, () or (B,), as a factor of x (B, ...) that does not change its type."""
     if c.ndim == 0:
         return c.item()
-    # A GPU is not waited for. (To other devices such a copy could read c when it is gone.)
+    # Do not wait for a GPU: CUDA copies c aside at once. Other devices might read it too late.
     return c.to(x, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -2,7 +2,8 @@
 
 DiT is the paper's: the architecture of [24] (Peebles and Xie) without patches, since each latent
 frame is one token, plus the relative positions of [44] (Shaw et al.) on the keys. The fixed sin-cos
-positions of [24] stay: relative ones alone cannot tell where in the window a frame lies.
+positions of [24] stay: relative ones alone cannot tell where in the window a frame lies. Unlike
+[24] it takes no class, predicts no variance, and starts from torch's initialisation.
 
     model = build(PRESETS["small"])
     v = model(x_t, t)        # x_t, v: (B, C, n) latents, n <= config.frames;  t: (B,) in (0, 1]
@@ -322,8 +323,8 @@ def sine_window(hop, device):
 class SpectralBlock(nn.Module):
     """A block on tokens with two axes: attention along one, then a convolution over both and MLP.
 
-    Shifts, scales and gates are made as in Block. But the gates start at 1, and the weights of the
-    layers before them at 0.
+    Shifts, scales and gates are made as in Block. But the gates start at 1, and the weights (not
+    the biases) of the layers before them at 0.
     """
 
     def __init__(self, config, hop, axis):
@@ -430,7 +431,8 @@ class SpectralStage(nn.Module):
 
         X and change are complex. All, in and out, are (B, T, F, C).
         """
-        modulation = self.modulation(self.time(time_features(t.to(X.device))))
+        time = self.time(time_features(t.to(X.device)).to(self.positions.dtype))
+        modulation = self.modulation(time)
         # A token is one bin of one frame; each bin has an embedding layer of its own.
         features = []
         for Z in (X, change):
@@ -440,7 +442,7 @@ class SpectralStage(nn.Module):
             h = block(h, modulation)
         h = F.layer_norm(h, h.shape[-1:])
         out = torch.einsum("btfw,fwc->btfc", h, self.out)  # (B, T, F, 4 C)
-        return out.float().chunk(4, -1)
+        return out.to(self.power.dtype).chunk(4, -1)
 
 
 class SpectralDiT(nn.Module):

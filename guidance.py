@@ -80,17 +80,18 @@ def data_consistency(x, y, A):
 
 
 def objective(terms, x_t, x0_hat):
-    """J_2 of Eq. 1, the weighted distances of all terms, for each clip: (B,)."""
+    """J_2 of Eq. 1, the weighted sum of all terms' distances, for each clip: (B,)."""
     J_2 = 0
     for term in terms:
         d = term.distance(x0_hat if term.on == "x0_hat" else x_t)                   # (B,)
-        J_2 = J_2 + torch.as_tensor(term.weight).to(d) * d
+        J_2 = J_2 + torch.as_tensor(term.weight).to(d).expand_as(d) * d
     return J_2
 
 
 def guided_estimate(model, x_t, t, terms):
     """x0_hat, and the gradient of the terms' weighted sum of distances with respect to x_t.
 
+    t is a tensor, () or (B,).
     Clips never mix: each distance is a number per clip, summed only for the one backward pass that
     all terms share. The network is differentiated only if some term has on="x0_hat"; without
     terms the gradient is 0.
@@ -115,9 +116,10 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, t_end=0.
     """Algorithm 1 (sampler="ddpm") or Algorithm 2 ("ddim"); without a task, unconditional sampling.
 
     x_T        (B, C, n), the starting sample, usually task.x_T; the result x_0 has the same shape
-    xi         gradient step size; must be given if the task has terms. 0: projection only, without
-               a graph
-    t_end      the time from which the last step goes straight to x0_hat (ours); 0: as printed
+    xi         gradient step size; must be given if the task has terms. 0: projection only; nothing
+               is differentiated
+    t_end      the last step goes straight to x0_hat from the smallest time that is not below it
+               (ours); 0: as printed
     generator  a torch.Generator; or a list, one per clip: then a clip does not depend on its batch
     callback   called as callback(s, x_s) after each update
     Raises ValueError for bad arguments. The parameters of a model or operator that is an nn.Module
@@ -137,10 +139,11 @@ def sample(model, x_T, task=None, *, steps=50, sampler="ddpm", xi=None, t_end=0.
             x0_hat, gradient = guided_estimate(model, x_t, t, terms if xi else ())
             for term in terms:
                 if term.project == "x0_hat":
-                    # Departure: x0_hat is projected before the update, which adds the noise due at
-                    # s; not x_s after it.
+                    # Departure: x0_hat is projected, before the update, instead of x_s after it. So
+                    # the update adds the noise due at s in the contexts too.
                     x0_hat = data_consistency(x0_hat, term.y, term.A)
-                    # Departure: so is the gradient; no step along the rows of A.
+                    # Departure: the gradient loses its part along the rows of A, so that guidance
+                    # does not move what the projection has set.
                     gradient = data_consistency(gradient, torch.zeros_like(term.y), term.A)
             # The update t -> s, moved against the gradient.
             if sampler == "ddpm":
@@ -193,6 +196,8 @@ def _check(x_T, terms, sampler, xi, generator):
     if terms and xi is None:
         raise ValueError("xi is missing: a task with guidance terms needs a step size "
                          "(0 for projection alone)")
+    if terms and xi and torch.is_inference_mode_enabled():
+        raise ValueError("guidance needs gradients: call sample outside torch.inference_mode()")
     if xi is not None and not xi >= 0:
         raise ValueError(f"xi must be 0 or more, not {xi}")
     if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):

@@ -89,14 +89,14 @@ def bce(y, logits):
 
     Takes the logits of p, since log(1 - p) of a confident p is -inf in float32.
     """
-    entropy = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, y.to(logits), reduction="none")
     return entropy.flatten(1).sum(1)
 
 
 # ---- the rows of Table 2 -------------------------------------------------------------------------
 
 def reconstruct(x_bar, A, z, project="x0_hat", d=l1, **term):
-    """The first rows of Table 2 for any linear A, and another distance d: y = A x_bar.
+    """The reconstruction rows of Table 2, for any linear A and distance d: y = A x_bar.
 
     x_T = A^T y + (I - A^T A) z as printed. Departure: with project="x0_hat" (see Term) x_T is pure
     noise z, in the contexts too.
@@ -148,7 +148,7 @@ def regenerate(x_bar, C_L, C_R, z, k, start_from="matched", **term):
     if not C_L + C_R:
         return Task(mixed, (), t_T)                 # without a context there is no term
 
-    # In the contexts x_T is noise at t = 1; or y, with project="x_t": infill sees to that.
+    # At t = 1 the contexts hold z, not the mixture. (With project="x_t" infill then puts y there.)
     if start_from == "paper":
         A = KeepEnds(z.shape[-1], C_L, C_R)
         mixed = data_consistency(mixed, A(z), A)
@@ -200,7 +200,8 @@ def classifier_guidance(A, y, z, weight=1.0, **term):
 def combine(*tasks, weights=None):
     """Several tasks at once: all their terms, each times its task's weight (1 each, by default).
 
-    x_T and t_T come from the reconstruction task (the first with a linear A), else the first task.
+    x_T and t_T come from the first task that says where to start: one with a linear A, or one
+    without terms, as Regenerate without contexts. If none does, from the first.
     """
     if weights is None:
         weights = [1.0] * len(tasks)
@@ -211,9 +212,10 @@ def combine(*tasks, weights=None):
     for task, weight in zip(tasks, weights):
         terms += [replace(term, weight=weight * term.weight) for term in task.terms]
 
-    # The start of the first task with a linear operator.
-    linear = [task for task in tasks if any(is_linear(term.A) for term in task.terms)]
-    start = linear[0] if linear else tasks[0]
+    # Guidance alone starts from any noise.
+    starts = [task for task in tasks
+              if not task.terms or any(is_linear(term.A) for term in task.terms)]
+    start = starts[0] if starts else tasks[0]
     return Task(start.x_T, tuple(terms), start.t_T)
 
 
@@ -223,14 +225,13 @@ def combine(*tasks, weights=None):
 def full_precision(x):
     """Within the context, float32 stays float32 on the device of x.
 
-    No autocast around it; and on NVIDIA GPUs no TF32, which convolutions have by default: its 10
-    bits give errors of -60 dB.
+    No autocast around it; and on NVIDIA GPUs no TF32 in convolutions, which have it by default: its
+    10 bits give errors of -60 dB. Matrix products follow torch's own setting, which is off.
     """
     cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
+    if x.is_cuda:           # the flag is the whole process's: threads that work on a CPU leave it
+        before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     try:
-        if x.is_cuda:       # the flag is the whole process's: threads that work on a CPU leave it
-            cudnn.allow_tf32 = False
         with torch.autocast(x.device.type, enabled=False):
             yield
     finally:
@@ -239,6 +240,7 @@ def full_precision(x):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)            # what is kept must do for a later call with a gradient
 def _sinc_filters(up, down, dtype, device):
     """Weights for output samples j = 0 .. up - 1, which lie at the input times j down / up.
 
@@ -466,8 +468,8 @@ class PaSST(nn.Module):
     def listen(self, audio, rate):
         """audio (B, channels, n) at rate Hz, n > 0 -> logits (B, classes), embedding (B, width).
 
-        Differentiable. Below 0.15 s zeros are appended; beyond 10 s it is the mean over equal
-        consecutive windows of at most 10 s.
+        Differentiable. Below 0.15 s zeros are appended; beyond 10 s both results are means over
+        equal consecutive windows of at most 10 s.
         """
         with full_precision(audio):
             mono = resample(audio.mean(1), rate, PASST_RATE)

@@ -265,7 +265,7 @@ class UNet1D(nn.Module):
 
         The transform of a frame is orthonormal.
         """
-        with torch.autocast(x.device.type, enabled=False):          # half precision would hiss too
+        with torch.autocast(x.device.type, enabled=False):          # in half precision it hisses
             return self.basis.to(x) @ fold(x)
 
     def set_spectrum(self, deviations):

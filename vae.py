@@ -1,8 +1,9 @@
 """The latent model's autoencoder (App. C.1): stereo audio to latents 128 times slower, and back.
 
 Encoder and decoder have eight ConvNeXt-1D layers [41] each, with a factor of 2 in time after every
-layer but the first. The loss compares spectra and samples (L1, L2) [42], plus a small KL. Later the
-encoder is frozen, and the decoder fine-tuned against a discriminator of complex spectra [43].
+layer but the first. The loss compares spectra and samples (L1, L2) [42], plus a KL, which keeps
+some noise in the latents. Later the encoder is frozen, and the decoder fine-tuned against a
+discriminator of complex spectra, after [43].
 
 The paper does not give the losses in detail. The loss on levels in bands, and the noise that
 training adds to the latents, are ours.
@@ -116,8 +117,8 @@ class Layer(nn.Module):
 class Isometry(nn.Linear):
     """A linear map that starts orthogonal, with bias 0.
 
-    Nothing normalises the residual path, so that loudness survives. While the layers around them
-    are still the identity, these maps let audio through at its own level.
+    Nothing normalises the residual path, so that loudness survives. These maps start by amplifying
+    nothing, and lose only what does not fit into fewer channels.
     """
 
     def reset_parameters(self):
@@ -140,9 +141,10 @@ class Up(Isometry):
     """Twice the rate, each frame becomes a pair: (B, n, C) -> (B, 2 n, C_out).
 
     This is a transposed convolution with kernel = stride. Uneven overlaps, the usual cause of
-    checkerboards, cannot occur, and the kernel of the next layer reaches over the joints. Halves
-    that start equal, which repeat the frame, would also remove the first images. But they learn
-    high frequencies late: after 65 steps on one clip the spectral loss was 3.1, and 2.4 as it is.
+    checkerboards, cannot occur, and the kernel of the next layer reaches over the joints. The two
+    halves do not start equal. Equal ones, which repeat the frame, would remove the first spectral
+    images too, but learn high frequencies later: after 65 steps on one clip the spectral loss was
+    3.1 instead of 2.4.
     """
 
     def __init__(self, channels, channels_out):
@@ -358,7 +360,8 @@ def band_loss(reconstruction, audio):
         made = band_powers(reconstruction, size, per_octave, together)
         errors.append(made - band_powers(audio, size, per_octave, together))
     # The change of whole octaves from frame to frame: attacks, and whether hiss is steady.
-    errors += [error.diff(dim=-1) for error in errors[:2]]
+    # (Of 256 samples and more: fewer have a single frame.)
+    errors += [error.diff(dim=-1) for error in errors[:2] if error.shape[-1] > 1]
     return sum(error.abs().mean() for error in errors) / len(resolutions)
 
 
@@ -411,7 +414,10 @@ def kl(mean, logvar):
 # ---- The discriminator --------------------------------------------------------------------------
 
 class Discriminator(nn.Module):
-    """The multi-scale discriminator of [43]: one SpectrumCritic for each of FFT_SIZES.
+    """A multi-scale discriminator of complex spectra, after [43]: a SpectrumCritic for each size.
+
+    Ours are the sizes, FFT_SIZES, and the generator's loss, which is not clipped; and there is no
+    dilation.
 
     Audio (B, 2, n) -> a list of (logits, features), one for each critic.
     """

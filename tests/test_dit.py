@@ -487,3 +487,16 @@ def test_a_patched_dit_is_trained_by_train_py(tmp_path, monkeypatch):
     assert weights["embed.weight"].shape == (96, 4 * 16)
     with pytest.raises(sample.UserError, match="give --model latent"):
         patched_dit.main(["4", "--model", "waveform"])
+
+
+@both
+def test_a_model_in_float64_is_that_in_float32(config):
+    """More precisely."""
+    model = trained_like(config).eval()
+    x_t = torch.randn(2, config.channels, 16)
+    t = torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        expected = model(x_t, t)
+        v = model.double()(x_t.double(), t)
+    assert v.dtype == torch.float64
+    torch.testing.assert_close(v.float(), expected, rtol=1e-3, atol=1e-3)

@@ -314,3 +314,29 @@ def test_two_projections_are_refused():
     task = tasks.continuation(CLIPS, 4, CLIPS)
     with pytest.raises(ValueError, match="project can be set for one term"):
         Task(CLIPS, task.terms + task.terms)
+
+
+def test_a_weight_is_a_number_or_one_for_each_clip():
+    """Of another shape it would mix the clips."""
+    x, y = noise(2, C, N), noise(2, C, N, seed=1)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    term = Term(lambda x: x, tasks.l2, y)
+
+    def gradient(weight):
+        return guided_estimate(flat_model, x, t, [replace(term, weight=weight)])[1]
+
+    one, two = gradient(1.0), gradient(2.0)
+    each = gradient(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(each, torch.stack([one[0], two[1]]))
+    with pytest.raises(RuntimeError, match="expand"):
+        gradient(torch.tensor([[1.0], [2.0]]))
+
+
+def test_guidance_in_inference_mode_is_refused():
+    """It has no gradients. Projection alone needs none."""
+    x, z = noise(2, C, N), noise(2, C, N, seed=1)
+    task = tasks.infill(x, 30, 20, z)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="outside torch.inference_mode"):
+            sample(flat_model, task.x_T, task, steps=2, xi=0.1)
+        assert sample(flat_model, task.x_T, task, steps=2, xi=0).isfinite().all()

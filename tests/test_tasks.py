@@ -167,6 +167,35 @@ def test_combination_takes_its_start_from_the_reconstruction_and_all_terms():
 X_BAR, Z = signals(2)
 
 
+def test_a_regenerate_without_contexts_is_a_start():
+    """It has no term: guidance that stands before it starts from its mixture all the same."""
+    x_bar, z = signals(2)
+    start = tasks.regenerate(x_bar, 0, 0, z, 0.6)
+    guide = tasks.embedder_guidance(lambda x: x.mean(-1), z.mean(-1), z)
+    for both in (tasks.combine(guide, start), tasks.combine(start, guide)):
+        assert torch.equal(both.x_T, start.x_T) and both.t_T == start.t_T < 1
+        assert both.terms == guide.terms
+
+
+def test_labels_may_be_whole_numbers_or_truths():
+    """As written by hand: the same distance as of floats."""
+    logits = noise(2, 3)
+    truth = torch.tensor([[True, False, True]]).expand(2, 3)
+    expected = tasks.bce(truth.double(), logits)
+    for y in (truth, truth.long()):
+        torch.testing.assert_close(tasks.bce(y, logits), expected)
+
+
+def test_a_resampler_first_used_without_gradients_has_them_later():
+    """Its weights are kept: they must not be those of inference mode."""
+    x = noise(1, 700).float()
+    with torch.inference_mode():
+        tasks.resample(x, 44100, 31000)
+    x.requires_grad_()
+    tasks.resample(x, 44100, 31000).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("word, call", [
     ("C_L", lambda: tasks.infill(X_BAR, n, 0, Z)),
     ("C_R", lambda: tasks.infill(X_BAR, 20, 4, Z)),

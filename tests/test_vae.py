@@ -434,3 +434,10 @@ def test_the_tails_of_the_equaliser_do_not_wrap():
     wanted = sample.spectrum(audio, weight) * gain[:, None, None]  # (1, 1025, 2, 2)
     made = sample.equalise(audio, weight, wanted).abs().amax((0, 1))
     assert made[:2048].max() < 0.01 * made.max()
+
+
+@pytest.mark.parametrize("n", [1, 128, 255, 256, 700])
+def test_losses_of_short_clips_are_finite(n):
+    """Also of fewer samples than two frames have: such a clip has no change from frame to frame."""
+    x, y = NOISE[..., :n], SQUARE[..., :n]
+    assert vae.reconstruction_loss(x, y).isfinite() and vae.band_loss(x, y) > 0
