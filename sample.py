@@ -3,9 +3,10 @@
     python sample.py --task continuation --input song.mp3 --start 61.5 --length 8
     python sample.py --task infill --input song.wav --start 1:01.5 --end 1:03.5 --num 4
 
-The result is the whole track in its own sample rate, channels and word length. New are the
-requested region and cross-fades of 30 ms at its borders (--splice, at most 50); all else is the
-input's own samples, bit for bit (but with --splice 0).
+The result is the track, edited, in its own sample rate, channels and, where the output's format has
+it, word length. New are the requested region and cross-fades of 30 ms at its borders (--splice, at
+most 50). All else is the input's own samples, bit for bit, except with --splice 0; of a transition,
+the second track is converted to the first one's rate and channels.
 
 Top to bottom: what all scripts share (errors, devices, audio files, checkpoints); from a context
 to new audio (`generate`, `fill`); from a track to an edited track (`Edit`); the command line.
@@ -188,7 +189,8 @@ def digest(*facts):
 
 def file_digest(path):
     """16 hex digits of a file's contents."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def random_numbers(seed, *counters):
@@ -305,7 +307,7 @@ def read_audio(path):
     """
     try:
         parts = [decode(source) for source in streams(path)]
-    except (OSError, RuntimeError, UnicodeError, ValueError) as error:
+    except (OSError, RuntimeError, UnicodeError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); "
                         "wav, flac, ogg and mp3 can be") from None
     parts = [(audio, rate) for audio, rate in parts if audio.shape[1]]
@@ -504,7 +506,7 @@ def probe(path):
             with open_audio(path) as file:
                 frames = sum(len(block) for block in audio_blocks(file))
         return [frames, file.samplerate, file.channels]
-    except (OSError, RuntimeError, UnicodeError) as error:
+    except (OSError, RuntimeError, UnicodeError, TypeError) as error:   # TypeError: of a .raw
         return reason(error)
 
 
@@ -1355,8 +1357,8 @@ def like_original(audio, original, a, b, from_x_bar=False, example=None):
     The contexts get the spectrum that they have in `original`. The new part gets theirs, and is at
     most 2 dB louder than they are; with from_x_bar it gets that of what stood there. With an
     `example` (B, 2, m) it gets the example's spectrum, at the level that it would have without.
-    With less than LITTLE seconds of context nothing but an example's spectrum is applied, to all of
-    the audio.
+    With less than LITTLE seconds of context nothing but an example's spectrum, as loud as that, is
+    applied, to all of the audio; and the limit of 2 dB to the new part.
     """
     n = original.shape[-1]
     colour = None
@@ -1642,6 +1644,8 @@ def crossfaded(one, two, fade):
     if len(one.audio) == 1:
         other = to_mono(two.audio)
     other = resample(other, two.rate, one.rate)
+    if two.subtype in PCM_BITS:
+        other = other.clamp(-1, 1)                  # what the resampler's filter overshoots
     fade = round(fade * one.rate)
     C_L, C_R = one.n - fade, other.shape[-1] - fade
     if fade < 1 or C_L < 1 or C_R < 1:
@@ -1829,7 +1833,8 @@ def parse(argv, add_flags=Settings.add_flags):
         help="a classifier for --reference and --classes (default: the shipped one)")
     add("--sampler", choices=("ddpm", "ddim"),
         help=f"Algorithm 1 or 2 (default: {Settings.sampler})")
-    add("--steps", type=within(1, 100000, int), help=f"sampling steps (default: {Settings.steps})")
+    add("--steps", type=within(1, 100000, int), help="sampling steps from t_T to 0; small latent "
+        f"models end earlier, and so take fewer (default: {Settings.steps})")
     add_flags(add)
     add("--device", default="auto",
         help="cpu, cuda or mps; auto is cuda, else mps, else cpu (default: %(default)s)")
@@ -1846,7 +1851,10 @@ def parse(argv, add_flags=Settings.add_flags):
 
 def check(o):
     """UserError for flags that are missing, or would do nothing."""
-    # Files, and flags that the task needs.
+    # Files, and flags that the task needs. (A variable of the shell that is not set is empty.)
+    for name in ("input", "input2", "reference", "output", "checkpoint", "weak", "classifier"):
+        if getattr(o, name) == "":
+            raise UserError(f"{flag_of(name)} is empty: give a file, or leave it out")
     for path in (o.input, o.input2, o.reference):
         if path and not Path(path).is_file():
             raise UserError(f"{path} is no file: check its name")
@@ -1859,10 +1867,13 @@ def check(o):
     guided = {"embedding": o.reference, "classifier": o.classes}
     if o.classifier and not (o.reference or o.classes):
         raise UserError("--classifier does nothing without --reference or --classes: leave it out")
-    for name in o.weights or {}:
+    for name, weight in (o.weights or {}).items():
         if not guided.get(name):
             raise UserError(f"--weights {name} does nothing: "
                             "embedding is for --reference, classifier for --classes")
+        if weight <= 0:
+            raise UserError(f"--weights {name}={weight:g} must be above 0: without that guidance, "
+                            "leave its flag out")
     if o.trials and not (o.reference or o.classes):
         raise UserError("--trials does nothing without --reference or --classes: leave it out")
     if o.xi == 0 and (o.reference or o.classes):
@@ -1995,7 +2006,7 @@ def output_paths(o):
 def refuse_loss(o, written):
     """UserError for a file that is to be written and is read, or, without --force, exists."""
     for path in written:
-        for source in (o.input, o.input2, o.reference):
+        for source in (o.input, o.input2, o.reference, o.checkpoint, o.weak, o.classifier):
             if source and path.exists() and path.samefile(source):
                 raise UserError(f"{path} is also what is read: choose another --output")
         if path.is_dir():
@@ -2025,7 +2036,8 @@ def format_of_result(o, path, edit):
     check_format(path, replace(edit.track, subtype=subtype))
     top = max([1.0] + [part.abs().max().item() for part in edit.kept() if part.numel()])
     if subtype in PCM_BITS and top > 1:
-        raise UserError(f"{o.input} has peaks above full scale, which {subtype} cuts off: "
+        whose = f"{o.input} or {o.input2}" if o.input2 else o.input
+        raise UserError(f"{whose} has peaks above full scale, which {subtype} cuts off: "
                         "take .wav, --subtype FLOAT")
     return subtype, top
 
@@ -2090,10 +2102,13 @@ def main(argv=None, add_flags=Settings.add_flags, open_model=None):
     record = {"command": shlex.join(words)}
     record |= facts(o, checkpoint, classifier, settings, edit, fade)
 
-    # What all variations begin with. A variation has random numbers of its own, so that it is the
-    # same whatever else is made.
+    # What all variations begin with. A variation has random numbers of its own: whatever else is
+    # made, it is the same, up to rounding where several are made at a time.
     row = row_of(o)
     context = edit.context(whole=row in FROM_X_BAR).to(device)
+    if o.task in EDITS and not context.any():
+        print("note: all of the context is silent, and so the new part will be: choose another "
+              "place, or a longer --context")
     start = start_of(checkpoint, row, context, edit.C_L, edit.C_R, settings)
     seeds = [int(random_numbers(o.seed, i).integers(2**63)) for i in range(o.num)]
     started, _ = start

@@ -1295,6 +1295,15 @@ def test_the_second_track_of_a_transition_is_resampled(rate):
     torch.testing.assert_close(faded.audio[0, b:b + len(at)].double(), wanted, atol=1e-3, rtol=0)
 
 
+def test_a_loud_second_track_stays_within_full_scale():
+    """The resampler overshoots a square wave; a float track's own peaks stay."""
+    square = torch.sign(noise(1, 48000, dtype=torch.float32))
+    one = Track(torch.zeros(1, 44100), 44100, "PCM_16")
+    for subtype, within in (("PCM_16", True), ("FLOAT", False)):
+        faded, _, _ = sample.crossfaded(one, Track(square, 48000, subtype), 0.25)
+        assert (faded.audio.abs().max() <= 1) == within
+
+
 @pytest.mark.parametrize("file, subtype, dtype, written", [
     ("x.wav", "VORBIS", torch.float32, "FLOAT"), ("x.flac", "FLOAT", torch.float32, "PCM_24"),
     ("x.wav", "mixed", torch.float64, "DOUBLE"), ("x.wav", "PCM_16", torch.float32, "PCM_16")])
@@ -1627,11 +1636,12 @@ def test_little_context_is_said_and_none_refused(folder, capsys):
 @pytest.mark.parametrize("name, audio", [
     ("short", 0.1 * np.random.default_rng(0).standard_normal((22050, 2))),
     ("silent", np.zeros((44100, 2)))])
-def test_silence_and_short_clips_work(folder, name, audio, flags):
+def test_silence_and_short_clips_work(folder, name, audio, flags, capsys):
     """Half a second of sound, and digital silence, can be continued and filled."""
     sf.write(folder / f"{name}.wav", audio, 44100)
     after = call(folder, "--task", *flags, "--input", folder / f"{name}.wav", steps=1)
     assert np.isfinite(after).all() and len(after) >= len(audio)
+    assert ("all of the context is silent" in capsys.readouterr().out) == (not np.any(audio))
 
 
 # ---- formats -------------------------------------------------------------------------------------
@@ -1824,6 +1834,8 @@ BAD = [
     ("--weights classifier does nothing",
      EDIT + "--reference {folder}/other.wav --weights classifier=3"),
     ("embeding", EDIT + "--reference {folder}/other.wav --weights embeding=3"),
+    ("--weights embedding=0 must be above 0",
+     EDIT + "--reference {folder}/other.wav --weights embedding=0"),
     ("--equalise does nothing", EDIT + "--classes a=1 --no-equalise"),
     ("--equalise does nothing", "--task unconditional --no-equalise"),
 ]
@@ -1842,6 +1854,30 @@ def test_bad_input_ends_in_one_sentence_and_status_2(bad, tmp_path, capsys, culp
     assert not list(tmp_path.iterdir())
     assert not (bad / "session.wav").exists() and not (bad / "nowhere").exists()
     assert (bad / "away.wav").is_symlink()
+
+
+@pytest.mark.parametrize("flag", ["--input", "--reference", "--output", "--checkpoint", "--weak"])
+def test_an_empty_name_of_a_file_is_refused(folder, flag):
+    """As of a variable of the shell that is not set: it is not as if the flag were not there."""
+    given = ["--task", "infill", "--input", str(folder / "long.wav"), flag, ""]
+    with pytest.raises(sample.UserError, match=f"{flag} is empty: give a file"):
+        sample.main(given)
+
+
+def test_a_model_is_not_overwritten(folder, tmp_path):
+    """Nor by the .json of a result."""
+    (tmp_path / "m.json").write_bytes((folder / "latent.pt").read_bytes())
+    with pytest.raises(sample.UserError, match="m.json is also what is read"):
+        sample.main(["--task", "infill", "--input", str(folder / "long.wav"), "--force",
+                     "--checkpoint", f"{tmp_path}/m.json", "--output", f"{tmp_path}/m.wav"])
+
+
+def test_a_file_without_a_header_is_refused(tmp_path):
+    """soundfile cannot know what is in a .raw."""
+    (tmp_path / "song.raw").write_bytes(bytes(4000))
+    with pytest.raises(sample.UserError, match="song.raw cannot be read"):
+        sample.read_audio(tmp_path / "song.raw")
+    assert isinstance(sample.probe(tmp_path / "song.raw"), str)
 
 
 @pytest.mark.parametrize("ending", [".wav", ".json", ".html"])
