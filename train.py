@@ -1078,7 +1078,8 @@ def music(o, origin=None):
 
     Held out are the files of --valid, else one file in twenty of --data, but no more than 80 hours.
     These are the first in an order that depends on the names of file and folder alone. Training
-    leaves them out; but with fewer than four files and no --valid, all are trained on.
+    leaves them out; but all are trained on where there are fewer than four and no --valid, or where
+    --valid has them all.
     """
     if not o.data:
         return Synthetic(o.seed), Synthetic(o.seed + 1)
@@ -1103,12 +1104,11 @@ def music(o, origin=None):
         held_out = survey(o.valid, max(o.windows), "--valid", index=index)
         # --valid may be a folder within --data.
         valid = set(map(os.path.realpath, held_out))
-        files = {path: header for path, header in files.items()
-                 if os.path.realpath(path) not in valid}
-        if not files:
-            raise UserError("--valid has all files of --data, so none are left to train on: "
-                            "give others")
-        return AudioFiles(files), AudioFiles(held_out)
+        trained = {path: header for path, header in files.items()
+                   if os.path.realpath(path) not in valid}
+        if not trained:
+            say("--valid has all files of --data: they are trained on, too")
+        return AudioFiles(trained or files), AudioFiles(held_out)
 
     def digest(path):
         return hashlib.sha256(os.fsencode("/".join(former(path).split(os.sep)[-2:]))).digest()
