@@ -746,9 +746,10 @@ def farewell(o, step, validation, broken):
     elif o.model in ("latent", "waveform"):
         use = f"python sample.py --model {o.model} --checkpoint {file}"
         say(f"to use it: {use} --task infill --input clip.wav")
-    elif kind_of(o) == "vae":
+    elif o.model in ("vae", "decoder"):
         following = "decoder" if o.model == "vae" else "latent"
-        say(f"what comes next: python train.py --model {following} --vae {file}")
+        data = f" --data {shlex.join(o.data)}" if o.data else ""
+        say(f"what comes next: python train.py --model {following} --vae {file}{data}")
 
 
 # ---- clips ---------------------------------------------------------------------------------------

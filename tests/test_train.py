@@ -9,6 +9,7 @@ import math
 import os
 import random
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -689,6 +690,17 @@ def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "log.csv").symlink_to(full)
     with pytest.raises(sample.UserError, match="log.csv cannot be written .*: make room"):
         train.write_log(tmp_path, [{"step": 1}])
+
+
+@pytest.mark.parametrize("model, following", [("vae", "decoder"), ("decoder", "latent")])
+def test_a_vae_is_followed_by_what_needs_it(model, following, music, vae_file, tmp_path, capsys):
+    """The command is printed, with the same music, as it can be given."""
+    more = ["--vae", vae_file] if model == "decoder" else []
+    fit(model, tmp_path / "my run", *more, "--data", music, "--steps", 0, *SHORT)
+    command = capsys.readouterr().out.split("what comes next: python train.py ")[1]
+    options = train.parse(shlex.split(command))
+    assert options.model == following and options.data == [str(music)]
+    assert options.vae == f"{tmp_path}/my run/model.pt" and Path(options.vae).exists()
 
 
 def test_an_empty_path_is_refused():
